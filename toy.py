@@ -1,0 +1,282 @@
+"""The embedded default: moving coloured shapes, and a tiny Qwen2.5-VL that half understands them.
+
+`python twgrpo.py` without a model comes here first. Everything made here is of the ordinary kind,
+H.264 files, records in JSONL and a Hugging Face checkpoint directory, so from then on the run takes
+the same path as one of Qwen2.5-VL-7B-Instruct on CLEVRER.
+
+    write_clips       mp4 files, and train.jsonl / test.jsonl with questions about them
+    build_tokenizer   a byte-level BPE with Qwen's special tokens and chat form
+    build_model       a Qwen2.5-VL of about 0.5 M parameters
+    warm_start        a short supervised stage that stands in for pretraining: it learns the form of
+                      an answer and to see colours, but its targets name a true option only with
+                      p = 0.6 and a false one with p = 0.25
+
+The warm start leaves room on purpose: sampled answers are right about a third of the time, which is
+where a policy gradient has something to select from. A toy shows that the loop works, not that
+TW-GRPO beats GRPO.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import (
+    GenerationConfig,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+)
+
+from data import TEMPLATES, Prompter, Question, Record, load_records
+from kernels import reference
+from policy import Group, Policy
+
+# Where the toy's training differs from the recipe of a 7B model (the defaults of twgrpo.Config),
+# and nowhere else.
+DEFAULTS = dict(
+    max_frames=4,
+    min_pixels=56 * 56,
+    max_pixels=56 * 56,
+    per_device_train_batch_size=16,
+    max_completion_length=20,
+    learning_rate=5e-4,
+    adam_beta2=0.99,
+    max_grad_norm=1.0,
+    warmup_steps=10,
+    max_steps=300,
+    save_steps=100,
+)
+
+COLOURS = dict(red=(220, 40, 40), green=(40, 170, 60), blue=(50, 80, 230), yellow=(235, 215, 50),
+               purple=(150, 60, 190), white=(240, 240, 240))  # fmt: skip
+SIDE, FRAMES, RATE = 56, 8, 4  # pixels, frames, frames a second: a clip of 2 s
+TRAIN_CLIPS, TEST_CLIPS = 1024, 128
+
+SPECIAL_TOKENS = [
+    f"<|{name}|>"
+    for name in (
+        "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start "
+        "quad_end vision_start vision_end vision_pad image_pad video_pad"
+    ).split()
+]
+CHAT_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'video' %}"
+    "<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+VOCABULARY = 512  # at most; the toy's text has merges for about 408, one token per word
+
+
+# -------------------------------------------------------------------------------------------- clips
+
+
+def draw_clip(colours: list[str], rng: np.random.Generator) -> np.ndarray:
+    """Discs and squares, each drifting about its own quarter of the picture: (F, H, W, 3) uint8."""
+    frames = np.full((FRAMES, SIDE, SIDE, 3), rng.integers(20, 70), dtype=np.uint8)
+    y, x = np.mgrid[:SIDE, :SIDE]
+    quarters = rng.permutation(4)
+    for quarter, colour in zip(quarters, colours, strict=False):
+        centre = np.array(divmod(quarter, 2)) * SIDE / 2 + SIDE / 4 + rng.uniform(-3, 3, 2)
+        speed, radius, is_disc = rng.uniform(-1, 1, 2), rng.uniform(8, 11), rng.random() < 0.5
+        for k in range(FRAMES):
+            dy, dx = np.abs(y - centre[0] - k * speed[0]), np.abs(x - centre[1] - k * speed[1])
+            inside = np.hypot(dy, dx) < radius if is_disc else np.maximum(dy, dx) < radius * 0.85
+            frames[k][inside] = COLOURS[colour]
+    return frames
+
+
+def write_mp4(path: Path, frames_FHW3: np.ndarray, rate: int) -> None:
+    """H.264 in an mp4, as any camera or dataset has it."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        height, width = frames_FHW3.shape[1:3]
+        stream = container.add_stream(
+            "libx264", rate=rate, options={"crf": "18", "preset": "ultrafast"}
+        )
+        stream.width, stream.height, stream.pix_fmt, stream.thread_count = (
+            width,
+            height,
+            "yuv420p",
+            1,
+        )
+        for frame in frames_FHW3:
+            container.mux(
+                stream.encode(
+                    av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+                )
+            )
+        container.mux(stream.encode())
+
+
+def write_clips(
+    root: Path, seed: int, train: int = TRAIN_CLIPS, test: int = TEST_CLIPS
+) -> tuple[Path, Path]:
+    """root/clips/*.mp4 and the records about them: (train.jsonl, test.jsonl)."""
+    (root / "clips").mkdir(parents=True)
+    rng = np.random.default_rng([seed, 0])
+    for split, count in (("train", train), ("test", test)):
+        with open(root / f"{split}.jsonl", "w", encoding="utf-8") as file:
+            for k in tqdm(range(count), desc=f"writing {split} clips", leave=False):
+                shown = [
+                    str(c) for c in rng.choice(list(COLOURS), rng.integers(1, 5), replace=False)
+                ]
+                options = shown[:0]
+                while not set(options) & set(shown):
+                    options = [str(c) for c in rng.choice(list(COLOURS), 4, replace=False)]
+                name = f"clips/{split}_{k:03d}.mp4"
+                write_mp4(root / name, draw_clip(shown, rng), RATE)
+                letters = [
+                    letter
+                    for letter, option in zip("ABCD", options, strict=True)
+                    if option in shown
+                ]
+                lines = [
+                    f"{letter}. {option}" for letter, option in zip("ABCD", options, strict=True)
+                ]
+                row = dict(
+                    id=f"{split}-{k}",
+                    problem="\n".join(["Which colours appear?", *lines]),
+                    solution=f"<answer>{','.join(letters)}</answer>",
+                    video=name,
+                )
+                file.write(json.dumps(row) + "\n")
+    return root / "train.jsonl", root / "test.jsonl"
+
+
+# -------------------------------------------------------------------------------------------- model
+
+
+def build_tokenizer(corpus: list[str], vocabulary: int = VOCABULARY) -> Qwen2Tokenizer:
+    """A byte-level BPE of Qwen's form and special tokens, its merges learned from `corpus`."""
+    form = (
+        Qwen2Tokenizer()._tokenizer
+    )  # the pre-tokenizer and normalizer of Qwen, whose merges we replace
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer, learner.normalizer, learner.decoder = (
+        form.pre_tokenizer,
+        form.normalizer,
+        form.decoder,
+    )
+    learner.train_from_iterator(
+        corpus,
+        trainers.BpeTrainer(
+            vocab_size=vocabulary - len(SPECIAL_TOKENS),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    learned = json.loads(learner.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(
+        vocab=learned["vocab"], merges=[tuple(m) for m in learned["merges"]],
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>", extra_special_tokens=SPECIAL_TOKENS, chat_template=CHAT_TEMPLATE,
+    )  # fmt: skip
+    return tokenizer
+
+
+def build_model(
+    tokenizer, *, hidden_size=96, layers=2, heads=4, kv_heads=2, intermediate_size=256,
+    vision_depth=1,
+    vision_hidden_size=64, vision_heads=4, seed=0,
+) -> Qwen2_5_VLForConditionalGeneration:  # fmt: skip
+    """A randomly initialised Qwen2.5-VL of the given size, float32, wired to `tokenizer`'s ids.
+
+    The wide initialisation (0.05 for text, 0.1 for vision) matters at this size: with the usual
+    0.02 the warm start did not learn to see within its steps.
+    """
+    ids = {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL_TOKENS}
+    quarter = (
+        hidden_size // heads // 2
+    )  # rotary pairs of a head, shared out over time, height and width
+    sections = [quarter - 2 * (quarter * 3 // 8), quarter * 3 // 8, quarter * 3 // 8]
+    config = Qwen2_5_VLConfig(
+        text_config=dict(
+            vocab_size=len(tokenizer), hidden_size=hidden_size, num_hidden_layers=layers,
+            num_attention_heads=heads, num_key_value_heads=kv_heads,
+            intermediate_size=intermediate_size,
+            initializer_range=0.05, max_position_embeddings=32768, tie_word_embeddings=False,
+            rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=sections),
+            bos_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"],
+        ),
+        vision_config=dict(
+            depth=vision_depth, hidden_size=vision_hidden_size, num_heads=vision_heads,
+            intermediate_size=2 * vision_hidden_size, out_hidden_size=hidden_size,
+            initializer_range=0.1, fullatt_block_indexes=[vision_depth - 1], tokens_per_second=2, window_size=112,
+        ),
+        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(
+        eos_token_id=[ids["<|im_end|>"], ids["<|endoftext|>"]], pad_token_id=ids["<|endoftext|>"]
+    )
+    return model
+
+
+def imperfect_target(record: Record, rng: np.random.Generator) -> str:
+    """Perfect form, poor content: true options with p = 0.6, false with p = 0.25, never none."""
+    options = dict(line.split(". ") for line in record.problem.split("\n")[1:])
+    while True:
+        named = [o for o in options if rng.random() < (0.6 if o in record.solution else 0.25)]
+        if named:
+            seen = " ".join(options[o] for o in named)
+            return f"<think>I see {seen}</think><answer>{','.join(named)}</answer>"
+
+
+def warm_start(policy: Policy, questions: list[Question], seed: int, steps: int = 900) -> float:
+    """Supervised training, 16 prompts x 4 imperfect targets a step; returns the last loss, nats."""
+    rng = np.random.default_rng([seed, 1])
+    optimizer = torch.optim.AdamW(
+        policy.model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda k: min(1.0, (k + 1) / 20) * (0.1 + 0.9 * (1 - k / steps))
+    )
+    losses = []
+    bar = tqdm(range(steps), desc="warm start")
+    for _ in bar:
+        groups = []
+        for k in rng.choice(len(questions), 16, replace=False):
+            texts = [imperfect_target(questions[k].record, rng) + "<|im_end|>" for _ in range(4)]
+            targets = [torch.tensor(policy.tokenizer(t)["input_ids"]) for t in texts]
+            groups.append(Group(questions[k], targets, [True] * 4, texts))
+        hidden = policy.hidden_states(groups, policy.encode_videos([g.question for g in groups]))
+        targets_N = torch.cat([g.targets_N for g in groups])
+        loss = -reference.token_logps(torch.cat(hidden), policy.head_VD, targets_N).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses = (losses + [loss.item()])[-50:]
+        bar.set_postfix(loss=f"{np.mean(losses):.3f}")
+    return float(np.mean(losses))
+
+
+def prepare(root: Path, seed: int) -> tuple[Path, Path, Path]:
+    """All that a run needs, made under `root`: (checkpoint directory, train.jsonl, test.jsonl)."""
+    train, test = write_clips(root, seed)
+    records = load_records(train, root)
+    rng = np.random.default_rng([seed, 2])
+    texts = [
+        TEMPLATES["mixed"].replace("{problem}", r.problem) + "\n" + imperfect_target(r, rng)
+        for r in records
+    ]
+    tokenizer = build_tokenizer([*texts, "system\nYou are a helpful assistant.\nuser\nassistant\n"])
+    policy = Policy(build_model(tokenizer, seed=seed), tokenizer, CHAT_TEMPLATE)
+    clip = {key: DEFAULTS[key] for key in ("max_frames", "min_pixels", "max_pixels")}
+    prompter = Prompter(tokenizer, CHAT_TEMPLATE, policy.geometry, **clip)
+    warm_start(policy, [prompter(r) for r in records], seed)
+    policy.save(root / "model")
+    return root / "model", train, test
