@@ -25,10 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
+    AttentionInterface,
     AutoConfig,
     AutoModelForImageTextToText,
     AutoTokenizer,
-    DynamicCache,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -145,6 +145,65 @@ def sample(
     return tokens_R, logps_RV.gather(1, tokens_R[:, None])[:, 0]
 
 
+class GroupCache:
+    """Keys and values while decoding: a prompt's once per question, a completion's once per row.
+
+    A cache repeated G times would hold the prompt, by far the longer part, G times, and every step
+    would read all of it. transformers fills this one through `update`; `group_attention` reads it.
+    """
+
+    def __init__(self, layers: int, num_generations: int, length: int, real_BP: Tensor):
+        self.num_generations, self.length, self.real_BP = num_generations, length, real_BP
+        self.prompt: list[tuple[Tensor, Tensor] | None] = [None] * layers  # (B, heads, P, d)
+        self.own: list[tuple[Tensor, Tensor] | None] = [None] * layers  # (R, heads, length, d)
+        self.t = -1  # the position whose keys are being written; -1 during the prefill
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        if self.t < 0:
+            self.prompt[layer_idx] = (key, value)
+            return key, value
+        if self.own[layer_idx] is None:
+            R, heads, _, d = key.shape
+            self.own[layer_idx] = tuple(key.new_empty(R, heads, self.length, d) for _ in range(2))
+        for buffer, new in zip(self.own[layer_idx], (key, value), strict=True):
+            buffer[:, :, self.t] = new[:, :, 0]
+        return tuple(buffer[:, :, : self.t + 1] for buffer in self.own[layer_idx])
+
+
+@torch.autocast("cuda", enabled=False)
+def group_attention(module, query, key, value, attention_mask, *, scaling, group_cache, **_):
+    """Attention of one new token per row over [prompt of its question, its own completion].
+
+    query (R, H, 1, d); key and value (R, heads, t + 1, d) are the row's own; the prompt's come from
+    the cache. The G rows of a question, and the H / heads query heads that share a key head, are
+    rows of one matrix product with the prompt's keys. In float32, autocast or not. Returns
+    (R, 1, H, d), as transformers wants it.
+    """
+    (R, H, _, d), heads, dtype = query.shape, key.shape[1], query.dtype
+    prompt_key, prompt_value = group_cache.prompt[module.layer_idx]
+    B, G, shared = len(prompt_key), group_cache.num_generations, H // heads
+    query, key, value, prompt_key, prompt_value = (
+        x.float() for x in (query, key, value, prompt_key, prompt_value)
+    )
+    q_own = query.view(R, heads, shared, d) * scaling
+    q_prompt = q_own.view(B, G, heads, shared, d).transpose(1, 2).reshape(B, heads, G * shared, d)
+
+    to_prompt = q_prompt @ prompt_key.mT  # (B, heads, G * shared, P)
+    to_prompt = to_prompt.masked_fill(~group_cache.real_BP[:, None, None], -torch.inf)
+    P = to_prompt.shape[-1]
+    to_prompt = to_prompt.view(B, heads, G, shared, P).transpose(1, 2).reshape(R, heads, shared, P)
+    to_own = q_own @ key.mT  # (R, heads, shared, t + 1)
+    p_prompt, p_own = torch.cat([to_prompt, to_own], -1).softmax(-1).split([P, key.shape[2]], -1)
+
+    p_prompt = p_prompt.view(B, G, heads, shared, P).transpose(1, 2).reshape(B, heads, -1, P)
+    from_prompt = (p_prompt @ prompt_value).view(B, heads, G, shared, d).transpose(1, 2)
+    out = from_prompt.reshape(R, heads, shared, d) + p_own @ value
+    return out.reshape(R, 1, H, d).to(dtype), None
+
+
+AttentionInterface.register("group", group_attention)
+
+
 class Policy:
     """A Qwen-VL model with its tokenizer, and the three passes a GRPO step makes through it."""
 
@@ -236,6 +295,16 @@ class Policy:
         """bf16 arithmetic on CUDA over the float32 parameters; plain float32 elsewhere."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
+    @contextlib.contextmanager
+    def _attention(self, name: str):
+        """Another attention function in the language model, for a while."""
+        config = self.text.config
+        before, config._attn_implementation = config._attn_implementation, name
+        try:
+            yield
+        finally:
+            config._attn_implementation = before
+
     def save(self, directory: Path, processor_from: str | None = None) -> None:
         """An ordinary Hugging Face checkpoint, with the processor files of `processor_from`."""
         self.model.save_pretrained(directory)
@@ -297,33 +366,25 @@ class Policy:
         )
         real_BP = torch.stack([torch.arange(P) >= P - len(q.ids_P) for q in questions]).to(device)
         causal_PP = torch.ones(P, P, dtype=torch.bool, device=device).tril()
-        itself_PP = torch.eye(
-            P, dtype=torch.bool, device=device
-        )  # a pad row that saw nothing would be NaN
+        # Padding sees itself: a row that sees nothing would be NaN.
+        itself_PP = torch.eye(P, dtype=torch.bool, device=device)
         mask = (causal_PP & real_BP[:, None, :] | itself_PP)[:, None]
-        cache = DynamicCache()
+        cache = GroupCache(len(self.text.layers), G, T, real_BP)
         with self.compute():
-            hidden = self.text(
+            hidden_BD = self.text(
                 inputs_embeds=self._embed(ids_BP.to(device), features),
                 position_ids=positions_3BP.to(device),
                 attention_mask={"full_attention": mask},
                 past_key_values=cache,
-                use_cache=True,
             ).last_hidden_state[:, -1]
 
-            # Decode: the same cache G times, R = B G rows side by side.
-            cache.batch_repeat_interleave(G)
-            hidden_RD = hidden.repeat_interleave(G, dim=0)
-            following_R = (
-                torch.stack([q.positions_3P.max() + 1 for q in questions])
-                .repeat_interleave(G)
-                .to(device)
-            )
-            visible = F.pad(real_BP.repeat_interleave(G, dim=0), (0, T), value=True)[
-                :, None, None
-            ]  # (R, 1, 1, P + T)
-            ended_R = torch.zeros(B * G, dtype=torch.bool, device=device)
-            tokens_TR, logps_TR = [], []
+        # Decode: R = B G rows side by side.
+        hidden_RD = hidden_BD.repeat_interleave(G, dim=0)
+        following_B = torch.stack([q.positions_3P.max() + 1 for q in questions])
+        following_R = following_B.repeat_interleave(G).to(device)
+        ended_R = torch.zeros(B * G, dtype=torch.bool, device=device)
+        tokens_TR, logps_TR = [], []
+        with self.compute(), self._attention("group"):
             for t in range(T):
                 tokens_R, logps_R = sample(
                     self.model.lm_head(hidden_RD), temperature, uniform_RT[:, t], banned_V
@@ -333,12 +394,13 @@ class Policy:
                 ended_R |= torch.isin(tokens_R, eos_ids)
                 if t + 1 == T or ended_R.all():
                     break
+                cache.t = t
                 hidden_RD = self.text(
                     inputs_embeds=self.text.embed_tokens(tokens_R)[:, None],
                     position_ids=(following_R + t).expand(3, -1)[..., None],
-                    attention_mask={"full_attention": visible[..., : P + t + 1]},
+                    attention_mask={"full_attention": None},
                     past_key_values=cache,
-                    use_cache=True,
+                    group_cache=cache,
                 ).last_hidden_state[:, 0]
         return self._groups(
             questions, torch.stack(tokens_TR, 1).cpu(), torch.stack(logps_TR, 1).cpu(), G

@@ -65,7 +65,7 @@ class RunLog:
     def iteration(self, loss: Tensor, grad_norm: Tensor, outputs: list[HeadOutput]) -> None:
         """What one optimizer step measured."""
         self.add(
-            loss=loss,
+            loss=loss.detach(),
             grad_norm=grad_norm,
             kl=mean([o.kl for o in outputs]),
             clip_ratio=mean([o.clip_ratio for o in outputs]),

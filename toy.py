@@ -46,7 +46,7 @@ DEFAULTS = dict(
     adam_beta2=0.99,
     max_grad_norm=1.0,
     warmup_steps=10,
-    max_steps=300,
+    max_steps=400,
     save_steps=100,
 )
 

@@ -1,0 +1,91 @@
+"""What several test files share: a small toy world on disk, a tiny model, and the real sample files if present."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import toy
+from data import TEMPLATES, Prompter, Question, load_records
+from policy import Policy
+
+PROJECT = Path(__file__).resolve().parent.parent
+SAMPLES = Path(os.environ.get("TWGRPO_SAMPLES", PROJECT.parent / "shared" / "data"))
+TOY_CLIP = dict(max_frames=4, min_pixels=56 * 56, max_pixels=56 * 56)
+TOY_FLAGS = "--max_frames 4 --min_pixels 3136 --max_pixels 3136 --max_completion_length 12".split()
+
+
+@pytest.fixture
+def sample():
+    """sample("name") is the path of a real file that the project does not ship; skips where there is none."""
+
+    def find(name: str) -> Path:
+        path = SAMPLES / name
+        if not path.exists():
+            pytest.skip(f"{name} is not at hand (set TWGRPO_SAMPLES to its directory)")
+        return path
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    """A toy world of 24 + 8 clips, with a checkpoint that has not been trained at all."""
+    root = tmp_path_factory.mktemp("world")
+    train, _ = toy.write_clips(root, seed=0, train=24, test=8)
+    texts = [TEMPLATES["mixed"].replace("{problem}", r.problem) for r in load_records(train, root)]
+    tokenizer = toy.build_tokenizer(texts)
+    Policy(toy.build_model(tokenizer), tokenizer, toy.CHAT_TEMPLATE).save(root / "model")
+    return root
+
+
+@pytest.fixture(scope="session")
+def records(world):
+    return load_records(world / "train.jsonl", world)
+
+
+@pytest.fixture
+def policy(world) -> Policy:
+    return Policy.load(world / "model")
+
+
+@pytest.fixture
+def prompter(policy) -> Prompter:
+    return Prompter(policy.tokenizer, policy.chat_template, policy.geometry, **TOY_CLIP)
+
+
+@pytest.fixture
+def questions(prompter, records):
+    return questions_of(prompter, records)
+
+
+def questions_of(prompter, records) -> list[Question]:
+    """Three questions whose prompts differ in length."""
+    extra = ("", " Look twice.", " Look closely, then look again.")
+    chosen = zip(records, extra, strict=False)
+    return [prompter(dataclasses.replace(r, problem=r.problem + words)) for r, words in chosen]
+
+
+def twgrpo_command(world: Path, out: Path, *flags: str) -> list[str]:
+    """The command of a short run on the toy world's untrained model; later flags win."""
+    paths = ["--model_name_or_path", world / "model", "--jsonl_path", world / "train.jsonl"]
+    paths += ["--video_root", world, "--output_dir", out]
+    short = "--max_steps 2 --per_device_train_batch_size 2 --num_generations 4".split()
+    command = [sys.executable, PROJECT / "twgrpo.py", *paths, *TOY_FLAGS, *short, *flags]
+    return [str(part) for part in command]
+
+
+def run_twgrpo(world: Path, out: Path, *flags: str) -> subprocess.CompletedProcess:
+    command = twgrpo_command(world, out, *flags)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def random_completions(policy: Policy, lengths: list[int], seed: int = 0) -> list[torch.Tensor]:
+    """Token ids that may be sampled, of the given lengths."""
+    allowed = (~policy.banned_V).nonzero()[:, 0]
+    generator = torch.Generator().manual_seed(seed)
+    return [allowed[torch.randint(len(allowed), (n,), generator=generator)] for n in lengths]
