@@ -36,10 +36,9 @@ from policy import Group, Policy
 
 # Where the toy's training differs from the recipe of a 7B model (the defaults of twgrpo.Config),
 # and nowhere else.
+CLIP = dict(max_frames=4, min_pixels=56 * 56, max_pixels=56 * 56)
 DEFAULTS = dict(
-    max_frames=4,
-    min_pixels=56 * 56,
-    max_pixels=56 * 56,
+    **CLIP,
     per_device_train_batch_size=16,
     max_completion_length=20,
     learning_rate=5e-4,
@@ -183,6 +182,18 @@ def build_tokenizer(corpus: list[str], vocabulary: int = VOCABULARY) -> Qwen2Tok
     return tokenizer
 
 
+def toy_tokenizer(records: list[Record], seed: int) -> Qwen2Tokenizer:
+    """The tokenizer of the toy's own text, in which every word is one token."""
+    rng = np.random.default_rng([seed, 2])
+    texts = [
+        TEMPLATES["mixed"].replace("{problem}", record.problem)
+        + "\n"
+        + imperfect_target(record, rng)
+        for record in records
+    ]
+    return build_tokenizer([*texts, "system\nYou are a helpful assistant.\nuser\nassistant\n"])
+
+
 def build_model(
     tokenizer, *, hidden_size=96, layers=2, heads=4, kv_heads=2, intermediate_size=256,
     vision_depth=1,
@@ -210,7 +221,8 @@ def build_model(
         vision_config=dict(
             depth=vision_depth, hidden_size=vision_hidden_size, num_heads=vision_heads,
             intermediate_size=2 * vision_hidden_size, out_hidden_size=hidden_size,
-            initializer_range=0.1, fullatt_block_indexes=[vision_depth - 1], tokens_per_second=2, window_size=112,
+            initializer_range=0.1, tokens_per_second=2,
+            fullatt_block_indexes=[vision_depth - 1], window_size=112,
         ),
         image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
@@ -268,15 +280,9 @@ def prepare(root: Path, seed: int) -> tuple[Path, Path, Path]:
     """All that a run needs, made under `root`: (checkpoint directory, train.jsonl, test.jsonl)."""
     train, test = write_clips(root, seed)
     records = load_records(train, root)
-    rng = np.random.default_rng([seed, 2])
-    texts = [
-        TEMPLATES["mixed"].replace("{problem}", r.problem) + "\n" + imperfect_target(r, rng)
-        for r in records
-    ]
-    tokenizer = build_tokenizer([*texts, "system\nYou are a helpful assistant.\nuser\nassistant\n"])
+    tokenizer = toy_tokenizer(records, seed)
     policy = Policy(build_model(tokenizer, seed=seed), tokenizer, CHAT_TEMPLATE)
-    clip = {key: DEFAULTS[key] for key in ("max_frames", "min_pixels", "max_pixels")}
-    prompter = Prompter(tokenizer, CHAT_TEMPLATE, policy.geometry, **clip)
+    prompter = Prompter(tokenizer, CHAT_TEMPLATE, policy.geometry, **CLIP)
     warm_start(policy, [prompter(r) for r in records], seed)
     policy.save(root / "model")
     return root / "model", train, test

@@ -330,7 +330,9 @@ class StopSignal:
 def parse_config(arguments: list[str] | None = None) -> Config:
     """Flags to a checked Config. Without a model, toy.DEFAULTS replace the recipe's; flags win."""
     parser = HfArgumentParser(Config, description=__doc__.split("\n")[0])
-    (cfg,) = parser.parse_args_into_dataclasses(arguments)
+    cfg, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unknown: {' '.join(unknown)}; --help lists the flags")
     if cfg.model_name_or_path is None:
         parser.set_defaults(**toy.DEFAULTS)
         (cfg,) = parser.parse_args_into_dataclasses(arguments)

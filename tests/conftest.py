@@ -10,13 +10,12 @@ import pytest
 import torch
 
 import toy
-from data import TEMPLATES, Prompter, Question, load_records
+from data import Prompter, Question, load_records
 from policy import Policy
 
 PROJECT = Path(__file__).resolve().parent.parent
 SAMPLES = Path(os.environ.get("TWGRPO_SAMPLES", PROJECT.parent / "shared" / "data"))
-TOY_CLIP = dict(max_frames=4, min_pixels=56 * 56, max_pixels=56 * 56)
-TOY_FLAGS = "--max_frames 4 --min_pixels 3136 --max_pixels 3136 --max_completion_length 12".split()
+TOY_FLAGS = "--max_frames 4 --min_pixels 3136 --max_pixels 3136 --max_completion_length 20".split()
 
 
 @pytest.fixture
@@ -34,12 +33,15 @@ def sample():
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> Path:
-    """A toy world of 24 + 8 clips, with a checkpoint that has not been trained at all."""
+    """A toy world of 24 + 8 clips, its model warm-started just enough to answer in form."""
     root = tmp_path_factory.mktemp("world")
     train, _ = toy.write_clips(root, seed=0, train=24, test=8)
-    texts = [TEMPLATES["mixed"].replace("{problem}", r.problem) for r in load_records(train, root)]
-    tokenizer = toy.build_tokenizer(texts)
-    Policy(toy.build_model(tokenizer), tokenizer, toy.CHAT_TEMPLATE).save(root / "model")
+    records = load_records(train, root)
+    tokenizer = toy.toy_tokenizer(records, seed=0)
+    policy = Policy(toy.build_model(tokenizer), tokenizer, toy.CHAT_TEMPLATE)
+    prompter = Prompter(tokenizer, toy.CHAT_TEMPLATE, policy.geometry, **toy.CLIP)
+    toy.warm_start(policy, [prompter(r) for r in records], seed=0, steps=80)
+    policy.save(root / "model")
     return root
 
 
@@ -55,7 +57,7 @@ def policy(world) -> Policy:
 
 @pytest.fixture
 def prompter(policy) -> Prompter:
-    return Prompter(policy.tokenizer, policy.chat_template, policy.geometry, **TOY_CLIP)
+    return Prompter(policy.tokenizer, policy.chat_template, policy.geometry, **toy.CLIP)
 
 
 @pytest.fixture

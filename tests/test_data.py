@@ -4,10 +4,22 @@ import json
 
 import pytest
 
-from conftest import TOY_CLIP
-from data import DataError, Prompter, Record, load_records, option_letters, select_records, step_records
+import toy
+from data import (
+    DataError,
+    Prompter,
+    Record,
+    load_records,
+    option_letters,
+    select_records,
+    step_records,
+)
 
-ROW = {"problem": "What?\nA. red\nB. blue", "solution": "<answer>A,B</answer>", "video": "clips/1.mp4"}
+ROW = {
+    "problem": "What?\nA. red\nB. blue",
+    "solution": "<answer>A,B</answer>",
+    "video": "clips/1.mp4",
+}
 
 
 def write(tmp_path, text, name="q.json"):
@@ -19,7 +31,9 @@ def write(tmp_path, text, name="q.json"):
 def test_json_list_and_jsonl_are_read_alike(tmp_path):
     rows = [ROW, {**ROW, "id": "x7"}]
     listed = load_records(write(tmp_path, json.dumps(rows)), "root")
-    lines = load_records(write(tmp_path, "\n".join(map(json.dumps, rows)) + "\n\n", "q.jsonl"), "root")
+    lines = load_records(
+        write(tmp_path, "\n".join(map(json.dumps, rows)) + "\n\n", "q.jsonl"), "root"
+    )
     assert [r.id for r in listed] == ["row 1", "x7"] and [r.id for r in lines] == ["line 1", "x7"]
     assert str(listed[0].video) == "root/clips/1.mp4"
     assert listed[1] == lines[1]
@@ -122,10 +136,11 @@ def test_the_rendered_prompt_to_the_letter(prompter, records):
 
 
 @pytest.mark.parametrize(
-    "kind, words", [("single", "(select one letter)"), ("multiple", "(select letters separated by ,)")]
+    "kind, words",
+    [("single", "(select one letter)"), ("multiple", "(select letters separated by ,)")],
 )
 def test_question_type_sets_the_prompt(kind, words, policy, records):
-    prompter = Prompter(policy.tokenizer, policy.chat_template, policy.geometry, kind, **TOY_CLIP)
+    prompter = Prompter(policy.tokenizer, policy.chat_template, policy.geometry, kind, **toy.CLIP)
     assert f"final answer {words} in <answer>" in prompter.render(records[0])
 
 

@@ -1,8 +1,8 @@
 """The policy's three passes against transformers' own model, given one padded row per completion.
 
-What transformers computes here is its full forward pass with our position ids: token embeddings, video features in
-place, causal attention over the sequence, logits. `pack`, `packed_mask`, the prefilled cache and the left padding must
-change nothing.
+What transformers computes here is its full forward pass with our position ids: token embeddings,
+video features in place, causal attention over the sequence, logits. `pack`, `packed_mask`, the
+prefilled cache and the left padding must change nothing.
 """
 
 import statistics
@@ -11,10 +11,10 @@ import time
 import numpy as np
 import pytest
 import torch
+from conftest import questions_of, random_completions
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 import toy
-from conftest import TOY_CLIP, questions_of, random_completions
 from data import TEMPLATES, Prompter, Record
 from policy import Group, ModelError, Policy, pack, packed_mask, sample
 
@@ -57,7 +57,15 @@ def as_qwen2_vl(policy) -> Policy:
     ours = policy.model.config
     text = dict(ours.text_config.to_dict(), model_type="qwen2_vl_text")
     vision = dict(depth=1, embed_dim=64, hidden_size=96, num_heads=4, mlp_ratio=2)
-    ids = {k: getattr(ours, k) for k in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")}
+    ids = {
+        k: getattr(ours, k)
+        for k in (
+            "image_token_id",
+            "video_token_id",
+            "vision_start_token_id",
+            "vision_end_token_id",
+        )
+    }
     config = Qwen2VLConfig(text_config=text, vision_config=vision, **ids)
     torch.manual_seed(1)
     model = Qwen2VLForConditionalGeneration(config).eval()
@@ -71,7 +79,7 @@ def test_packed_scoring_equals_separate_sequences(kind, policy, records):
     if kind == "qwen2_vl":
         policy = as_qwen2_vl(policy)
         assert policy.geometry.tokens_per_second is None
-    prompter = Prompter(policy.tokenizer, policy.chat_template, policy.geometry, **TOY_CLIP)
+    prompter = Prompter(policy.tokenizer, policy.chat_template, policy.geometry, **toy.CLIP)
     questions = questions_of(prompter, records)
     groups = groups_of(policy, questions)
 
@@ -153,7 +161,9 @@ def test_greedy_rollout_equals_taking_the_best_token_of_a_full_forward(policy, q
 def test_rollout_does_not_depend_on_what_else_is_in_the_batch(policy, questions):
     def completions(chosen):
         picked = [questions[b] for b in chosen]
-        groups = policy.rollout(picked, policy.encode_videos(picked), 4, 10, 1.0, [(5, b) for b in chosen])
+        groups = policy.rollout(
+            picked, policy.encode_videos(picked), 4, 10, 1.0, [(5, b) for b in chosen]
+        )
         return [[c.tolist() for c in g.completions] for g in groups]
 
     together = completions([0, 1, 2])
@@ -163,7 +173,9 @@ def test_rollout_does_not_depend_on_what_else_is_in_the_batch(policy, questions)
 
 
 def test_completions_end_with_their_first_end_token(policy, questions):
-    policy.eos_ids = (~policy.banned_V).nonzero()[::7, 0]  # so many that rows end at different places
+    policy.eos_ids = (~policy.banned_V).nonzero()[
+        ::7, 0
+    ]  # so many that rows end at different places
     features = policy.encode_videos(questions)
     groups = policy.rollout(questions, features, 4, 12, 1.0, [(0, b) for b in range(3)])
     ends = set(policy.eos_ids.tolist())
@@ -177,7 +189,13 @@ def test_completions_end_with_their_first_end_token(policy, questions):
 
 
 def test_vision_ids_and_words_beyond_the_tokenizer_are_never_sampled(policy):
-    names = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+    names = (
+        "<|vision_start|>",
+        "<|vision_end|>",
+        "<|vision_pad|>",
+        "<|image_pad|>",
+        "<|video_pad|>",
+    )
     banned = [policy.tokenizer.convert_tokens_to_ids(name) for name in names]
     assert policy.banned_V[banned].all() and policy.banned_V.sum() == 5
     V = len(policy.banned_V)
@@ -195,7 +213,9 @@ def test_sampling_follows_the_whole_softmax(temperature):
     logits = torch.randn(1, 60, generator=torch.Generator().manual_seed(0)) * 2
     draws = 100_000
     uniform = torch.from_numpy(np.random.default_rng(0).random(draws))
-    tokens, logps = sample(logits.expand(draws, -1), temperature, uniform, torch.zeros(60, dtype=torch.bool))
+    tokens, logps = sample(
+        logits.expand(draws, -1), temperature, uniform, torch.zeros(60, dtype=torch.bool)
+    )
     expected = (logits[0].double() / temperature).softmax(0)
     counts = torch.bincount(tokens, minlength=60).double()
     chi_square = ((counts - draws * expected) ** 2 / (draws * expected)).sum()
@@ -226,11 +246,15 @@ def test_saved_checkpoint_is_an_ordinary_one(world, policy, tmp_path):
     (tmp_path / "base" / "preprocessor_config.json").write_text('{"patch_size": 14}')
     policy.save(tmp_path / "saved", processor_from=str(tmp_path / "base"))
     model, tokenizer = (
-        cls.from_pretrained(tmp_path / "saved") for cls in (AutoModelForImageTextToText, AutoTokenizer)
+        cls.from_pretrained(tmp_path / "saved")
+        for cls in (AutoModelForImageTextToText, AutoTokenizer)
     )
     for name, parameter in policy.model.state_dict().items():
         assert torch.equal(model.state_dict()[name], parameter), name
-    assert tokenizer("<|im_start|>A. red")["input_ids"] == policy.tokenizer("<|im_start|>A. red")["input_ids"]
+    assert (
+        tokenizer("<|im_start|>A. red")["input_ids"]
+        == policy.tokenizer("<|im_start|>A. red")["input_ids"]
+    )
     assert model.generation_config.eos_token_id == policy.model.generation_config.eos_token_id
     assert (tmp_path / "saved" / "preprocessor_config.json").exists()
 
@@ -261,7 +285,8 @@ def test_a_checkpoint_without_weights_is_refused(world, tmp_path):
         Policy.load(tmp_path / "bare")
 
 
-# ------------------------------------------------------------------------------------------ how fast
+# ------------------------------------------------------------------------------------------ how
+# fast
 
 
 @pytest.fixture(scope="module")
@@ -300,7 +325,8 @@ def alternate(ours, theirs, repeats=2):
 def eight_copies(policy, question, G=8):
     """The video tensors as the official trainer makes them: G times over."""
     return dict(
-        pixel_values_videos=question.patches.repeat(G, 1), video_grid_thw=torch.tensor([question.grid] * G)
+        pixel_values_videos=question.patches.repeat(G, 1),
+        video_grid_thw=torch.tensor([question.grid] * G),
     )
 
 
@@ -330,7 +356,9 @@ def test_packed_scoring_is_at_least_twice_as_fast(big, capsys):
 
     fast, slow = alternate(ours, theirs)
     with capsys.disabled():
-        print(f"\nscore + backward: packed {fast:.2f} s, eight copies {slow:.2f} s: {slow / fast:.1f}x")
+        print(
+            f"\nscore + backward: packed {fast:.2f} s, eight copies {slow:.2f} s: {slow / fast:.1f}x"
+        )
     assert relative(ours.gradient, theirs.gradient) < 1e-4
     assert slow > 2 * fast
 

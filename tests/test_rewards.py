@@ -10,7 +10,22 @@ from hypothesis import strategies as st
 
 from rewards import accuracy_reward, answer_set, format_reward, origin_accuracy_reward
 
-PIECES = ["<think>", "</think>", "<answer>", "</answer>", " ", "!", "\n", "A", "A,C", "B, ", "x", "\u2003", "<", "\x1c"]
+PIECES = [
+    "<think>",
+    "</think>",
+    "<answer>",
+    "</answer>",
+    " ",
+    "!",
+    "\n",
+    "A",
+    "A,C",
+    "B, ",
+    "x",
+    "\u2003",
+    "<",
+    "\x1c",
+]
 COMPLETIONS = st.lists(st.sampled_from(PIECES), max_size=12).map("".join)
 
 
@@ -24,7 +39,10 @@ COMPLETIONS = st.lists(st.sampled_from(PIECES), max_size=12).map("".join)
 )  # fmt: skip
 def test_soft_and_binary_accuracy(answer, truth, soft):
     """A subset of the truth earns its share, anything wrong among the answers earns nothing."""
-    completion, solution = f"<think>..</think><answer>{answer}</answer>", f"<answer>{truth}</answer>"
+    completion, solution = (
+        f"<think>..</think><answer>{answer}</answer>",
+        f"<answer>{truth}</answer>",
+    )
     assert accuracy_reward(completion, solution) == pytest.approx(soft)
     assert origin_accuracy_reward(completion, solution) == (1.0 if soft == 1 else 0.0)
 
@@ -93,7 +111,9 @@ def test_published_completions_earn_their_logged_format_reward(sample):
     assert all(format_reward(row["completion"]) == row["format_reward"] for row in rows)
 
 
-@pytest.mark.parametrize("piece", ["<think>", "<answer>", "</answer>", "! ", "<think></think>", ",", " "])
+@pytest.mark.parametrize(
+    "piece", ["<think>", "<answer>", "</answer>", "! ", "<think></think>", ",", " "]
+)
 def test_a_megabyte_takes_no_time(piece):
     text = piece * (2**20 // len(piece))
     start = time.perf_counter()

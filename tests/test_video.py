@@ -11,9 +11,10 @@ import toy
 import video
 from video import Geometry, VideoError, frame_indices, mrope_positions, read_clip, resized_shape
 
-# Position ids of Qwen2.5-VL as transformers 4.50.0 computes them, the version of the official recipe, for
-# text, <vision_start>, t x h x w video tokens, <vision_end>, text: (grid in patches, seconds per temporal
-# patch, text before, text after) -> first position of each temporal patch, and position of <vision_end>.
+# Position ids of Qwen2.5-VL as transformers 4.50.0 computes them, the version of the official
+# recipe, for text, <vision_start>, t x h x w video tokens, <vision_end>, text: (grid in patches,
+# seconds per temporal patch, text before, text after) -> first position of each temporal patch, and
+# position of <vision_end>.
 TRANSFORMERS_4_50 = [
     ((5, 4, 6), 1.0, 3, 4, [4, 6, 8, 10, 12], 13),
     ((5, 4, 6), 0.5, 3, 4, [4, 5, 6, 7, 8], 9),
@@ -50,7 +51,9 @@ def test_positions_equal_every_number_of_the_4_50_file(sample):
 
 
 def test_qwen2_vl_counts_temporal_patches_and_ignores_seconds():
-    positions = mrope_positions(prompt_ids((3, 4, 4), 2, 1), VIDEO_ID, (3, 4, 4), 7.5, Geometry(tokens_per_second=None))
+    positions = mrope_positions(
+        prompt_ids((3, 4, 4), 2, 1), VIDEO_ID, (3, 4, 4), 7.5, Geometry(tokens_per_second=None)
+    )
     assert positions[0].tolist() == [0, 1, 2] + [3] * 4 + [4] * 4 + [5] * 4 + [6, 7]
 
 
@@ -98,7 +101,9 @@ def test_real_clevrer_clip_gives_10_frames_and_935_tokens(sample):
 def test_decord_and_pyav_return_the_same_frames(world, sample):
     pytest.importorskip("decord")
     for path in (world / "clips/train_000.mp4", sample("mmvu_mechanics_8.mp4")):
-        ours, theirs = (decode(str(path), 2.0, 16) for decode in (video._decode_av, video._decode_decord))
+        ours, theirs = (
+            decode(str(path), 2.0, 16) for decode in (video._decode_av, video._decode_decord)
+        )
         assert ours[1:] == theirs[1:]
         assert (ours[0].float() - theirs[0].float()).abs().mean() < 1.0
 
@@ -127,7 +132,9 @@ def test_patches_equal_transformers_image_processor():
 
     rng = np.random.default_rng(0)
     picture = rng.integers(0, 256, (308, 476, 3), dtype=np.uint8)
-    theirs = Qwen2VLImageProcessorPil()(picture, return_tensors="pt", min_pixels=4 * 784, max_pixels=16384 * 784)
+    theirs = Qwen2VLImageProcessorPil()(
+        picture, return_tensors="pt", min_pixels=4 * 784, max_pixels=16384 * 784
+    )
     still = torch.from_numpy(picture).permute(2, 0, 1).expand(2, -1, -1, -1)
     patches, grid = video.patchify(still, Geometry())
     assert [list(grid)] == theirs["image_grid_thw"].tolist()
@@ -140,8 +147,14 @@ def test_resize_is_bicubic_with_antialiasing():
 
     # not over the whole range, because Pillow also clips between its passes
     picture = np.random.default_rng(0).integers(90, 166, (100, 140, 3), dtype=np.uint8)
-    pillow = np.asarray(Image.fromarray(picture).resize((84, 56), Image.Resampling.BICUBIC)).astype(np.float32)
-    ours = video.resize(torch.from_numpy(picture).permute(2, 0, 1)[None], 56, 84)[0].permute(1, 2, 0).numpy()
+    pillow = np.asarray(Image.fromarray(picture).resize((84, 56), Image.Resampling.BICUBIC)).astype(
+        np.float32
+    )
+    ours = (
+        video.resize(torch.from_numpy(picture).permute(2, 0, 1)[None], 56, 84)[0]
+        .permute(1, 2, 0)
+        .numpy()
+    )
     assert np.abs(ours - pillow).max() <= 1.0
 
 
@@ -158,7 +171,9 @@ BROKEN = {
     "missing": lambda path, world: None,
     "empty": lambda path, world: path.write_bytes(b""),
     "directory": lambda path, world: path.mkdir(),
-    "text": lambda path, world: path.write_text("not a video at all, but long enough to be one" * 100),
+    "text": lambda path, world: path.write_text(
+        "not a video at all, but long enough to be one" * 100
+    ),
     "truncated": make_truncated,
     "one_frame": make_one_frame,
     "fifo": lambda path, world: os.mkfifo(path),

@@ -1,0 +1,347 @@
+"""The training loop as a user runs it: whole commands on the toy world, and what they leave on disk."""
+
+import json
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from conftest import PROJECT, run_twgrpo, twgrpo_command
+from safetensors.torch import load_file
+
+import toy
+from data import load_records
+from policy import Policy
+from twgrpo import Config, ConfigError, group_advantages, make_optimizer, parse_config
+
+TIMINGS = ("time/", "tokens_per_second", "peak_memory_gb")
+
+
+def metrics(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(TIMINGS)} for row in rows]
+
+
+def weights(run, step):
+    return load_file(run / f"checkpoint-{step}" / "model.safetensors")
+
+
+def finished(result):
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+# ------------------------------------------------------------------------------------ the equations
+
+
+def test_advantages_by_hand():
+    """Rewards 2, 1, 1, 0: mean 1, std (ddof 1) sqrt(2/3). All equal: no advantage."""
+    rewards = torch.tensor([[2.0, 1.0, 1.0, 0.0], [1.5, 1.5, 1.5, 1.5]])
+    scale = 1 / ((2 / 3) ** 0.5 + 1e-4)
+    expected = torch.tensor([[scale, 0, 0, -scale], [0, 0, 0, 0]])
+    assert torch.allclose(group_advantages(rewards), expected)
+
+
+def test_learning_rate_warms_up_and_decays_to_nothing(policy):
+    cfg = Config(learning_rate=1.0, warmup_steps=3, max_steps=8)
+    optimizer, schedule = make_optimizer(cfg, policy)
+    rates = []
+    for _ in range(8):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx(
+        [0.25, 0.5 * 7 / 8, 0.75 * 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]
+    )
+    assert schedule.get_last_lr()[0] == 0
+
+
+# --------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def short_run(world, tmp_path_factory):
+    """Five steps with two checkpoints, and an evaluation before and after."""
+    out = tmp_path_factory.mktemp("runs") / "short"
+    flags = "--max_steps 5 --save_steps 3 --learning_rate 1e-3".split()
+    finished(run_twgrpo(world, out, *flags, "--eval_jsonl_path", str(world / "test.jsonl")))
+    return out
+
+
+def test_a_run_leaves_a_readable_directory(short_run):
+    names = {path.name for path in short_run.iterdir()}
+    files = "config.json metrics.jsonl completions.jsonl curves.png eval.json"
+    assert names == {"checkpoint-3", "checkpoint-5", *files.split()}
+    assert (short_run / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert json.loads((short_run / "config.json").read_text())["learning_rate"] == 1e-3
+    measures = json.loads((short_run / "eval.json").read_text())
+    assert set(measures["after"]) == {"sampled", "greedy", "wrong video"}
+
+
+def test_metrics_hold_every_name_and_a_line_a_step(short_run):
+    lines = (short_run / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    names = (
+        "loss reward reward_std rewards/accuracy rewards/format frac_reward_zero_std "
+        "completion_length truncated_frac kl clip_ratio divergence_mean weight_mean "
+        "weight_mean_all_alive grad_norm learning_rate time/data time/rollout time/score "
+        "time/update tokens_per_second peak_memory_gb skipped sampling_logp_difference"
+    )
+    assert all(set(row) == {"step", *names.split()} for row in rows)
+    assert all(row["sampling_logp_difference"] < 1e-5 for row in rows)
+    assert all(1 <= row["weight_mean"] <= 1.7 for row in rows)
+    assert rows[0]["learning_rate"] == 1e-3 and rows[-1]["learning_rate"] == pytest.approx(2e-4)
+
+
+def test_completions_hold_a_group_with_its_weights(short_run, policy):
+    lines = (short_run / "completions.jsonl").read_text().splitlines()
+    assert len(lines) == 5
+    for line in lines:
+        row = json.loads(line)
+        lengths = [len(c["token_ids"]) for c in row["completions"]]
+        assert len(lengths) == 4 and len(row["weights"]) == len(row["divergence"]) == max(lengths)
+        assert row["weights"][0] == 1.0  # at t = 0 all rows are the shared prompt row
+        for c in row["completions"]:
+            assert len(c["logps"]) == len(c["token_ids"]) and max(c["logps"]) <= 0
+            assert c["text"] == policy.decode(torch.tensor(c["token_ids"]))
+            assert set(c["rewards"]) == {"accuracy", "format"}
+
+
+def test_checkpoint_loads_in_plain_transformers_and_trains_on(short_run, world, tmp_path):
+    from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+    AutoTokenizer.from_pretrained(short_run / "checkpoint-5")
+    AutoModelForImageTextToText.from_pretrained(short_run / "checkpoint-5")
+    saved, start = weights(short_run, 5), load_file(world / "model" / "model.safetensors")
+    moved = {name for name in saved if not torch.equal(saved[name], start[name])}
+    assert moved and not any("visual" in name for name in moved)  # the frozen tower is bit for bit
+    assert any("lm_head" in name for name in moved) and any(
+        "embed_tokens" in name for name in moved
+    )
+    checkpoint = ["--model_name_or_path", str(short_run / "checkpoint-5")]
+    finished(run_twgrpo(world, tmp_path / "on", *checkpoint, "--max_steps", "1"))
+
+
+def test_the_same_command_gives_the_same_bits(short_run, world, tmp_path):
+    flags = "--max_steps 5 --save_steps 3 --learning_rate 1e-3".split()
+    finished(run_twgrpo(world, tmp_path / "again", *flags))
+    assert metrics(tmp_path / "again") == metrics(short_run)
+    first, second = weights(short_run, 5), weights(tmp_path / "again", 5)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    finished(run_twgrpo(world, tmp_path / "other", *flags, "--seed", "7"))
+    assert metrics(tmp_path / "other") != metrics(short_run)
+
+
+def test_logging_steps_average_and_the_last_line_is_never_lost(short_run, world, tmp_path):
+    flags = "--max_steps 5 --logging_steps 2 --learning_rate 1e-3".split()
+    finished(run_twgrpo(world, tmp_path / "r", *flags))
+    every, rows = metrics(short_run), metrics(tmp_path / "r")
+    assert [row["step"] for row in rows] == [2, 4, 5]
+    assert rows[0]["loss"] == pytest.approx((every[0]["loss"] + every[1]["loss"]) / 2)
+    assert rows[2]["reward"] == every[4]["reward"]
+
+
+def test_clipping_acts_with_several_iterations(world, tmp_path):
+    flags = "--num_iterations 3 --learning_rate 5e-2 --max_grad_norm 100 --max_steps 2".split()
+    finished(run_twgrpo(world, tmp_path / "r", *flags, "--per_device_train_batch_size", "4"))
+    assert max(row["clip_ratio"] for row in metrics(tmp_path / "r")) > 0
+
+
+def test_kl_to_the_reference_starts_at_nothing_and_grows(world, tmp_path):
+    flags = "--beta 0.1 --learning_rate 1e-2 --max_steps 3 --freeze_vision_modules false".split()
+    finished(run_twgrpo(world, tmp_path / "r", *flags))
+    first, *later = (row["kl"] for row in metrics(tmp_path / "r"))
+    assert abs(first) < 1e-9 and all(kl > 1e-5 for kl in later)
+    start = load_file(world / "model" / "model.safetensors")
+    trained = weights(tmp_path / "r", 3)
+    assert any(not torch.equal(trained[n], start[n]) for n in start if "visual" in n)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--loss_type grpo --reward_funcs origin_accuracy format",
+        "--divergence textbook --ended_rows exclude --question_type single",
+        "--report_to none --train_samples 5 --temperature 0.7 --fps 1",
+    ],
+)
+def test_other_settings_run(flags, world, tmp_path):
+    finished(run_twgrpo(world, tmp_path / "r", *flags.split(), "--max_steps", "1"))
+    assert len(metrics(tmp_path / "r")) == 1
+
+
+def test_real_clevrer_clip_trains_end_to_end(world, sample, tmp_path):
+    """The tiny model on a real clip at the recipe's own frames and pixels: 10 frames, 935 video tokens."""
+    clip = sample("clevrer_video_12176.mp4")
+    problem = (
+        "Without the cylinder, which will not happen?\nA. The spheres collide\nB. Nothing moves"
+    )
+    row = dict(problem=problem, solution="<answer>A</answer>", video=clip.name)
+    (tmp_path / "clevrer.json").write_text(json.dumps([row]))
+    paths = ["--jsonl_path", str(tmp_path / "clevrer.json"), "--video_root", str(clip.parent)]
+    recipe = "--max_frames 16 --min_pixels 100352 --max_pixels 153664 --max_steps 3".split()
+    alone = ["--per_device_train_batch_size", "1"]
+    finished(run_twgrpo(world, tmp_path / "r", *paths, *recipe, *alone))
+    rows = metrics(tmp_path / "r")
+    assert len(rows) == 3 and all(row["skipped"] == 0 for row in rows)
+    assert all(row["sampling_logp_difference"] < 1e-5 for row in rows)
+
+
+def test_progress_shows_reward_length_and_seconds(world, tmp_path):
+    result = finished(run_twgrpo(world, tmp_path / "r"))
+    for words in ("reward ", " std ", " length ", "rollout 0.", "score 0."):
+        assert words in result.stderr
+
+
+# ---------------------------------------------------------------------------------------- bad input
+
+
+def test_bad_clips_are_skipped_counted_and_never_replaced(short_run, world, tmp_path):
+    """A missing and a truncated clip: the rest of every step is sampled exactly as before."""
+    rows = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()]
+    good = (world / rows[0]["video"]).read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(good[: len(good) // 2])
+    rows[0]["video"], rows[1]["video"] = str(tmp_path / "cut.mp4"), "clips/missing.mp4"
+    (tmp_path / "bad.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = "--max_steps 12 --seed 3 --learning_rate 1e-12".split()
+    result = finished(
+        run_twgrpo(world, tmp_path / "bad", "--jsonl_path", str(tmp_path / "bad.jsonl"), *flags)
+    )
+    finished(run_twgrpo(world, tmp_path / "good", *flags))
+
+    assert metrics(tmp_path / "bad")[-1]["skipped"] == 2  # 12 steps of 2 are one pass over 24
+    assert result.stderr.count("skipped question") == 2
+    assert "cut.mp4: cannot be decoded" in result.stderr
+    assert "missing.mp4: no such video file" in result.stderr
+    samples = {}
+    for name in ("bad", "good"):
+        lines = (tmp_path / name / "completions.jsonl").read_text().splitlines()
+        samples[name] = {r["id"]: r["completions"] for r in map(json.loads, lines)}
+    shared = set(samples["bad"]) & set(samples["good"])
+    assert len(shared) >= 9 and not {"train-0", "train-1"} & set(samples["bad"])
+    for key in shared:  # advantages and texts alike; the learning rate moves nothing
+        assert [c["text"] for c in samples["bad"][key]] == [c["text"] for c in samples["good"][key]]
+
+
+def test_no_readable_clip_at_all_ends_the_run(world, tmp_path):
+    row = dict(problem="?", solution="A", video="nothing.mp4")
+    (tmp_path / "q.json").write_text(json.dumps([row]))
+    result = run_twgrpo(world, tmp_path / "r", "--jsonl_path", str(tmp_path / "q.json"))
+    assert result.returncode == 1 and "none of the first 2 clips can be read" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "flags, reason",
+    [
+        ("--alpha 0.5", "--alpha is the upper bound"),
+        ("--num_generations 1", "--num_generations must be at least 2"),
+        ("--temperature 0", "--temperature must be above 0"),
+        ("--reward_funcs accuracy bogus", "not 'bogus'"),
+        ("--max_steps 0", "--max_steps must be at least 1"),
+        ("--epsilon 1.5", "--epsilon must be in [0, 1)"),
+        ("--min_pixels 9000000", "--min_pixels must be in 1..max_pixels"),
+        ("--model_name_or_path x", "go together"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_by_flag(flags, reason):
+    with pytest.raises(ConfigError) as error:
+        parse_config(flags.split())
+    assert reason in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "flags, reason",
+    [
+        (["--jsonl_path", "nowhere.json"], "error: nowhere.json: no such file"),
+        (["--model_name_or_path", "./nowhere"], "error: ./nowhere: no such model directory"),
+        (["--alpha", "0.9"], "error: --alpha is the upper bound"),
+        (["--question_type", "several"], "invalid choice: 'several'"),
+        (["--no_such_flag", "1"], "--no_such_flag"),
+        (["--output_dir", "/proc/nowhere"], "error: --output_dir /proc/nowhere cannot be made"),
+    ],
+)
+def test_errors_are_one_sentence_without_a_traceback(flags, reason, world, tmp_path):
+    result = run_twgrpo(world, tmp_path / "r", *flags)
+    assert result.returncode != 0 and reason in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_directory_that_holds_a_run_is_left_alone(short_run, world):
+    before = {path: path.stat().st_mtime_ns for path in short_run.rglob("*")}
+    result = run_twgrpo(world, short_run)
+    assert result.returncode == 1 and "already holds a run" in result.stderr
+    assert {path: path.stat().st_mtime_ns for path in short_run.rglob("*")} == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_leaves_a_readable_directory(number, world, tmp_path):
+    out = tmp_path / "r"
+    command = twgrpo_command(world, out, "--max_steps", "100000")
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 90
+    while not ((out / "metrics.jsonl").exists() and len(metrics(out)) >= 2):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0 and number.name in stderr
+    done = metrics(out)[-1]["step"]
+    Policy.load(out / f"checkpoint-{done}")
+    assert (out / "curves.png").exists() and not list(out.glob(".checkpoint*"))
+
+
+# -------------------------------------------------------------------------------------- the toy
+
+
+def test_toy_defaults_are_flags_and_given_flags_win():
+    cfg = parse_config([])
+    assert all(getattr(cfg, name) == value for name, value in toy.DEFAULTS.items())
+    assert parse_config(["--max_steps", "7"]).max_steps == 7
+    assert parse_config("--model_name_or_path m --jsonl_path q".split()).learning_rate == 1e-6
+
+
+def test_toy_questions_have_one_to_four_answers_of_what_is_shown(tmp_path):
+    train, test = toy.write_clips(tmp_path, seed=1, train=60, test=4)
+    sizes = [r.solution.count(",") + 1 for r in load_records(train, tmp_path)]
+    assert set(sizes) >= {1, 2, 3} and max(sizes) <= 4
+    assert len(load_records(test, tmp_path)) == 4
+
+
+def test_the_recipe_in_train_sh_is_made_of_real_flags():
+    script = (PROJECT / "train.sh").read_text()
+    command = script[script.index("python twgrpo.py") :].replace("\\\n", " ")
+    flags = [word.strip('"') for word in command.split()[2:-1]]
+    cfg = parse_config(flags)
+    assert (cfg.alpha, cfg.num_generations, cfg.learning_rate) == (1.7, 8, 1e-6)
+    assert (cfg.max_grad_norm, cfg.beta, cfg.freeze_vision_modules) == (20.0, 0.0, True)
+
+
+def test_it_learns(tmp_path, capsys):
+    """A warm start and a short run of the loop: the reward on the training questions rises well
+    above its start.
+
+    The whole default run is the README's first command; this is the same path in half the
+    time.
+    """
+    import twgrpo
+    from data import Prompter
+    from runlog import RunLog
+
+    train_path, _ = toy.write_clips(tmp_path, seed=0, train=192, test=1)
+    records = load_records(train_path, tmp_path)
+    tokenizer = toy.toy_tokenizer(records, seed=0)
+    policy = Policy(toy.build_model(tokenizer), tokenizer, toy.CHAT_TEMPLATE)
+    prompter = Prompter(tokenizer, toy.CHAT_TEMPLATE, policy.geometry, **toy.CLIP)
+    toy.warm_start(policy, [prompter(r) for r in records], seed=0, steps=800)
+    policy.save(tmp_path / "model")
+    cfg = parse_config(["--max_steps", "60", "--seed", "0"])
+    cfg.model_name_or_path = str(tmp_path / "model")
+    (tmp_path / "run").mkdir()
+    twgrpo.train(cfg, policy, records, prompter, RunLog(cfg, tmp_path / "run"))
+    accuracy = [row["rewards/accuracy"] for row in metrics(tmp_path / "run")]
+    before, after = sum(accuracy[:5]) / 5, sum(accuracy[-10:]) / 10
+    with capsys.disabled():
+        print(f"\ntoy, 60 steps: accuracy reward {before:.2f} -> {after:.2f}")
+    assert after > before + 0.15
