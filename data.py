@@ -239,7 +239,7 @@ class Prompter:
 
 
 def load_chat_template(model_name_or_path: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The template that places videos: the processor's if the checkpoint has one, or the tokenizer's."""
+    """The processor's chat template if the checkpoint has one, else the tokenizer's."""
     for name in ("chat_template.jinja", "chat_template.json"):
         file = cached_file(model_name_or_path, name, _raise_exceptions_for_missing_entries=False,
                            _raise_exceptions_for_connection_errors=False)  # fmt: skip

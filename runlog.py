@@ -79,7 +79,7 @@ class RunLog:
         advantages_BG: Tensor,
         outputs: list[HeadOutput],
     ) -> None:
-        """What the completions of a step measured at their first scoring; keeps a group as sample."""
+        """What a step's completions measured at their first scoring; keeps one group as sample."""
         names, reward_BG = self.cfg.reward_funcs, rewards_BGK.sum(-1)
         std_B = reward_BG.std(1)
         lengths_BG = torch.stack([g.lengths_G for g in groups]).float()

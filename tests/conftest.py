@@ -1,4 +1,4 @@
-"""What several test files share: a small toy world on disk, a tiny model, and the real sample files if present."""
+"""What several test files share: a small toy world, a tiny model, real samples if present."""
 
 import dataclasses
 import os
@@ -20,7 +20,7 @@ TOY_FLAGS = "--max_frames 4 --min_pixels 3136 --max_pixels 3136 --max_completion
 
 @pytest.fixture
 def sample():
-    """sample("name") is the path of a real file that the project does not ship; skips where there is none."""
+    """sample("name"): the path of a real file that the project does not ship, or a skip."""
 
     def find(name: str) -> Path:
         path = SAMPLES / name

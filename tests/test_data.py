@@ -130,8 +130,9 @@ def test_the_rendered_prompt_to_the_letter(prompter, records):
     assert prompter.render(record) == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>Why?\nA. x\nB. y"
-        "  Output the thinking process in <think> </think> and final answer (letters separated by , "
-        "if multiple) in <answer> </answer> tags.<|im_end|>\n<|im_start|>assistant\n"
+        "  Output the thinking process in <think> </think> and final answer "
+        "(letters separated by , if multiple) in <answer> </answer> tags."
+        "<|im_end|>\n<|im_start|>assistant\n"
     )
 
 

@@ -29,7 +29,7 @@ def groups_of(policy, questions, lengths=LENGTHS):
 
 
 def separate_logits(policy, group) -> list[torch.Tensor]:
-    """Transformers' logits for each completion's tokens, each from a sequence of its own: G x (len_i, V)."""
+    """Transformers' logits for each completion, from a sequence of its own: G x (len_i, V)."""
     question, rows = group.question, []
     P = len(question.ids_P)
     for completion in group.completions:
@@ -75,7 +75,7 @@ def as_qwen2_vl(policy) -> Policy:
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen2_vl"])
 def test_packed_scoring_equals_separate_sequences(kind, policy, records):
-    """Logits within 1e-5 and gradients within 1e-4: three questions of different length in one batch."""
+    """Logits within 1e-5, gradients within 1e-4: three questions of different length at once."""
     if kind == "qwen2_vl":
         policy = as_qwen2_vl(policy)
         assert policy.geometry.tokens_per_second is None
@@ -100,7 +100,7 @@ def test_packed_scoring_equals_separate_sequences(kind, policy, records):
 
 
 def test_pack_by_hand(questions):
-    """Two completions, of 3 tokens and of 1: the row holds the prompt and the first two tokens of the first."""
+    """Completions of 3 tokens and of 1: the row is the prompt and two tokens of the first."""
     question = questions[0]
     P, after = len(question.ids_P), int(question.positions_3P.max()) + 1
     group = Group(question, [torch.tensor([7, 8, 9]), torch.tensor([6])], [True] * 2, [""] * 2)
@@ -124,7 +124,7 @@ def test_packed_mask_by_hand():
 
 
 def test_rollout_logps_equal_a_full_forward(policy, questions):
-    """Log-probs recorded while decoding, over every step, against transformers' logits of the whole sequence."""
+    """What decoding recorded at every step, against transformers' logits of the sequence."""
     features = policy.encode_videos(questions)
     groups = policy.rollout(questions, features, 3, 12, 1.0, [(0, b) for b in range(3)])
     assert {len(g.completions) for g in groups} == {3}
@@ -209,7 +209,7 @@ def test_vision_ids_and_words_beyond_the_tokenizer_are_never_sampled(policy):
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_sampling_follows_the_whole_softmax(temperature):
-    """100,000 draws against the probabilities: no hidden top-k, and the temperature is applied once."""
+    """100,000 draws against the probabilities: no hidden top-k, the temperature applied once."""
     logits = torch.randn(1, 60, generator=torch.Generator().manual_seed(0)) * 2
     draws = 100_000
     uniform = torch.from_numpy(np.random.default_rng(0).random(draws))
@@ -356,15 +356,13 @@ def test_packed_scoring_is_at_least_twice_as_fast(big, capsys):
 
     fast, slow = alternate(ours, theirs)
     with capsys.disabled():
-        print(
-            f"\nscore + backward: packed {fast:.2f} s, eight copies {slow:.2f} s: {slow / fast:.1f}x"
-        )
+        print(f"\nscoring: packed {fast:.2f} s, eight copies {slow:.2f} s: {slow / fast:.1f}x")
     assert relative(ours.gradient, theirs.gradient) < 1e-4
     assert slow > 2 * fast
 
 
 def test_rollout_is_at_least_twice_as_fast_as_generate(big, capsys):
-    """64 tokens x 8 from one prefill against generate(num_return_sequences=8), which encodes the video 8 times."""
+    """8 x 64 tokens from one prefill; generate(num_return_sequences=8) encodes it all 8 times."""
     policy, question = big
     video_id = policy.model.config.video_token_id
 

@@ -1,4 +1,4 @@
-"""The rewards against the official regular expressions, restated here, and the published completions."""
+"""The rewards against the official rules, restated here, and the published completions."""
 
 import json
 import re
@@ -32,9 +32,10 @@ COMPLETIONS = st.lists(st.sampled_from(PIECES), max_size=12).map("".join)
 @pytest.mark.parametrize(
     "answer, truth, soft",
     [
-        ("A,C", "A,C", 1.0), ("C, A", "A,C", 1.0), ("A", "A,C", 0.5), ("A", "A,B,C", 1 / 3), ("A,B", "A,C", 0.0),
-        ("A,B,C", "A,C", 0.0), ("", "A", 0.0), ("B,", "B", 0.0), ("CD", "C,D", 0.0), ("c", "C", 0.0),
-        ("C D", "C,D", 0.0), ("A/B", "A,B", 0.0), ("B, C, and D", "B,C,D", 0.0), ("A,A", "A,B", 0.5), ("3", " 3 ", 1.0),
+        ("A,C", "A,C", 1.0), ("C, A", "A,C", 1.0), ("A", "A,C", 0.5), ("A", "A,B,C", 1 / 3),
+        ("A,B", "A,C", 0.0), ("A,B,C", "A,C", 0.0), ("", "A", 0.0), ("B,", "B", 0.0),
+        ("CD", "C,D", 0.0), ("c", "C", 0.0), ("C D", "C,D", 0.0), ("A/B", "A,B", 0.0),
+        ("B, C, and D", "B,C,D", 0.0), ("A,A", "A,B", 0.5), ("3", " 3 ", 1.0),
     ],
 )  # fmt: skip
 def test_soft_and_binary_accuracy(answer, truth, soft):
@@ -60,9 +61,12 @@ def test_only_the_first_answer_counts_and_an_unclosed_one_is_no_answer():
 @pytest.mark.parametrize(
     "text, reward",
     [
-        ("<think>a</think><answer>A</answer>", 1), ("so: <think>a</think>\n <answer>A</answer> !! ", 1),
-        ("<think>a</think><answer>A</answer> and", 0), ("<think>a</think> so <answer>A</answer>", 0),
-        ("<answer>A</answer>", 0), ("<think>a</think><think>b</think><answer>A</answer>", 0), ("", 0),
+        ("<think>a</think><answer>A</answer>", 1),
+        ("so: <think>a</think>\n <answer>A</answer> !! ", 1),
+        ("<think>a</think><answer>A</answer> and", 0),
+        ("<think>a</think> so <answer>A</answer>", 0),
+        ("<think>a</think><think>b</think><answer>A</answer>", 0),
+        ("<answer>A</answer>", 0), ("", 0),
         ("<think>a<answer>A</answer>", 0), ("<think></think><answer></answer>", 1),
     ],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The training loop as a user runs it: whole commands on the toy world, and what they leave on disk."""
+"""The training loop as a user runs it: whole commands on a toy world, and what they leave."""
 
 import json
 import signal
@@ -173,7 +173,7 @@ def test_other_settings_run(flags, world, tmp_path):
 
 
 def test_real_clevrer_clip_trains_end_to_end(world, sample, tmp_path):
-    """The tiny model on a real clip at the recipe's own frames and pixels: 10 frames, 935 video tokens."""
+    """A real clip at the recipe's own frames and pixels: 10 frames, 935 video tokens."""
     clip = sample("clevrer_video_12176.mp4")
     problem = (
         "Without the cylinder, which will not happen?\nA. The spheres collide\nB. Nothing moves"

@@ -58,7 +58,7 @@ def test_qwen2_vl_counts_temporal_patches_and_ignores_seconds():
 
 
 def test_intervals_below_a_second_do_not_collapse():
-    """0.6 s per temporal patch at 2 positions a second: 0, 1.2, 2.4, 3.6 are four different positions."""
+    """0.6 s per temporal patch at 2 positions a second: 0, 1.2, 2.4, 3.6 stay apart."""
     positions = mrope_positions(prompt_ids((4, 2, 2), 0, 0), VIDEO_ID, (4, 2, 2), 0.6, Geometry())
     assert positions[0, 1:5].tolist() == [1, 2, 3, 4]
 
@@ -71,10 +71,13 @@ def test_positions_refuse_video_tokens_that_do_not_fit_the_grid(ids):
 
 @pytest.mark.parametrize(
     "total, rate, count",
-    [(128, 25.0, 10), (240, 24.0, 16), (8, 4.0, 4), (3, 30.0, 2), (2, 1.0, 2), (30, 30.0, 4), (70, 30.0, 4), (5, 5.0, 4), (90000, 25.0, 16)],
+    [
+        (128, 25.0, 10), (240, 24.0, 16), (8, 4.0, 4), (3, 30.0, 2), (2, 1.0, 2),
+        (30, 30.0, 4), (70, 30.0, 4), (5, 5.0, 4), (90000, 25.0, 16),
+    ],
 )  # fmt: skip
 def test_frame_indices(total, rate, count):
-    """About 2 a second, even, 4 to 16, no more than there are; first and last included, strictly rising."""
+    """About 2 a second, even, 4 to 16, no more than there are; from the first to the last."""
     indices = frame_indices(total, rate)
     assert len(indices) == count
     assert (indices[0], indices[-1]) == (0, total - 1)
@@ -83,7 +86,10 @@ def test_frame_indices(total, rate, count):
 
 @pytest.mark.parametrize(
     "height, width, expected",
-    [(320, 480, (308, 476)), (360, 640, (280, 504)), (56, 56, (336, 336)), (1080, 1920, (280, 504)), (28, 2800, (56, 3192))],
+    [
+        (320, 480, (308, 476)), (360, 640, (280, 504)), (56, 56, (336, 336)),
+        (1080, 1920, (280, 504)), (28, 2800, (56, 3192)),
+    ],
 )  # fmt: skip
 def test_resized_shape_keeps_the_pixel_budget(height, width, expected):
     assert resized_shape(height, width) == expected
@@ -127,7 +133,7 @@ def test_toy_clips_show_their_colours(tmp_path):
 
 
 def test_patches_equal_transformers_image_processor():
-    """A still clip is one picture twice; transformers' PIL processor makes the same patches of the picture."""
+    """A still clip is one picture twice: transformers' PIL processor makes the same patches."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     rng = np.random.default_rng(0)

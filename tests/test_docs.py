@@ -1,0 +1,45 @@
+"""What README and train.sh say exists, exists."""
+
+import dataclasses
+import importlib
+import re
+
+import pytest
+from conftest import PROJECT
+
+from runlog import RunLog  # noqa: F401  metrics come from here
+from twgrpo import Config
+
+README = (PROJECT / "README.md").read_text(encoding="utf-8")
+MODULES = ("twgrpo", "policy", "rewards", "data", "video", "eval", "toy", "runlog", "viz",
+           "kernels", "kernels.reference")  # fmt: skip
+FLAGS = {field.name for field in dataclasses.fields(Config)}
+
+
+@pytest.mark.parametrize("name", ["README.md", "train.sh"])
+def test_every_flag_named_exists(name):
+    text = (PROJECT / name).read_text(encoding="utf-8")
+    named = set(re.findall(r"--([a-z][a-z_]+)", text)) - {"help"}
+    assert named and named <= FLAGS, named - FLAGS
+
+
+def test_every_linked_file_exists():
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert len(links) >= 10 and all((PROJECT / link).exists() for link in links)
+
+
+def test_every_function_named_exists():
+    """Backticked names without a dot or slash are functions, or values the tables explain."""
+    modules = [importlib.import_module(name) for name in MODULES]
+    steps = README[README.index("## The algorithm") : README.index("| file | its one concern")]
+    for name in re.findall(r"`([A-Za-z_.]+)`", steps):
+        owner, _, attribute = name.rpartition(".")
+        owners = [getattr(m, owner, None) for m in modules] if owner else modules
+        assert any(hasattr(o, attribute) for o in owners if o), name
+
+
+def test_the_metric_table_names_every_metric():
+    source = (PROJECT / "runlog.py").read_text() + (PROJECT / "twgrpo.py").read_text()
+    table = README[README.index("## Metrics") : README.index("## Where this differs")]
+    for name in re.findall(r"`([a-z_/]+)`", table):
+        assert name.split("/")[-1] in source or name in ("rewards/accuracy", "rewards/format"), name
