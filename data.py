@@ -213,21 +213,20 @@ class Prompter:
         return text
 
     def __call__(self, record: Record, clip_of: Record | None = None) -> Question:
-        """The question of `record`, about its own clip (or about the clip of another record, as a
-        control).
+        """The question of `record`, about its own clip (or about another's, as a control).
 
         Raises video.VideoError when the clip cannot be used.
         """
-        path = (clip_of or record).video
-        clip = video.read_clip(path, self.fps, self.max_frames)
-        try:
-            shape = video.resized_shape(
-                *clip.frames.shape[-2:], self.min_pixels, self.max_pixels, self.geometry.factor
-            )
-        except ValueError as error:
-            raise video.VideoError(f"{path}: {error}") from None
-        patches, grid = video.patchify(video.resize(clip.frames, *shape), self.geometry)
+        return self.question(record, video.load_clip(*self.clip_arguments(clip_of or record)))
 
+    def clip_arguments(self, record: Record) -> tuple:
+        """What video.load_clip needs to know, for a call here or in another process."""
+        pixels = (self.min_pixels, self.max_pixels)
+        return (str(record.video), self.fps, self.max_frames, *pixels, self.geometry.factor)
+
+    def question(self, record: Record, clip: video.Clip) -> Question:
+        """The question of `record` about frames that are decoded and resized already."""
+        patches, grid = video.patchify(clip.frames, self.geometry)
         prompt = self.render(record)
         ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         video_id = self.tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)

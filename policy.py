@@ -4,28 +4,33 @@ prompt once.
     Policy.encode_videos   patches -> video tokens: one pass of the vision tower for all questions
     Policy.rollout         prompts -> G sampled completions each: prefill once, decode B x G rows
     Policy.hidden_states   completions -> the rows that predict them: one packed row per question
+    Policy.shard           spread weights, gradients and optimizer over the ranks (FSDP2)
+    Policy.gathered        whole weights on every rank for a while, to decode with
 
-transformers supplies the network; everything that makes a group cheap is here. Position ids come
-from `video.py` and are passed explicitly everywhere, because the rule inside transformers has
-changed from version to version.
+transformers supplies the network; everything that makes a group cheap is here and in `rollout.py`.
+Position ids come from `video.py` and are passed explicitly everywhere, because the rule inside
+transformers has changed from version to version.
 
 Letters in shapes: B questions, G completions of each, P prompt tokens, L tokens of a packed row, N
-completion tokens of a question, R = B G rows that are decoded together, V vocabulary, D hidden
-size.
+completion tokens of a question, R = B G rows that are decoded together, V vocabulary, D hidden.
 """
 
 import contextlib
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import (
-    AttentionInterface,
     AutoConfig,
     AutoModelForImageTextToText,
     AutoTokenizer,
@@ -34,15 +39,19 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from data import Question, load_chat_template
-from video import Geometry
+import ranks
+from data import Question, Record, load_chat_template
+from rollout import Decoder, GroupCache
+from video import Geometry, mrope_positions
 
 MODEL_TYPES = ("qwen2_5_vl", "qwen2_vl")
+VISION_TOKENS = [
+    f"<|{name}|>" for name in "vision_start vision_end vision_pad image_pad video_pad".split()
+]
 PROCESSOR_FILES = (  # not needed here, but saved checkpoints carry them along for others
     "preprocessor_config.json",
     "video_preprocessor_config.json",
     "processor_config.json",
-    "chat_template.json",
 )
 
 
@@ -58,9 +67,12 @@ class Group:
     completions: list[Tensor]  # G vectors of int64 token ids, the end token included where one came
     finished: list[bool]  # G; False: cut off at the length limit
     texts: list[str]  # G, decoded without special tokens
-    sampled_logps_N: Tensor | None = (
-        None  # (N,) log-probs at the time of sampling; None for given completions
-    )
+    sampled_logps_N: Tensor | None = None  # (N,) log-probs at the time of sampling
+    features: Tensor | None = None  # (video tokens, D), kept where the vision tower is frozen
+    rewards_GK: Tensor | None = None  # of K reward functions
+    advantages_G: Tensor | None = None
+    old_logps_N: Tensor | None = None  # of the weights that sampled; None before the first update
+    ref_logps_N: Tensor | None = None  # of the reference model; None without one
 
     @property
     def lengths_G(self) -> Tensor:
@@ -119,130 +131,51 @@ def packed_mask(segments_BL: Tensor) -> Tensor:
     return (causal & ((key == 0) | (key == query)))[:, None]
 
 
-def sample(
-    logits_RV: Tensor, temperature: float, uniform_R: Tensor, banned_V: Tensor
-) -> tuple[Tensor, Tensor]:
-    """One token per row and its log-prob: ((R,) int64, (R,) float32). Temperature 0 takes the
-    likeliest.
+class Root(nn.Module):
+    """The outermost unit of a sharded model: work done inside its forward sees the embeddings and
+    the lm_head whole, gathered once."""
 
-    Each row inverts its cumulative distribution at its own uniform number in [0, 1), so the draw
-    depends on nothing but that row. No top-k and no top-p: the gradient assumes that the whole
-    softmax was sampled.
-    OFFICIAL: the checkpoint's generation_config slips in top_k = 50.
-    """
-    logits_RV = logits_RV.float() / (temperature or 1.0)
-    logps_RV = F.log_softmax(logits_RV, dim=-1)
-    # Banned words keep their (vanishing) share in the log-prob, as they do when the completion is
-    # scored.
-    allowed_RV = logits_RV.masked_fill(banned_V, -torch.inf)
-    if temperature == 0:
-        tokens_R = allowed_RV.argmax(-1)
-    else:
-        mass_RV = F.softmax(allowed_RV, dim=-1).double().cumsum(-1)
-        tokens_R = torch.searchsorted(mass_RV, (uniform_R * mass_RV[:, -1])[:, None], right=True)[
-            :, 0
-        ]
-    return tokens_R, logps_RV.gather(1, tokens_R[:, None])[:, 0]
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
 
-
-class GroupCache:
-    """Keys and values while decoding: a prompt's once per question, a completion's once per row.
-
-    A cache repeated G times would hold the prompt, by far the longer part, G times, and every step
-    would read all of it. transformers fills this one through `update`; `group_attention` reads it.
-    """
-
-    def __init__(self, layers: int, num_generations: int, length: int, real_BP: Tensor):
-        self.num_generations, self.length, self.real_BP = num_generations, length, real_BP
-        self.prompt: list[tuple[Tensor, Tensor] | None] = [None] * layers  # (B, heads, P, d)
-        self.own: list[tuple[Tensor, Tensor] | None] = [None] * layers  # (R, heads, length, d)
-        self.t = -1  # the position whose keys are being written; -1 during the prefill
-
-    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        if self.t < 0:
-            self.prompt[layer_idx] = (key, value)
-            return key, value
-        if self.own[layer_idx] is None:
-            R, heads, _, d = key.shape
-            self.own[layer_idx] = tuple(key.new_empty(R, heads, self.length, d) for _ in range(2))
-        for buffer, new in zip(self.own[layer_idx], (key, value), strict=True):
-            buffer[:, :, self.t] = new[:, :, 0]
-        return tuple(buffer[:, :, : self.t + 1] for buffer in self.own[layer_idx])
-
-
-@torch.autocast("cuda", enabled=False)
-def group_attention(module, query, key, value, attention_mask, *, scaling, group_cache, **_):
-    """Attention of one new token per row over [prompt of its question, its own completion].
-
-    query (R, H, 1, d); key and value (R, heads, t + 1, d) are the row's own; the prompt's come from
-    the cache. The G rows of a question, and the H / heads query heads that share a key head, are
-    rows of one matrix product with the prompt's keys. In float32, autocast or not. Returns
-    (R, 1, H, d), as transformers wants it.
-    """
-    (R, H, _, d), heads, dtype = query.shape, key.shape[1], query.dtype
-    prompt_key, prompt_value = group_cache.prompt[module.layer_idx]
-    B, G, shared = len(prompt_key), group_cache.num_generations, H // heads
-    query, key, value, prompt_key, prompt_value = (
-        x.float() for x in (query, key, value, prompt_key, prompt_value)
-    )
-    q_own = query.view(R, heads, shared, d) * scaling
-    q_prompt = q_own.view(B, G, heads, shared, d).transpose(1, 2).reshape(B, heads, G * shared, d)
-
-    to_prompt = q_prompt @ prompt_key.mT  # (B, heads, G * shared, P)
-    to_prompt = to_prompt.masked_fill(~group_cache.real_BP[:, None, None], -torch.inf)
-    P = to_prompt.shape[-1]
-    to_prompt = to_prompt.view(B, heads, G, shared, P).transpose(1, 2).reshape(R, heads, shared, P)
-    to_own = q_own @ key.mT  # (R, heads, shared, t + 1)
-    p_prompt, p_own = torch.cat([to_prompt, to_own], -1).softmax(-1).split([P, key.shape[2]], -1)
-
-    p_prompt = p_prompt.view(B, G, heads, shared, P).transpose(1, 2).reshape(B, heads, -1, P)
-    from_prompt = (p_prompt @ prompt_value).view(B, heads, G, shared, d).transpose(1, 2)
-    out = from_prompt.reshape(R, heads, shared, d) + p_own @ value
-    return out.reshape(R, 1, H, d).to(dtype), None
-
-
-AttentionInterface.register("group", group_attention)
+    def forward(self, work: Callable, *args):
+        return work(*args)
 
 
 class Policy:
-    """A Qwen-VL model with its tokenizer, and the three passes a GRPO step makes through it."""
+    """A Qwen-VL model with its tokenizer, and the passes a GRPO step makes through it."""
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat_template: str
     ):
         self.model, self.tokenizer, self.chat_template = model, tokenizer, chat_template
         self.text, self.vision = model.model.language_model, model.model.visual
-        config = model.config
-        vision = config.vision_config
+        self.root: Root | None = None  # when sharded
+        self.gradient_checkpointing = False
+        self.save_dtype = torch.float32
+        config, vision = model.config, model.config.vision_config
         self.geometry = Geometry(
-            vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size,
+            vision.patch_size,
+            vision.temporal_patch_size,
+            vision.spatial_merge_size,
             vision.tokens_per_second if config.model_type == "qwen2_5_vl" else None,
-        )  # fmt: skip
-        eos = model.generation_config.eos_token_id
-        eos = eos if isinstance(eos, list) else [eos]
-        self.eos_ids = torch.tensor(
-            sorted({e for e in (*eos, tokenizer.eos_token_id) if e is not None})
         )
+        # OFFICIAL: generation stops at either of <|im_end|> and <|endoftext|>, the mask ends at the
+        # first.  OURS: a completion ends where generation stops.
+        eos = model.generation_config.eos_token_id
+        eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+        self.eos_ids = torch.tensor(sorted(eos))
         self.pad_id = tokenizer.eos_token_id
-        # Never sampled: vision placeholders, which would break the count of video tokens, and ids
-        # beyond the tokenizer.
-        words = config.text_config.vocab_size
-        self.banned_V = torch.arange(words) >= len(tokenizer)
-        for name in (
-            "video_token_id",
-            "image_token_id",
-            "vision_start_token_id",
-            "vision_end_token_id",
-        ):
-            self.banned_V[getattr(config, name)] = True
-        pad = tokenizer.convert_tokens_to_ids("<|vision_pad|>")
-        if pad is not None and pad < words:
-            self.banned_V[pad] = True
+        # Never sampled: vision ids, which would break the count of video tokens, and the ids that
+        # fill the embedding up beyond the tokenizer's.
+        self.banned_V = torch.arange(config.text_config.vocab_size) >= len(tokenizer)
+        self.banned_V[[tokenizer.convert_tokens_to_ids(token) for token in VISION_TOKENS]] = True
 
     @classmethod
     def load(
         cls,
-        model_name_or_path: str,
+        model_name_or_path: str | os.PathLike,
         device: torch.device | str = "cpu",
         freeze_vision_modules: bool = False,
     ):
@@ -250,33 +183,37 @@ class Policy:
         name = os.fspath(model_name_or_path)
         looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
         if looks_local and not os.path.isdir(name):
-            raise ModelError(
-                f"{name}: no such model directory; give a checkpoint directory or a hub name"
-            )
+            raise ModelError(f"{name}: no such model directory; give one, or a hub name")
         try:
             config = AutoConfig.from_pretrained(name)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # config.json is checked by several libraries
             raise ModelError(
-                f"{name}: not a model checkpoint that transformers can read ({_first(error)})"
+                f"{name}: not a checkpoint for transformers ({_first(error)})"
             ) from error
         if config.model_type not in MODEL_TYPES:
-            raise ModelError(
-                f"{name}: is a {config.model_type!r} model; {' or '.join(MODEL_TYPES)} is needed"
-            )
+            kinds = " or ".join(MODEL_TYPES)
+            raise ModelError(f"{name}: is a {config.model_type!r} model; {kinds} is needed")
         if set(config.text_config.layer_types) != {"full_attention"}:
             raise ModelError(f"{name}: has sliding-window layers, which packed rows do not support")
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
-            model = AutoModelForImageTextToText.from_pretrained(
-                name, dtype=torch.float32, attn_implementation="sdpa"
+            model, found = AutoModelForImageTextToText.from_pretrained(
+                name, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
             )
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # of transformers, tokenizers, safetensors, each their own types
             raise ModelError(
                 f"{name}: its weights or tokenizer cannot be loaded ({_first(error)})"
             ) from error
+        if found["missing_keys"]:
+            lost = sorted(found["missing_keys"])
+            raise ModelError(f"{name}: its weights lack {len(lost)} tensors, such as {lost[0]}")
+        if tokenizer.convert_tokens_to_ids("<|video_pad|>") != config.video_token_id:
+            raise ModelError(
+                f"{name}: its tokenizer does not have <|video_pad|> where config.json does"
+            )
         policy = cls(model.to(device).eval(), tokenizer, load_chat_template(name, tokenizer))
-        if freeze_vision_modules:
-            policy.vision.requires_grad_(False)
+        policy.save_dtype = config.dtype or torch.float32
+        policy.vision.requires_grad_(not freeze_vision_modules)
         return policy
 
     @property
@@ -291,9 +228,160 @@ class Policy:
     def vision_is_frozen(self) -> bool:
         return not next(self.vision.parameters()).requires_grad
 
+    # ------------------------------------------------------------------------ one rank or several
+
+    def shard(self, device: torch.device) -> None:
+        """Spreads the parameters over all ranks: one FSDP2 unit per decoder layer and vision block,
+        one for the rest. float32 shards; on CUDA bf16 arithmetic and float32 reduction."""
+        mesh = init_device_mesh(device.type, (ranks.world(),))
+        half = torch.bfloat16 if device.type == "cuda" else None
+        how = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(half, torch.float32))
+        for block in (*self.vision.blocks, *self.text.layers):
+            fully_shard(block, **how)
+        self.root = Root(self.model)
+        fully_shard(self.root, **how)
+
+    def run(self, work: Callable, *args):
+        """work(*args), inside the sharded root's forward if there is one."""
+        return self.root(work, *args) if self.root else work(*args)
+
+    @contextlib.contextmanager
+    def gathered(self):
+        """A policy with whole weights on this rank, to decode with: itself on one CPU process; else
+        a copy, bf16 on CUDA, gathered now and freed at the end."""
+        if self.root is None and self.device.type == "cpu":
+            yield self
+            return
+        with torch.device("meta"):
+            actor = type(self.model)(self.model.config)
+        for name, parameter in self.model.named_parameters():
+            whole = parameter.detach().to(self.compute_dtype)
+            whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+            owner, _, leaf = name.rpartition(".")
+            setattr(actor.get_submodule(owner), leaf, nn.Parameter(whole, requires_grad=False))
+        for name, buffer in self.model.named_buffers():
+            owner, _, leaf = name.rpartition(".")
+            setattr(actor.get_submodule(owner), leaf, buffer)
+        actor.tie_weights()  # the lm_head of small models is their embedding
+        actor.generation_config = self.model.generation_config
+        policy = Policy(actor.eval(), self.tokenizer, self.chat_template)
+        policy.eos_ids = self.eos_ids
+        yield policy
+
+    def save(self, directory: Path, processor_from: str | None = None) -> None:
+        """An ordinary Hugging Face checkpoint in the dtype the model came in, with the processor
+        files of `processor_from`. Called by all ranks, written by the first."""
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(self.model, options=whole)
+        if not ranks.is_main():
+            return
+        state = {name: value.to(self.save_dtype) for name, value in state.items()}
+        self.model.config.dtype = self.save_dtype
+        self.model.save_pretrained(directory, state_dict=state)
+        self.tokenizer.save_pretrained(directory)
+        template = Path(directory) / "chat_template.jinja"  # the one this policy was trained with
+        template.write_text(self.chat_template, encoding="utf-8")
+        for name in PROCESSOR_FILES if processor_from else ():
+            file = cached_file(
+                processor_from,
+                name,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+            if file:
+                shutil.copyfile(file, Path(directory) / name)
+
+    # ----------------------------------------------------------------------------- the three passes
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
     def compute(self) -> contextlib.AbstractContextManager:
-        """bf16 arithmetic on CUDA over the float32 parameters; plain float32 elsewhere."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+        """bf16 arithmetic on CUDA, whatever the parameters; plain float32 elsewhere."""
+        on_cuda = self.device.type == "cuda"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=on_cuda)
+
+    def encode_videos(self, questions: list[Question]) -> list[Tensor]:
+        """Video tokens of each question, B x (tokens, D), from one pass of the vision tower."""
+        patches = torch.cat([q.patches for q in questions]).to(self.device)
+        grids = torch.tensor([q.grid for q in questions], device=self.device)
+        with self.compute():
+            features = self.vision(patches, grid_thw=grids).pooler_output
+        return list(
+            features.split([len(q.patches) // self.geometry.merge_size**2 for q in questions])
+        )
+
+    def _embed(self, ids_BL: Tensor, features: list[Tensor]) -> Tensor:
+        """Token embeddings, the video tokens in the places of their placeholders: (B, L, D)."""
+        embeds, videos = self.text.embed_tokens(ids_BL), torch.cat(features)
+        places = ids_BL == self.model.config.video_token_id
+        if int(places.sum()) != len(videos):
+            raise ValueError(f"{int(places.sum())} video placeholders, {len(videos)} video tokens")
+        return embeds.masked_scatter(places[..., None], videos.to(embeds.dtype))
+
+    @torch.no_grad()
+    def rollout(
+        self,
+        questions: list[Question],
+        features: list[Tensor],
+        num_generations: int,
+        max_completion_length: int,
+        temperature: float,
+        seeds: list[tuple[int, ...]],
+        capture: bool | None = None,
+    ) -> list[Group]:
+        """G completions of each question, sampled together; `features` from `encode_videos`.
+
+        Question b draws from a random stream of its own, seeds[b], so what else is in the batch
+        does not matter. `capture`: replay a CUDA graph per step; None: on CUDA.
+        """
+        G, T, device = num_generations, max_completion_length, self.device
+        on_cuda = device.type == "cuda"
+        uniform_RT = torch.from_numpy(
+            np.concatenate([np.random.default_rng(s).random((T, G)).T for s in seeds])
+        )
+
+        # Prefill: each prompt once, left-padded so that all of them end in the same column.
+        P = max(len(q.ids_P) for q in questions)
+        pads = [P - len(q.ids_P) for q in questions]
+        both = list(zip(questions, pads, strict=True))
+        ids_BP = torch.stack([F.pad(q.ids_P, (pad, 0), value=self.pad_id) for q, pad in both])
+        positions_3BP = torch.stack([F.pad(q.positions_3P, (pad, 0)) for q, pad in both], dim=1)
+        real_BP = torch.stack([torch.arange(P) >= pad for pad in pads]).to(device)
+        causal_PP = torch.ones(P, P, dtype=torch.bool, device=device).tril()
+        # Padding sees itself: a row that sees nothing would be NaN.
+        itself_PP = torch.eye(P, dtype=torch.bool, device=device)
+        mask = (causal_PP & real_BP[:, None, :] | itself_PP)[:, None]
+        cache = GroupCache(len(self.text.layers), G, T, real_BP)
+        self.text.eval()
+        with self.compute():
+            hidden_BD = self.text(
+                inputs_embeds=self._embed(ids_BP.to(device), features),
+                position_ids=positions_3BP.to(device),
+                attention_mask={"full_attention": mask},
+                past_key_values=cache,
+            ).last_hidden_state[:, -1]
+
+        # Decode: R = B G rows side by side.
+        following_B = torch.stack([q.positions_3P.max() + 1 for q in questions])
+        with self.compute(), self._attention("group"):
+            decoder = Decoder(
+                self.text,
+                self.model.lm_head,
+                cache,
+                hidden_BD.repeat_interleave(G, dim=0),
+                following_B.repeat_interleave(G).to(device),
+                uniform_RT.to(device),
+                temperature,
+                self.banned_V.to(device),
+                self.eos_ids.to(device),
+            )
+            decoder.run(on_cuda if capture is None else capture, check_every=16 if on_cuda else 1)
+        tokens_RT, logps_RT = (
+            x[:, : decoder.steps].cpu() for x in (decoder.tokens_RT, decoder.logps_RT)
+        )
+        return self._groups(questions, tokens_RT, logps_RT, G)
 
     @contextlib.contextmanager
     def _attention(self, name: str):
@@ -305,137 +393,43 @@ class Policy:
         finally:
             config._attn_implementation = before
 
-    def save(self, directory: Path, processor_from: str | None = None) -> None:
-        """An ordinary Hugging Face checkpoint, with the processor files of `processor_from`."""
-        self.model.save_pretrained(directory)
-        self.tokenizer.save_pretrained(directory)
-        for name in PROCESSOR_FILES if processor_from else ():
-            file = cached_file(processor_from, name, _raise_exceptions_for_missing_entries=False,
-                               _raise_exceptions_for_connection_errors=False)  # fmt: skip
-            if file:
-                shutil.copyfile(file, Path(directory) / name)
-
-    def decode(self, completion: Tensor) -> str:
-        return self.tokenizer.decode(completion.tolist(), skip_special_tokens=True)
-
-    def encode_videos(self, questions: list[Question]) -> Tensor:
-        """Video tokens of all questions, one after the other: (sum of tokens, D)."""
-        patches = torch.cat([q.patches for q in questions]).to(self.device)
-        grids = torch.tensor([q.grid for q in questions], device=self.device)
-        with self.compute():
-            return self.vision(patches, grid_thw=grids).pooler_output
-
-    def _embed(self, ids_BL: Tensor, features: Tensor) -> Tensor:
-        """Token embeddings, the video tokens in the places of their placeholders: (B, L, D)."""
-        embeds = self.text.embed_tokens(ids_BL)
-        places = ids_BL == self.model.config.video_token_id
-        if int(places.sum()) != len(features):
-            raise ValueError(
-                f"{int(places.sum())} video placeholders, but {len(features)} video tokens"
-            )
-        return embeds.masked_scatter(places[..., None], features.to(embeds.dtype))
-
-    @torch.no_grad()
-    def rollout(
-        self,
-        questions: list[Question],
-        features: Tensor,
-        num_generations: int,
-        max_completion_length: int,
-        temperature: float,
-        seeds: list[tuple[int, ...]],
-    ) -> list[Group]:
-        """G completions of each question, sampled together; `features` from `encode_videos`.
-
-        Question b draws from a random stream of its own, seeds[b], so what else is in the batch
-        does not matter.
-        """
-        B, G, T, device = len(questions), num_generations, max_completion_length, self.device
-        uniform_RT = torch.from_numpy(
-            np.concatenate([np.random.default_rng(s).random((T, G)).T for s in seeds])
-        ).to(device)
-        banned_V, eos_ids = self.banned_V.to(device), self.eos_ids.to(device)
-
-        # Prefill: each prompt once, left-padded so that all of them end in the same column.
-        P = max(len(q.ids_P) for q in questions)
-        ids_BP = torch.stack(
-            [F.pad(q.ids_P, (P - len(q.ids_P), 0), value=self.pad_id) for q in questions]
-        )
-        positions_3BP = torch.stack(
-            [F.pad(q.positions_3P, (P - len(q.ids_P), 0)) for q in questions], dim=1
-        )
-        real_BP = torch.stack([torch.arange(P) >= P - len(q.ids_P) for q in questions]).to(device)
-        causal_PP = torch.ones(P, P, dtype=torch.bool, device=device).tril()
-        # Padding sees itself: a row that sees nothing would be NaN.
-        itself_PP = torch.eye(P, dtype=torch.bool, device=device)
-        mask = (causal_PP & real_BP[:, None, :] | itself_PP)[:, None]
-        cache = GroupCache(len(self.text.layers), G, T, real_BP)
-        with self.compute():
-            hidden_BD = self.text(
-                inputs_embeds=self._embed(ids_BP.to(device), features),
-                position_ids=positions_3BP.to(device),
-                attention_mask={"full_attention": mask},
-                past_key_values=cache,
-            ).last_hidden_state[:, -1]
-
-        # Decode: R = B G rows side by side.
-        hidden_RD = hidden_BD.repeat_interleave(G, dim=0)
-        following_B = torch.stack([q.positions_3P.max() + 1 for q in questions])
-        following_R = following_B.repeat_interleave(G).to(device)
-        ended_R = torch.zeros(B * G, dtype=torch.bool, device=device)
-        tokens_TR, logps_TR = [], []
-        with self.compute(), self._attention("group"):
-            for t in range(T):
-                tokens_R, logps_R = sample(
-                    self.model.lm_head(hidden_RD), temperature, uniform_RT[:, t], banned_V
-                )
-                tokens_TR.append(tokens_R)
-                logps_TR.append(logps_R)
-                ended_R |= torch.isin(tokens_R, eos_ids)
-                if t + 1 == T or ended_R.all():
-                    break
-                cache.t = t
-                hidden_RD = self.text(
-                    inputs_embeds=self.text.embed_tokens(tokens_R)[:, None],
-                    position_ids=(following_R + t).expand(3, -1)[..., None],
-                    attention_mask={"full_attention": None},
-                    past_key_values=cache,
-                    group_cache=cache,
-                ).last_hidden_state[:, 0]
-        return self._groups(
-            questions, torch.stack(tokens_TR, 1).cpu(), torch.stack(logps_TR, 1).cpu(), G
-        )
-
     def _groups(
         self, questions: list[Question], tokens_RT: Tensor, logps_RT: Tensor, G: int
     ) -> list[Group]:
         """Cuts each row after its first end token."""
         is_eos_RT = torch.isin(tokens_RT, self.eos_ids)
-        finished_R = is_eos_RT.any(1)
-        lengths_R = torch.where(finished_R, is_eos_RT.int().argmax(1) + 1, tokens_RT.shape[1])
+        finished_R = is_eos_RT.any(1).tolist()
+        first_R = is_eos_RT.int().argmax(1).tolist()
         groups = []
         for b, question in enumerate(questions):
             rows = range(b * G, (b + 1) * G)
+            ends = [first_R[r] + 1 if finished_R[r] else tokens_RT.shape[1] for r in rows]
+            completions = [tokens_RT[r, :end] for r, end in zip(rows, ends, strict=True)]
             groups.append(
                 Group(
                     question,
-                    [tokens_RT[r, : lengths_R[r]] for r in rows],
-                    [bool(finished_R[r]) for r in rows],
-                    [self.decode(tokens_RT[r, : lengths_R[r]]) for r in rows],
-                    torch.cat([logps_RT[r, : lengths_R[r]] for r in rows]),
+                    completions,
+                    finished=[finished_R[r] for r in rows],
+                    texts=[self.decode(completion) for completion in completions],
+                    sampled_logps_N=torch.cat(
+                        [logps_RT[r, :end] for r, end in zip(rows, ends, strict=True)]
+                    ),
                 )
             )
         return groups
 
-    def hidden_states(self, groups: list[Group], features: Tensor) -> list[Tensor]:
-        """For each question the N hidden states that predict its completion tokens, in their order:
-        B x (N, D).
+    def decode(self, completion: Tensor) -> str:
+        return self.tokenizer.decode(completion.tolist(), skip_special_tokens=True)
+
+    def hidden_states(self, groups: list[Group], features: list[Tensor]) -> list[Tensor]:
+        """For each question the N hidden states that predict its completion tokens: B x (N, D).
 
         Every prompt is computed once for its G completions: see `pack`. Equal to G separate
         sequences.
         """
         ids_BL, positions_3BL, segments_BL, rows_N = pack(groups, self.pad_id)
         device = self.device
+        self.text.train(self.gradient_checkpointing)  # transformers checkpoints in training only
         with self.compute():
             hidden_BLD = self.text(
                 inputs_embeds=self._embed(ids_BL.to(device), features),
@@ -444,6 +438,28 @@ class Policy:
                 use_cache=False,
             ).last_hidden_state
         return [hidden_BLD[b, rows.to(device)] for b, rows in enumerate(rows_N)]
+
+    def checkpoint_activations(self) -> None:
+        """Keeps only each decoder layer's input for the backward pass, which computes the rest."""
+        self.text.gradient_checkpointing_enable({"use_reentrant": False})
+        self.gradient_checkpointing = True
+
+    def idle_group(self) -> Group:
+        """The smallest group there is: a blank video of one token, one completion of two. A rank
+        left without a question scores it, for the collectives the others wait in."""
+        config, m = self.model.config, self.geometry.merge_size
+        ids_P = torch.tensor([config.vision_start_token_id, config.video_token_id, self.pad_id])
+        size = 3 * self.geometry.temporal_patch_size * self.geometry.patch_size**2
+        question = Question(
+            Record("idle", "", "", Path()),
+            prompt="",
+            ids_P=ids_P,
+            positions_3P=mrope_positions(ids_P, config.video_token_id, (1, m, m), 1, self.geometry),
+            patches=torch.zeros(m * m, size),
+            grid=(1, m, m),
+            seconds=1.0,
+        )
+        return Group(question, [torch.full((2,), self.pad_id)], [True], [""])
 
 
 def _first(error: Exception) -> str:

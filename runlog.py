@@ -22,25 +22,38 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Record
+import ranks
 from kernels import HeadOutput
 from policy import Group
 
 
 class RunLog:
-    """Collects the measurements of a run and writes them. `cfg` is a twgrpo.Config."""
+    """Collects the measurements of a run on every rank; the first rank writes them.
+
+    `cfg` is a twgrpo.Config. What a rank measures counts by the questions it is about, so a rank
+    that was left with fewer of them does not distort the mean.
+    """
 
     def __init__(self, cfg, directory: Path):
         self.cfg, self.dir = cfg, directory
-        self.report = make_reporter(cfg, directory)
-        config = json.dumps(dataclasses.asdict(cfg), indent=2)
-        (directory / "config.json").write_text(config + "\n", encoding="utf-8")
-        self.metrics_file = open(directory / "metrics.jsonl", "a", encoding="utf-8")
-        self.completions_file = open(directory / "completions.jsonl", "a", encoding="utf-8")
-        self.values: dict[str, list[float]] = defaultdict(list)  # since the last line
+        self.sums: dict[str, float] = defaultdict(float)  # since the last line, over weights
+        self.weights: dict[str, float] = defaultdict(float)
         self.seconds: dict[str, float] = defaultdict(float)
         self.tokens = self.steps = 0
-        self.skipped, self.skipped_ids, self.trained = 0, set(), 0  # since the start
+        self.asked = self.skipped = self.trained = self.nonfinite = 0  # since the start, all ranks
+        self.latest: dict[str, float] = {}
+        self.named: set[str] = set()
+        self.report = make_reporter(cfg, directory) if ranks.is_main() else None
+        if ranks.is_main():
+            config = json.dumps(dataclasses.asdict(cfg), indent=2)
+            (directory / "config.json").write_text(config + "\n", encoding="utf-8")
+            self.metrics_file = open(directory / "metrics.jsonl", "a", encoding="utf-8")
+            self.completions_file = open(directory / "completions.jsonl", "a", encoding="utf-8")
+
+    def counters(self) -> dict:
+        """What a resumed run needs to know of the log."""
+        names = ("asked", "skipped", "trained", "nonfinite")
+        return {name: getattr(self, name) for name in names}
 
     @contextmanager
     def phase(self, name: str):
@@ -51,106 +64,91 @@ class RunLog:
             torch.cuda.synchronize()
         self.seconds[name] += time.perf_counter() - start
 
-    def add(self, **values) -> None:
+    def add(self, weight: float = 1.0, **values) -> None:
         for name, value in values.items():
-            self.values[name].append(float(value))
+            self.latest[name] = float(value)
+            self.sums[name] += weight * float(value)
+            self.weights[name] += weight
 
-    def skip(self, record: Record, error: Exception) -> None:
-        """A question left out because its clip cannot be read; named the first time."""
-        self.skipped += 1
-        if record.id not in self.skipped_ids:
-            self.skipped_ids.add(record.id)
-            tqdm.write(f"skipped question {record.id}: {error}", file=sys.stderr)
+    def note(self, key: str, message: str) -> None:
+        """A line on the terminal, once per key."""
+        if key not in self.named:
+            self.named.add(key)
+            tqdm.write(message, file=sys.stderr)
 
-    def iteration(self, loss: Tensor, grad_norm: Tensor, outputs: list[HeadOutput]) -> None:
-        """What one optimizer step measured."""
-        self.add(
-            loss=loss.detach(),
-            grad_norm=grad_norm,
-            kl=mean([o.kl for o in outputs]),
-            clip_ratio=mean([o.clip_ratio for o in outputs]),
-        )
+    def scored(self, step: int, groups: list[Group], outputs: list[HeadOutput]) -> None:
+        """What the completions of a micro-batch measured at their first scoring."""
+        for group, output in zip(groups, outputs, strict=True):
+            reward_G = group.rewards_GK.sum(-1)
+            weights_T, lengths = output.weights_T, group.lengths_G
+            names = [f"rewards/{name}" for name in self.cfg.reward_funcs]
+            drift_N = group.sampled_logps_N - output.logps_N.cpu()
+            self.add(
+                reward=reward_G.mean(),
+                reward_std=reward_G.std(),
+                frac_reward_zero_std=reward_G.std() == 0,
+                **dict(zip(names, group.rewards_GK.mean(0), strict=True)),
+                completion_length=lengths.float().mean(),
+                truncated_frac=1 - mean(group.finished),
+                divergence_mean=output.divergence_T.mean(),
+                weight_mean=weights_T.mean(),
+                weight_mean_all_alive=weights_T[: int(lengths.min())].mean(),
+                # The rollout's opinion of its tokens against the scoring's: numerics only.
+                sampling_logp_difference=drift_N.abs().mean(),
+            )
+            self.tokens += int(lengths.sum())
 
-    def groups(
-        self,
-        step: int,
-        groups: list[Group],
-        rewards_BGK: Tensor,
-        advantages_BG: Tensor,
-        outputs: list[HeadOutput],
-    ) -> None:
-        """What a step's completions measured at their first scoring; keeps one group as sample."""
-        names, reward_BG = self.cfg.reward_funcs, rewards_BGK.sum(-1)
-        std_B = reward_BG.std(1)
-        lengths_BG = torch.stack([g.lengths_G for g in groups]).float()
-        scored = list(zip(groups, outputs, strict=True))
-        self.add(
-            reward=reward_BG.mean(),
-            reward_std=std_B.mean(),
-            frac_reward_zero_std=(std_B == 0).float().mean(),
-            **{f"rewards/{name}": rewards_BGK[..., k].mean() for k, name in enumerate(names)},
-            completion_length=lengths_BG.mean(),
-            truncated_frac=mean([not done for g in groups for done in g.finished]),
-            divergence_mean=mean([o.divergence_T.mean() for o in outputs]),
-            weight_mean=mean([o.weights_T.mean() for o in outputs]),
-            weight_mean_all_alive=mean(
-                [o.weights_T[: int(g.lengths_G.min())].mean() for g, o in scored]
-            ),
-            # The rollout's opinion of its tokens against the scoring's, same weights: numerics
-            # only.
-            sampling_logp_difference=mean(
-                [(g.sampled_logps_N - o.logps_N.cpu()).abs().mean() for g, o in scored]
-            ),
-        )
-        self.tokens += int(lengths_BG.sum())
-        self.trained += len(groups)
-        if step % self.cfg.logging_steps == 0:
-            row = sample_row(step, groups[0], rewards_BGK[0], advantages_BG[0], outputs[0], names)
+    def sample(self, step: int, group: Group, output: HeadOutput) -> None:
+        """Keeps one group of a logged step."""
+        if ranks.is_main() and step % self.cfg.logging_steps == 0:
+            row = sample_row(step, group, output, self.cfg.reward_funcs)
             self.completions_file.write(json.dumps(row) + "\n")
             self.completions_file.flush()
 
     def end_step(self, step: int, bar: tqdm) -> None:
         """Shows the step (counted from 1) and, every logging_steps, writes the line."""
         self.steps += 1
-        if "reward" in self.values:
+        if "reward" in self.latest:
             reward, std, length = (
-                self.values[name][-1] for name in ("reward", "reward_std", "completion_length")
+                self.latest[name] for name in ("reward", "reward_std", "completion_length")
             )
             phases = " ".join(f"{name} {s / self.steps:.2f}" for name, s in self.seconds.items())
             bar.set_postfix_str(
                 f"reward {reward:.2f} std {std:.2f} length {length:.0f}, s: {phases}", refresh=False
             )
-        if step % self.cfg.logging_steps == 0 or step == self.cfg.max_steps:
+        if step % self.cfg.logging_steps == 0:
             self.write(step)
 
     def write(self, step: int) -> None:
-        """The line of metrics.jsonl for the steps since the last; none if there were none."""
+        """The line of metrics.jsonl for the steps since the last, if any. Called by all ranks."""
         if not self.steps:
             return
-        row = {name: mean(values) for name, values in self.values.items()}
-        row |= {f"time/{name}": seconds / self.steps for name, seconds in self.seconds.items()}
-        row["tokens_per_second"] = self.tokens / max(sum(self.seconds.values()), 1e-9)
-        row["peak_memory_gb"] = peak_memory_gb()
-        row["skipped"] = self.skipped
-        self.metrics_file.write(json.dumps({"step": step, **row}) + "\n")
-        self.metrics_file.flush()
-        self.report(row, step)
-        self.values.clear()
+        mine = (self.sums, self.weights, self.seconds, self.tokens, peak_memory_gb())
+        sums, weights, seconds, tokens, memory = zip(*ranks.gather(mine), strict=True)
+        if ranks.is_main():
+            names = dict.fromkeys(name for values in sums for name in values)
+            row = {n: sum(s[n] for s in sums) / sum(w[n] for w in weights) for n in names}
+            for phase in self.seconds:
+                row[f"time/{phase}"] = mean([s[phase] for s in seconds]) / self.steps
+            row["tokens_per_second"] = sum(tokens) / max(sum(self.seconds.values()), 1e-9)
+            row["peak_memory_gb"] = max(memory)
+            row["skipped"], row["nonfinite"] = self.skipped, self.nonfinite
+            self.metrics_file.write(json.dumps({"step": step, **row}) + "\n")
+            self.metrics_file.flush()
+            self.report(row, step)
+        self.sums.clear()
+        self.weights.clear()
         self.seconds.clear()
         self.tokens = self.steps = 0
 
 
-def sample_row(
-    step: int,
-    group: Group,
-    rewards_GK: Tensor,
-    advantages_G: Tensor,
-    output: HeadOutput,
-    reward_names: list[str],
-) -> dict:
+def sample_row(step: int, group: Group, output: HeadOutput, reward_names: list[str]) -> dict:
     """One group as completions.jsonl holds it. D_t and w_t belong to positions, logps to tokens."""
     record = group.question.record
     logps = output.logps_N.cpu().split(group.lengths_G.tolist())
+    completions = zip(
+        group.texts, group.completions, logps, group.advantages_G, group.rewards_GK, strict=True
+    )
     return dict(
         step=step,
         id=record.id,
@@ -161,15 +159,13 @@ def sample_row(
         weights=rounded(output.weights_T),
         completions=[
             dict(
-                text=group.texts[i],
-                token_ids=group.completions[i].tolist(),
-                logps=rounded(logps[i]),
-                advantage=round(float(advantages_G[i]), 6),
-                rewards={
-                    name: float(r) for name, r in zip(reward_names, rewards_GK[i], strict=True)
-                },
+                text=text,
+                token_ids=ids.tolist(),
+                logps=rounded(logps_i),
+                advantage=round(float(advantage), 6),
+                rewards=dict(zip(reward_names, rewards_K.tolist(), strict=True)),
             )
-            for i in range(len(group.completions))
+            for text, ids, logps_i, advantage, rewards_K in completions
         ],
     )
 

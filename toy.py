@@ -41,6 +41,8 @@ DEFAULTS = dict(
     **CLIP,
     per_device_train_batch_size=16,
     max_completion_length=20,
+    gradient_checkpointing=False,
+    dataloader_num_workers=0,
     learning_rate=5e-4,
     adam_beta2=0.99,
     max_grad_norm=1.0,

@@ -17,13 +17,14 @@ Letters in shapes: B questions of a step, G completions of each, K reward functi
 tokens of a question, D hidden size.
 """
 
-import copy
+import contextlib
 import dataclasses
 import json
-import os
+import math
 import shutil
 import signal
 import sys
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -34,15 +35,24 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
+import checkpoint
+import plan
+import ranks
 import toy
 import video
 import viz
+from checkpoint import CheckpointError
 from data import DataError, Prompter, Question, Record, load_records, select_records, step_records
 from eval import evaluate
 from kernels import HeadOutput, token_logps, tw_grpo_head
+from loader import ClipWorkers
 from policy import Group, ModelError, Policy
 from rewards import REWARDS
 from runlog import RunLog
+
+
+class RunError(Exception):
+    """A run that cannot go on. The message says why and what was saved."""
 
 
 class ConfigError(Exception):
@@ -95,13 +105,21 @@ class Config:
     weight_decay: float = flag(0.0, "of AdamW")
     max_grad_norm: float = flag(20.0, "the gradient is scaled down to this norm")
     max_steps: int = flag(1000, "training steps")
-    per_device_train_batch_size: int = flag(1, "B, questions per step")
+    per_device_train_batch_size: int = flag(1, "B, questions scored at once on each rank")
+    gradient_accumulation_steps: int = flag(1, "B x this many questions a rank and step")
     freeze_vision_modules: bool = flag(True, "leave the vision tower as it is")
+    gradient_checkpointing: bool = flag(True, "trade time for memory in the decoder layers")
     # Bookkeeping
     seed: int = flag(42, "of data order, sampling and the toy")
     save_steps: int = flag(100, "steps between checkpoints")
     logging_steps: int = flag(1, "steps between lines of metrics.jsonl")
     report_to: Literal["none", "tensorboard", "wandb"] = flag("none", "metrics also go there")
+    save_only_model: bool = flag(False, "checkpoints without what resuming needs")
+    resume_from_checkpoint: str | None = flag(None, "a checkpoint, or auto: the run's newest")
+    dataloader_num_workers: int = flag(4, "processes that decode clips ahead; 0: decode in line")
+    clip_timeout: float = flag(60.0, "seconds after which a clip counts as unreadable")
+    max_skip_fraction: float = flag(0.05, "more unreadable clips than this end the run")
+    dry_run: bool = flag(False, "show prompt, clips, memory and schedule; train nothing")
 
     def check(self) -> None:
         """Raises ConfigError on a setting that makes no sense."""
@@ -115,17 +133,34 @@ class Config:
             "--learning_rate must be above 0": self.learning_rate > 0,
             "--max_grad_norm must be above 0": self.max_grad_norm > 0,
             "--warmup_steps must be 0 or more": self.warmup_steps >= 0,
+            "--weight_decay must be 0 or more": self.weight_decay >= 0,
+            "--adam_beta1 and --adam_beta2 must be in [0, 1)": (
+                0 <= self.adam_beta1 < 1 and 0 <= self.adam_beta2 < 1
+            ),
+            "--seed must be 0 or more": self.seed >= 0,
+            "--dataloader_num_workers must be 0 or more": self.dataloader_num_workers >= 0,
+            "--clip_timeout must be above 0": self.clip_timeout > 0,
+            "--max_skip_fraction must be in [0, 1]": 0 <= self.max_skip_fraction <= 1,
             "--fps must be above 0": self.fps > 0,
             "--max_frames must be at least 2, one temporal patch": self.max_frames >= 2,
             "--min_pixels must be in 1..max_pixels": 0 < self.min_pixels <= self.max_pixels,
             "--reward_funcs needs at least one reward": len(self.reward_funcs) > 0,
+            "--reward_funcs names a reward twice": (
+                len(set(self.reward_funcs)) == len(self.reward_funcs)
+            ),
             "--model_name_or_path and --jsonl_path go together; neither means the toy": (
                 (self.model_name_or_path is None) == (self.jsonl_path is None)
             ),
+            "--eval_jsonl_path and --video_root need --jsonl_path; the toy brings its own": (
+                self.jsonl_path is not None or not (self.eval_jsonl_path or self.video_root)
+            ),
         }
         for name in ("max_completion_length", "num_iterations", "max_steps", "save_steps",
-                     "per_device_train_batch_size", "logging_steps", "train_samples"):  # fmt: skip
+                     "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps",
+                     "train_samples"):  # fmt: skip
             rules[f"--{name} must be at least 1"] = getattr(self, name) >= 1
+        for name in ("alpha", "beta", "temperature", "learning_rate", "epsilon_high", "fps"):
+            rules[f"--{name} must be finite"] = math.isfinite(getattr(self, name))
         for name in self.reward_funcs:
             rules[f"--reward_funcs knows {', '.join(REWARDS)}, not {name!r}"] = name in REWARDS
         for message, holds in rules.items():
@@ -136,103 +171,169 @@ class Config:
 # ------------------------------------------------------------------------------------ the algorithm
 
 
-def group_advantages(rewards_BG: Tensor) -> Tensor:
-    """A_i = (r_i - mean r) / (std r + 1e-4) within each question's group: (B, G); std has ddof = 1.
+def group_advantages(rewards_G: Tensor) -> Tensor:
+    """A_i = (r_i - mean r) / (std r + 1e-4) over the group: (G,); std has ddof = 1.
 
     A group whose rewards are all equal has advantage 0 and teaches nothing.
     """
-    mean_B1, std_B1 = rewards_BG.mean(1, keepdim=True), rewards_BG.std(1, keepdim=True)
-    return (rewards_BG - mean_B1) / (std_B1 + 1e-4)
+    return (rewards_G - rewards_G.mean()) / (rewards_G.std() + 1e-4)
 
 
 def train(
-    cfg: Config, policy: Policy, records: list[Record], prompter: Prompter, log: RunLog
+    cfg: Config,
+    policy: Policy,
+    records: list[Record],
+    prompter: Prompter,
+    log: RunLog,
+    resume: Path | None = None,
 ) -> int:
-    """The loop. Returns the steps done: max_steps, or fewer if a signal asked to stop."""
-    reference = frozen_copy(policy) if cfg.beta > 0 else None
-    optimizer, schedule = make_optimizer(cfg, policy)
-    stop = StopSignal()
-    bar = tqdm(range(1, cfg.max_steps + 1), desc="training")
+    """The loop, the same on every rank. Returns the steps done: max_steps, or fewer on a signal."""
+    reference = load_policy(cfg, freeze_all=True) if cfg.beta > 0 else None
+    optimizer = make_optimizer(cfg, policy)
+    step = go_on_from(resume, policy, optimizer, log) if resume else 0
+    ahead = QuestionsAhead(cfg, records, prompter, log, step + 1)
+    failures, silent = 0, None if ranks.is_main() else True
+    bar = tqdm(
+        range(step + 1, cfg.max_steps + 1), "training", cfg.max_steps, initial=step, disable=silent
+    )
 
-    for step in bar:
-        with log.phase("data"):
-            questions, seeds = load_questions(cfg, step, records, prompter, log)
-        if questions:
-            with log.phase("rollout"):
-                with torch.no_grad():
-                    features = policy.encode_videos(questions)
-                groups = policy.rollout(
-                    questions, features, cfg.num_generations, cfg.max_completion_length,
-                    cfg.temperature, seeds,
+    with StopSignal() as stop, contextlib.closing(ahead):
+        for step in bar:
+            with log.phase("data"):
+                questions, seeds = ahead.take(step)
+            with log.phase("rollout"), policy.gathered() as actor:
+                groups = sample_groups(cfg, actor, questions, seeds)
+            for group in groups:
+                group.rewards_GK = rewards_of(cfg, group)
+                group.advantages_G = group_advantages(group.rewards_GK.sum(-1))
+
+            count = ranks.total(len(groups))  # questions of this step, on all ranks
+            if reference and count:
+                score_reference(cfg, reference, groups, log)
+            for _ in range(cfg.num_iterations if count else 0):
+                loss = backward(cfg, policy, groups, count, step, log)
+                updated = update(cfg, policy, optimizer, step, loss, log)
+                failures = 0 if updated else failures + 1
+                if not updated:
+                    name_the_question(groups, step, loss, log)
+
+            log.add(learning_rate=rate(cfg, step))
+            log.end_step(step, bar)
+            ending = reason_to_end(cfg, log, step, failures)
+            leaving = ending or ranks.agree(stop.requested) or step == cfg.max_steps
+            if leaving or step % cfg.save_steps == 0:
+                log.write(step)
+                saved = checkpoint.save(
+                    policy, optimizer, log.counters(), log.dir, step,
+                    cfg.model_name_or_path, cfg.save_only_model,
                 )  # fmt: skip
-            rewards_BGK = score_completions(cfg, groups)
-            advantages_BG = group_advantages(rewards_BGK.sum(-1))
-
-            old_logps = ref_logps = [None] * len(groups)
-            for iteration in range(cfg.num_iterations):
-                with log.phase("score"):
-                    if reference and iteration == 0:
-                        ref_logps = reference_logps(cfg, reference, groups)
-                    if not policy.vision_is_frozen:
-                        features = policy.encode_videos(questions)  # again, for its gradient
-                    hidden = policy.hidden_states(groups, features)
-                    outputs = [
-                        question_loss(cfg, policy, *inputs)
-                        for inputs in zip(
-                            groups, hidden, advantages_BG, old_logps, ref_logps, strict=True
-                        )
-                    ]
-                    loss = torch.stack(
-                        [o.loss for o in outputs]
-                    ).mean()  # each question counts 1 / B
-                with log.phase("update"):
-                    loss.backward()
-                    grad_norm = torch.nn.utils.clip_grad_norm_(
-                        policy.model.parameters(), cfg.max_grad_norm
-                    )
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-                if iteration == 0:
-                    old_logps = [o.logps_N for o in outputs]  # of the weights that sampled
-                    log.groups(step, groups, rewards_BGK, advantages_BG, outputs)
-                log.iteration(loss, grad_norm, outputs)
-
-        log.add(learning_rate=schedule.get_last_lr()[0])
-        schedule.step()
-        log.end_step(step, bar)
-        if log.skipped >= len(records) and not log.trained:
-            raise DataError(f"{cfg.jsonl_path}: none of the first {log.skipped} clips can be read")
-        if stop.requested or step == cfg.max_steps or step % cfg.save_steps == 0:
-            log.write(step)
-            save_checkpoint(policy, log.dir, step, cfg.model_name_or_path)
-        if stop.requested:
-            break
+            if ending:
+                raise RunError(f"{ending}; {saved} holds the run so far")
+            if leaving:
+                break
     return step
 
 
-def question_loss(
-    cfg: Config,
-    policy: Policy,
-    group: Group,
-    hidden_ND: Tensor,
-    advantages_G: Tensor,
-    old_logps_N: Tensor | None,
-    ref_logps_N: Tensor | None,
-) -> HeadOutput:
+def sample_groups(
+    cfg: Config, actor: Policy, questions: list[Question], seeds: list[tuple[int, ...]]
+) -> list[Group]:
+    """G completions of each question; each video is encoded once, and kept if it stays the same."""
+    if not questions:
+        return []
+    with torch.no_grad():
+        features = actor.encode_videos(questions)
+    groups = actor.rollout(
+        questions, features, cfg.num_generations, cfg.max_completion_length, cfg.temperature, seeds
+    )
+    if cfg.freeze_vision_modules:
+        for group, tokens in zip(groups, features, strict=True):
+            group.features = tokens
+    return groups
+
+
+def rewards_of(cfg: Config, group: Group) -> Tensor:
+    """The rewards of each completion: (G, K), K in the order of cfg.reward_funcs."""
+    solution = group.question.record.solution
+    return torch.tensor(
+        [[REWARDS[name](text, solution) for name in cfg.reward_funcs] for text in group.texts]
+    )
+
+
+def micro_batches(cfg: Config, groups: list[Group]) -> list[list[Group]]:
+    """At most B groups each. On several ranks always the same number of them, some perhaps empty,
+    because every one is a round of collectives."""
+    B = cfg.per_device_train_batch_size
+    chunks = [groups[k : k + B] for k in range(0, B * cfg.gradient_accumulation_steps, B)]
+    return chunks if ranks.world() > 1 else [chunk for chunk in chunks if chunk]
+
+
+def backward(
+    cfg: Config, policy: Policy, groups: list[Group], count: float, step: int, log: RunLog
+) -> float:
+    """The gradient of the mean loss over the step's `count` questions, on all ranks; the loss.
+
+    Each question counts 1 / count, however the questions are spread over ranks and micro-batches.
+    """
+    total = 0.0
+    for chunk in micro_batches(cfg, groups):
+        with log.phase("score"):
+            loss, outputs = policy.run(score, cfg, policy, chunk)
+        with log.phase("update"):
+            # FSDP averages gradients over the ranks; we want their sum over the questions.
+            (loss * (ranks.world() / count)).backward()
+        total += loss.item()
+        if chunk and chunk[0].old_logps_N is None:
+            log.scored(step, chunk, outputs)
+            if chunk[0] is groups[0]:
+                log.sample(step, chunk[0], outputs[0])
+            for group, output in zip(chunk, outputs, strict=True):
+                group.old_logps_N = output.logps_N  # from now on, the ratio is to these
+        for output in outputs:
+            log.add(kl=output.kl, clip_ratio=output.clip_ratio)
+    return ranks.total(total) / count
+
+
+def score(cfg: Config, policy: Policy, groups: list[Group]) -> tuple[Tensor, list[HeadOutput]]:
+    """The summed loss of some questions, and what was measured.
+
+    Without a question the loss is 0 and so is its gradient, but every parameter has taken part in
+    it: the other ranks wait for each of them.
+    """
+    scored = groups or [idle_group(policy)]
+    hidden = policy.hidden_states(scored, video_tokens(policy, scored))
+    outputs = [question_loss(cfg, policy, *pair) for pair in zip(scored, hidden, strict=True)]
+    return torch.stack([o.loss for o in outputs]).sum(), outputs if groups else []
+
+
+def idle_group(policy: Policy) -> Group:
+    """A group without advantage, and so without gradient."""
+    group = policy.idle_group()
+    group.advantages_G = torch.zeros(1)
+    return group
+
+
+def video_tokens(policy: Policy, groups: list[Group]) -> list[Tensor]:
+    """The rollout's, if it kept them because the vision tower is frozen; else with gradient."""
+    if groups[0].features is None:
+        return policy.encode_videos([group.question for group in groups])
+    return [group.features for group in groups]
+
+
+def question_loss(cfg: Config, policy: Policy, group: Group, hidden_ND: Tensor) -> HeadOutput:
     """The loss of one question from the hidden states that predict its completion tokens."""
-    device = hidden_ND.device
+    device, dtype = hidden_ND.device, policy.compute_dtype
     return tw_grpo_head(
-        hidden_ND,
-        policy.head_VD.to(hidden_ND.dtype),
+        hidden_ND.to(dtype),
+        policy.head_VD.to(dtype),
         group.targets_N.to(device),
         group.lengths_G.to(device),
-        advantages_G.to(device),
-        old_logps_N=old_logps_N,
-        ref_logps_N=ref_logps_N,
+        group.advantages_G.to(device),
+        old_logps_N=group.old_logps_N,
+        ref_logps_N=group.ref_logps_N,
         alpha=cfg.alpha,
         eps_low=cfg.epsilon,
         eps_high=cfg.epsilon_high,
-        beta=cfg.beta,
+        beta=cfg.beta if group.ref_logps_N is not None else 0.0,
         temperature=cfg.temperature,
         loss_type=cfg.loss_type,
         divergence=cfg.divergence,
@@ -240,86 +341,161 @@ def question_loss(
     )
 
 
-def score_completions(cfg: Config, groups: list[Group]) -> Tensor:
-    """The rewards of every completion: (B, G, K), K in the order of cfg.reward_funcs."""
-    return torch.tensor(
-        [
-            [[REWARDS[name](text, g.question.record.solution) for name in cfg.reward_funcs]
-             for text in g.texts]
-            for g in groups
-        ]
-    )  # fmt: skip
-
-
-def frozen_copy(policy: Policy) -> Policy:
-    """The reference model: the policy as it is before training."""
-    model = copy.deepcopy(policy.model).requires_grad_(False)
-    return Policy(model, policy.tokenizer, policy.chat_template)
-
-
 @torch.no_grad()
-def reference_logps(cfg: Config, reference: Policy, groups: list[Group]) -> list[Tensor]:
-    """Log-probs of the completions under the reference: B x (N,)."""
-    features = reference.encode_videos([group.question for group in groups])
-    return [
-        token_logps(h, reference.head_VD.to(h.dtype), group.targets_N.to(h.device), cfg.temperature)
-        for h, group in zip(reference.hidden_states(groups, features), groups, strict=True)
-    ]
+def score_reference(cfg: Config, reference: Policy, groups: list[Group], log: RunLog) -> None:
+    """Puts the log-probs under the reference model into each group."""
+
+    def score_chunk(chunk: list[Group]) -> None:
+        hidden = reference.hidden_states(chunk, video_tokens(reference, chunk))
+        for group, hidden_ND in zip(chunk, hidden, strict=True):
+            dtype, targets = reference.compute_dtype, group.targets_N.to(hidden_ND.device)
+            group.ref_logps_N = token_logps(
+                hidden_ND.to(dtype), reference.head_VD.to(dtype), targets, cfg.temperature
+            )
+
+    with log.phase("score"):
+        for chunk in micro_batches(cfg, groups):
+            reference.run(score_chunk, chunk or [reference.idle_group()])
 
 
-def make_optimizer(cfg: Config, policy: Policy):
-    """AdamW, and its learning rate: linear warm-up, then linear to 0 at max_steps."""
-    optimizer = torch.optim.AdamW(
+def update(
+    cfg: Config, policy: Policy, optimizer: torch.optim.Optimizer, step: int, loss: float, log
+) -> bool:
+    """One optimizer step from the gradients that have gathered; False: they were not finite, and
+    the weights are left as they are. The same on every rank."""
+    norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), cfg.max_grad_norm)
+    norm = norm.full_tensor().item() if hasattr(norm, "full_tensor") else norm.item()
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    if finite:
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = rate(cfg, step)
+        optimizer.step()
+        log.add(loss=loss, grad_norm=norm)
+    else:
+        log.nonfinite += 1
+    optimizer.zero_grad(set_to_none=True)
+    return finite
+
+
+def rate(cfg: Config, step: int) -> float:
+    """The learning rate of a step (from 1): linear warm-up, then linear to 0 after max_steps."""
+    warm = min(1.0, step / (cfg.warmup_steps + 1))
+    return cfg.learning_rate * warm * (1 - (step - 1) / cfg.max_steps)
+
+
+def make_optimizer(cfg: Config, policy: Policy) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
         [p for p in policy.model.parameters() if p.requires_grad],
         lr=cfg.learning_rate,
         betas=(cfg.adam_beta1, cfg.adam_beta2),
         weight_decay=cfg.weight_decay,
+        fused=policy.device.type == "cuda",  # elsewhere AdamW makes copies as large as its states
     )
 
-    def rate(k: int) -> float:
-        return min(1.0, (k + 1) / (cfg.warmup_steps + 1)) * max(0.0, 1 - k / cfg.max_steps)
 
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+# ----------------------------------------------------------------------------- around the algorithm
 
 
-def load_questions(
-    cfg: Config, step: int, records: list[Record], prompter: Prompter, log: RunLog
-) -> tuple[list[Question], list[tuple[int, ...]]]:
-    """The step's questions, and for each the seed of its sampling.
+class QuestionsAhead:
+    """This rank's questions of each step, their clips decoded a few steps ahead of the loop.
 
     A clip that cannot be read costs its question: it is counted and named, and no other clip takes
-    its place. Seeds hang on the question's place in the step, so the others stay as they were.
+    its place. A step's questions are fixed by (seed, step), and the seed of a question's sampling
+    by its place in the step, so everything else stays as it was.
     """
-    questions, seeds = [], []
-    chosen = step_records(records, step - 1, cfg.per_device_train_batch_size, cfg.seed)
-    for slot, record in enumerate(chosen):
-        try:
-            questions.append(prompter(record))
-            seeds.append((cfg.seed, step, slot))
-        except video.VideoError as error:
-            log.skip(record, error)
-    return questions, seeds
+
+    STEPS_AHEAD = 2
+
+    def __init__(
+        self, cfg: Config, records: list[Record], prompter: Prompter, log: RunLog, first_step: int
+    ):
+        self.cfg, self.records, self.prompter, self.log = cfg, records, prompter, log
+        self.workers = ClipWorkers(cfg.dataloader_num_workers, cfg.clip_timeout)
+        self.next_step, self.submitted = first_step, deque()
+
+    def _submit(self, step: int) -> None:
+        mine = self.cfg.per_device_train_batch_size * self.cfg.gradient_accumulation_steps
+        chosen = step_records(self.records, step - 1, mine * ranks.world(), self.cfg.seed)
+        first = ranks.rank() * mine
+        slots = range(first, first + mine)
+        self.submitted.append(
+            [(k, chosen[k], self.workers.submit(*self.prompter.clip_arguments(chosen[k])))
+             for k in slots]
+        )  # fmt: skip
+
+    def take(self, step: int) -> tuple[list[Question], list[tuple[int, ...]]]:
+        ahead = self.STEPS_AHEAD if self.cfg.dataloader_num_workers else 0
+        while self.next_step <= min(step + ahead, self.cfg.max_steps):
+            self._submit(self.next_step)
+            self.next_step += 1
+        questions, seeds, asked = [], [], self.submitted.popleft()
+        for slot, record, clip in asked:
+            try:
+                questions.append(self.prompter.question(record, clip.result()))
+                seeds.append((self.cfg.seed, step, slot, 1))  # 1: no other stream ends so
+            except video.VideoError as error:
+                self.log.note(str(record.video), f"skipped question {record.id}: {error}")
+        mine = (len(asked), len(asked) - len(questions))
+        asked, skipped = (sum(values) for values in zip(*ranks.gather(mine), strict=True))
+        self.log.asked += asked
+        self.log.skipped += skipped
+        self.log.trained += asked - skipped
+        return questions, seeds
+
+    def close(self) -> None:
+        self.workers.close()
 
 
-def save_checkpoint(policy: Policy, run: Path, step: int, model_name_or_path: str) -> None:
-    """run/checkpoint-STEP, an ordinary Hugging Face checkpoint; written beside, then renamed."""
-    final, partial = run / f"checkpoint-{step}", run / f".checkpoint-{step}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    policy.save(partial, processor_from=model_name_or_path)
-    os.replace(partial, final)
+def name_the_question(groups: list[Group], step: int, loss: float, log: RunLog) -> None:
+    """Says which questions a step with a loss or gradient that is not finite was about."""
+    bad = [g.question.record.id for g in groups if not g.old_logps_N.isfinite().all()]
+    bad = bad or [g.question.record.id for g in groups]
+    everyones = [name for names in ranks.gather(bad) for name in names]
+    if ranks.is_main():
+        text = f"step {step}: loss {loss} or its gradient is not finite; weights left as they are"
+        log.note(f"step {step}", f"{text} (questions {', '.join(everyones)})")
+
+
+def reason_to_end(cfg: Config, log: RunLog, step: int, failures: int) -> str | None:
+    """Why the run cannot go on, in words, or None. The same on every rank."""
+    if step == cfg.max_steps and not log.trained:
+        return f"no question was trained on: none of {log.asked} clips could be read"
+    if failures >= 3:
+        return f"{failures} updates in a row were not finite"
+    if log.skipped > cfg.max_skip_fraction * max(log.asked, 100):  # one bad clip in ten is no trend
+        return (
+            f"{log.skipped} of {log.asked} clips could not be read, more than "
+            f"--max_skip_fraction {cfg.max_skip_fraction} allows"
+        )
+    return None
+
+
+def go_on_from(path: Path, policy: Policy, optimizer: torch.optim.Optimizer, log: RunLog) -> int:
+    """Takes up parameters, optimizer and counters; returns the steps that are done."""
+    counters = checkpoint.load(path, policy, optimizer)
+    done = counters.pop("step")
+    for name, value in counters.items():
+        setattr(log, name, value)
+    if ranks.is_main():
+        print(f"going on from {path}, after step {done}")
+    return done
 
 
 class StopSignal:
-    """Ctrl-C or SIGTERM: finish the step, save and leave. A second Ctrl-C interrupts at once."""
+    """Ctrl-C or SIGTERM: finish the step, save and leave the loop. A second one acts at once."""
 
-    def __init__(self):
+    def __enter__(self):
         self.requested = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._receive)
+        self.before = {n: signal.signal(n, self._receive) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _receive(self, number, frame):
         self.requested = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.__exit__()
         name = signal.Signals(number).name
         tqdm.write(f"{name}: finishing the step, then saving; Ctrl-C to stop now", file=sys.stderr)
 
@@ -341,11 +517,19 @@ def parse_config(arguments: list[str] | None = None) -> Config:
 
 
 def make_output_dir(cfg: Config) -> Path:
-    """A directory for this run and no other. Raises ConfigError if it cannot be had."""
+    """A directory for this run and no other, or that of the run to go on with. Raises ConfigError
+    if it cannot be had."""
     if cfg.output_dir is not None:
         directory = Path(cfg.output_dir)
-        if (directory / "metrics.jsonl").exists() or (directory / "toy").exists():
-            raise ConfigError(f"--output_dir {directory} already holds a run; choose another")
+        if not cfg.resume_from_checkpoint and directory.is_dir() and any(directory.iterdir()):
+            raise ConfigError(
+                f"--output_dir {directory} is not empty; choose another, or go on with the run in "
+                "it by --resume_from_checkpoint auto"
+            )
+    elif cfg.resume_from_checkpoint:
+        raise ConfigError(
+            "--resume_from_checkpoint needs the --output_dir of the run to go on with"
+        )
     else:
         name = Path(cfg.model_name_or_path or "toy").name
         if cfg.loss_type != "tw_grpo":
@@ -356,20 +540,71 @@ def make_output_dir(cfg: Config) -> Path:
             directory = Path("runs") / f"{name}-{k}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        (directory / ".write").touch()
+        (directory / ".write").unlink()
     except OSError as error:
-        raise ConfigError(f"--output_dir {directory} cannot be made: {error.strerror}") from None
+        raise ConfigError(f"--output_dir {directory} cannot be written: {error.strerror}") from None
     return directory
 
 
+def training_records(cfg: Config) -> list[Record]:
+    records = load_records(cfg.jsonl_path, cfg.video_root)
+    return select_records(records, cfg.question_type, cfg.train_samples, cfg.seed)
+
+
+def held_out_records(cfg: Config) -> list[Record]:
+    return load_records(cfg.eval_jsonl_path, cfg.video_root) if cfg.eval_jsonl_path else []
+
+
+def prepare_toy(cfg: Config, root: Path) -> Config:
+    """The same settings, pointed at a toy world under `root`, which the first rank makes."""
+    if ranks.is_main():
+        print("No --model_name_or_path: training the embedded toy, which sets these flags:")
+        print("  " + " ".join(f"--{name} {value}" for name, value in toy.DEFAULTS.items()))
+        if not (root / "model").exists():
+            shutil.rmtree(root, ignore_errors=True)  # of a run that was killed while making it
+            toy.prepare(root, cfg.seed)
+    ranks.barrier()
+    return dataclasses.replace(
+        cfg,
+        model_name_or_path=str(root / "model"),
+        jsonl_path=str(root / "train.jsonl"),
+        eval_jsonl_path=str(root / "test.jsonl"),
+        video_root=str(root),
+    )
+
+
+def load_policy(cfg: Config, freeze_all: bool = False) -> Policy:
+    """The model of --model_name_or_path on this rank's device, or its share of it."""
+    device, several = ranks.start(), ranks.world() > 1
+    policy = Policy.load(
+        cfg.model_name_or_path, "cpu" if several else device, cfg.freeze_vision_modules
+    )
+    if freeze_all:
+        policy.model.requires_grad_(False)
+    elif cfg.gradient_checkpointing:
+        policy.checkpoint_activations()
+    if several:
+        policy.shard(device)
+    return policy
+
+
 def measure(cfg: Config, policy: Policy, prompter: Prompter, records: list[Record]) -> dict:
-    """Sampled and greedy accuracy, and sampled with the wrong video as a control."""
+    """Sampled and greedy accuracy, and sampled with the wrong video as a control. Every rank
+    measures everything: none has to wait for another."""
     common = dict(max_completion_length=cfg.max_completion_length, seed=cfg.seed)
     sampled = dict(temperature=cfg.temperature, num_generations=cfg.num_generations, **common)
-    return {
-        "sampled": evaluate(policy, prompter, records, **sampled),
-        "greedy": evaluate(policy, prompter, records, temperature=0.0, **common),
-        "wrong video": evaluate(policy, prompter, records, wrong_video=True, **sampled),
-    }
+    with policy.gathered() as actor:
+        return {
+            "sampled": evaluate(actor, prompter, records, **sampled),
+            "greedy": evaluate(actor, prompter, records, temperature=0.0, **common),
+            "wrong video": evaluate(actor, prompter, records, wrong_video=True, **sampled),
+        }
+
+
+def write_measures(path: Path, measures: dict) -> None:
+    if ranks.is_main():
+        path.write_text(json.dumps(measures, indent=2) + "\n", encoding="utf-8")
 
 
 def print_measures(before: dict, after: dict, count: int) -> None:
@@ -382,53 +617,65 @@ def print_measures(before: dict, after: dict, count: int) -> None:
 
 def run(cfg: Config) -> Path:
     """Everything from the flags to the curves. Returns the output directory."""
-    directory = make_output_dir(cfg)
+    ranks.start()
+    if cfg.jsonl_path:
+        training_records(cfg), held_out_records(cfg)  # before anything is written or loaded
+    directory = ranks.gather(make_output_dir(cfg) if ranks.is_main() else None)[0]
     torch.manual_seed(cfg.seed)
     transformers_logging.disable_progress_bar()
-
     is_toy = cfg.model_name_or_path is None
     if is_toy:
-        print("No --model_name_or_path: training the embedded toy, which sets these flags:")
-        print("  " + " ".join(f"--{name} {value}" for name, value in toy.DEFAULTS.items()))
-        model, train_path, test_path = toy.prepare(directory / "toy", cfg.seed)
-        cfg = dataclasses.replace(
-            cfg,
-            model_name_or_path=str(model),
-            jsonl_path=str(train_path),
-            eval_jsonl_path=str(test_path),
-            video_root=str(directory / "toy"),
-        )
+        cfg = prepare_toy(cfg, directory / "toy")
 
-    records = load_records(cfg.jsonl_path, cfg.video_root)
-    records = select_records(records, cfg.question_type, cfg.train_samples, cfg.seed)
-    held_out = load_records(cfg.eval_jsonl_path, cfg.video_root) if cfg.eval_jsonl_path else []
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    policy = Policy.load(cfg.model_name_or_path, device, cfg.freeze_vision_modules)
+    records, held_out = training_records(cfg), held_out_records(cfg)
+    if cfg.dry_run:
+        plan.show(cfg, records)
+        return directory
+    resume = None
+    if cfg.resume_from_checkpoint:
+        resume = checkpoint.find(directory, cfg.resume_from_checkpoint)
+        if ranks.is_main():
+            done = int(resume.name.rpartition("-")[2]) if resume else 0
+            checkpoint.move_aside_later_rows(directory, done)
+        ranks.barrier()
+
+    policy = load_policy(cfg)
     prompter = Prompter(
         policy.tokenizer, policy.chat_template, policy.geometry, cfg.question_type,
         cfg.fps, cfg.max_frames, cfg.min_pixels, cfg.max_pixels,
     )  # fmt: skip
     log = RunLog(cfg, directory)
-
-    before = measure(cfg, policy, prompter, held_out) if held_out else {}
-    steps = train(cfg, policy, records, prompter, log)
-    viz.curves([directory], directory / "curves.png")
+    measures_file, measures = directory / "eval.json", {}
+    if held_out and resume and measures_file.exists():
+        measures = json.loads(measures_file.read_text(encoding="utf-8"))
+    elif held_out:
+        measures["before"] = measure(cfg, policy, prompter, held_out)
+        write_measures(measures_file, measures)
+    steps = train(cfg, policy, records, prompter, log, resume)
     if held_out and steps == cfg.max_steps:
-        after = measure(cfg, policy, prompter, held_out)
-        measures = json.dumps({"before": before, "after": after}, indent=2)
-        (directory / "eval.json").write_text(measures + "\n", encoding="utf-8")
-        print_measures(before, after, len(held_out))
-        if is_toy:
-            print("A toy shows that the loop works, not that TW-GRPO beats GRPO.")
-    print(f"\n{steps} steps done; see {directory}/curves.png and {directory}/checkpoint-{steps}")
+        measures["after"] = measure(cfg, policy, prompter, held_out)
+        write_measures(measures_file, measures)
+    if ranks.is_main():
+        viz.curves([directory], directory / "curves.png")
+        if "after" in measures:
+            print_measures(measures["before"], measures["after"], len(held_out))
+            if is_toy:
+                print("A toy shows that the loop works, not that TW-GRPO beats GRPO.")
+        print(f"\n{steps} steps done: {directory}/curves.png, {directory}/checkpoint-{steps}")
     return directory
 
 
 def main() -> None:
     try:
         run(parse_config())
-    except (ConfigError, DataError, ModelError, ImportError) as error:
+    except (ConfigError, DataError, ModelError, RunError, CheckpointError, ImportError) as error:
         raise SystemExit(f"error: {error}") from None
+    except OSError as error:
+        raise SystemExit(f"error: {error.filename}: {error.strerror}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; what was written so far is whole") from None
+    finally:
+        ranks.stop()
 
 
 if __name__ == "__main__":

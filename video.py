@@ -40,6 +40,10 @@ class VideoError(Exception):
     """A clip that cannot be used. The message names the file and says why."""
 
 
+class TooShort(ValueError):
+    """Fewer frames than one temporal patch."""
+
+
 @dataclass
 class Clip:
     frames: Tensor  # (F, 3, H, W) uint8
@@ -73,7 +77,7 @@ def frame_indices(
     count = min(max(total / rate * fps, MIN_FRAMES), max_frames, total)
     count = int(count // 2) * 2
     if count < 2:
-        raise ValueError(f"has {total} frame(s); at least 2 are needed")
+        raise TooShort(f"has {total} frame(s); at least 2 are needed")
     return torch.linspace(0, total - 1, count).round().long().tolist()
 
 
@@ -153,7 +157,8 @@ def resized_shape(
     max_pixels: int = MAX_PIXELS,
     factor: int = 28,
 ) -> tuple[int, int]:
-    """(height, width) in multiples of `factor`, within min_pixels..max_pixels, the aspect kept."""
+    """(height, width) in multiples of `factor`, about the same aspect, holding min_pixels to
+    max_pixels unless the sides are too unequal for that."""
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise ValueError(
             f"is {width} x {height} pixels; more than {MAX_ASPECT} times longer than wide"
@@ -177,6 +182,23 @@ def resize(frames_F3HW: Tensor, height: int, width: int) -> Tensor:
         frames, (height, width), mode="bicubic", antialias=True, align_corners=False
     )
     return frames.round().clamp(0, 255)
+
+
+def load_clip(
+    path: str | os.PathLike,
+    fps: float = FPS,
+    max_frames: int = MAX_FRAMES,
+    min_pixels: int = MIN_PIXELS,
+    max_pixels: int = MAX_PIXELS,
+    factor: int = 28,
+) -> Clip:
+    """Sampled and resized frames of a file, still uint8: what a worker process sends back."""
+    clip = read_clip(path, fps, max_frames)
+    try:
+        shape = resized_shape(*clip.frames.shape[-2:], min_pixels, max_pixels, factor)
+    except ValueError as error:
+        raise VideoError(f"{path}: {error}") from None
+    return Clip(resize(clip.frames, *shape).to(torch.uint8), clip.seconds)
 
 
 def patchify(frames_F3HW: Tensor, geometry: Geometry) -> tuple[Tensor, tuple[int, int, int]]:

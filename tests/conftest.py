@@ -15,7 +15,10 @@ from policy import Policy
 
 PROJECT = Path(__file__).resolve().parent.parent
 SAMPLES = Path(os.environ.get("TWGRPO_SAMPLES", PROJECT.parent / "shared" / "data"))
-TOY_FLAGS = "--max_frames 4 --min_pixels 3136 --max_pixels 3136 --max_completion_length 20".split()
+TOY_FLAGS = (
+    "--max_frames 4 --min_pixels 3136 --max_pixels 3136 --max_completion_length 20 "
+    "--dataloader_num_workers 0 --gradient_checkpointing false"
+).split()
 
 
 @pytest.fixture

@@ -14,9 +14,11 @@ import torch
 from conftest import questions_of, random_completions
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
+import rollout
 import toy
 from data import TEMPLATES, Prompter, Record
-from policy import Group, ModelError, Policy, pack, packed_mask, sample
+from policy import Group, ModelError, Policy, pack, packed_mask
+from rollout import sample
 
 LENGTHS = [[5, 1, 9, 3], [2, 2, 2, 7], [1, 1, 1, 1]]
 
@@ -138,8 +140,8 @@ def test_rollout_logps_equal_a_full_forward(policy, questions):
 
 def test_rollout_last_logits_equal_a_full_forward(policy, questions, monkeypatch):
     seen = []
-    head = policy.model.lm_head.forward
-    monkeypatch.setattr(policy.model.lm_head, "forward", lambda h: seen.append(head(h)) or seen[-1])
+    head = rollout.head_logits
+    monkeypatch.setattr(rollout, "head_logits", lambda *args: seen.append(head(*args)) or seen[-1])
     policy.eos_ids = torch.tensor([-1])  # so that no row ends early
     features = policy.encode_videos(questions)
     groups = policy.rollout(questions, features, 2, 10, 1.0, [(0, b) for b in range(3)])
@@ -234,7 +236,7 @@ def test_frozen_vision_gets_no_gradient(world, prompter, records):
     policy = Policy.load(world / "model", freeze_vision_modules=True)
     questions = [prompter(records[0])]
     features = policy.encode_videos(questions)
-    assert policy.vision_is_frozen and not features.requires_grad
+    assert policy.vision_is_frozen and not features[0].requires_grad
     policy.hidden_states(groups_of(policy, questions, LENGTHS[:1]), features)[0].sum().backward()
     assert all(p.grad is None for p in policy.vision.parameters())
 
@@ -270,7 +272,7 @@ def test_what_is_not_a_qwen_vl_is_refused_by_name(tmp_path):
     with pytest.raises(ModelError, match="nowhere: no such model directory"):
         Policy.load(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelError, match="empty: not a model checkpoint"):
+    with pytest.raises(ModelError, match="empty: not a checkpoint"):
         Policy.load(tmp_path / "empty")
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "config.json").write_text('{"model_type": "qwen2"}')
