@@ -9,7 +9,7 @@ apart (group-major): on tensor cores each thread then holds all G values of a wo
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -29,34 +29,41 @@ class Tile:
     stages: int
 
 
+# bf16, by the GPU's major compute capability: the largest tile whose accumulator and group arithmetic fit the registers
+# without a spill (`python -m kernels.compile_check` prints them). Blackwell's tensor memory hands a thread a whole row
+# of the tile, hence fewer tokens there. Speed on a GPU: not yet measured.
 TILES = {
-    torch.bfloat16: Tile(256, 128, 64, warps=8, stages=3),
-    # float32 dots are exact ("ieee") and run outside the tensor cores: for checks, not for speed.
-    torch.float32: Tile(64, 64, 32, warps=4, stages=2),
+    8: Tile(128, 128, 64, warps=8, stages=3),
+    9: Tile(256, 128, 64, warps=8, stages=3),
+    10: Tile(128, 64, 64, warps=8, stages=3),
 }
+# float32 dots are exact ("ieee") and run outside the tensor cores: for checks, not for speed.
+FLOAT32_TILE = Tile(64, 64, 32, warps=8, stages=2)
 PROGRAMS = 4 * 132  # four waves of an H200's multiprocessors, so that the last, partly filled wave costs little
 
 
 @triton.jit
-def logits_tile(
-    hidden_rows_ptr, weight_ptr, v, V, D,
-    WORDS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, EVEN_D: tl.constexpr,
-):  # fmt: skip
-    """z = W h for WORDS words and TOKENS tokens, float32. Words past V read the last row; the caller masks them."""
+def matmul_tile(a_rows_ptr, b_rows_ptr, z, D, DEPTH: tl.constexpr, EVEN_D: tl.constexpr):
+    """z + A Bᵀ for the rows of A and B that the pointers (one for each row) start at; z is float32."""
     k = tl.arange(0, DEPTH)
-    w_ptr = weight_ptr + tl.minimum(v, V - 1).to(tl.int64)[:, None] * D + k[None, :]
-    h_ptr = hidden_rows_ptr[None, :] + k[:, None]
-    z = tl.zeros([WORDS, TOKENS], tl.float32)
+    a_ptr = a_rows_ptr[:, None] + k[None, :]
+    b_ptr = b_rows_ptr[None, :] + k[:, None]
     for first in range(0, D, DEPTH):
         if EVEN_D:
-            w, h = tl.load(w_ptr), tl.load(h_ptr)
+            a, b = tl.load(a_ptr), tl.load(b_ptr)
         else:
-            w = tl.load(w_ptr, (first + k < D)[None, :], other=0.0)
-            h = tl.load(h_ptr, (first + k < D)[:, None], other=0.0)
-        z = tl.dot(w, h, z, input_precision="ieee")  # z' = z + W[:, k] h[k]
-        w_ptr += DEPTH
-        h_ptr += DEPTH
+            a = tl.load(a_ptr, (first + k < D)[None, :], other=0.0)
+            b = tl.load(b_ptr, (first + k < D)[:, None], other=0.0)
+        z = tl.dot(a, b, z, input_precision="ieee")  # z' = z + A[:, k] B[:, k]ᵀ
+        a_ptr += DEPTH
+        b_ptr += DEPTH
     return z
+
+
+@triton.jit
+def rows_at(matrix_ptr, row, rows, D):
+    """Pointers to rows of a (rows, D) matrix; an index past its end reads the last row, for the caller to mask."""
+    return matrix_ptr + tl.minimum(row, rows - 1).to(tl.int64) * D  # 64 bits: rows x D may pass 2^31
 
 
 @triton.jit
@@ -69,21 +76,24 @@ def log_sum_exp_kernel(
     Grid: token tiles x slices; programs that run together read the same words.
     """
     n = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    target = tl.load(target_ptr + n, n < N, other=-1)
-    h_ptr = hidden_ptr + tl.minimum(n, N - 1).to(tl.int64) * D
+    target = tl.load(target_ptr + n, n < N, other=-1).to(tl.int32)
+    hidden_rows_ptr = rows_at(hidden_ptr, n, N, D)
     m = tl.full([TOKENS], float("-inf"), tl.float32)
     s = tl.zeros([TOKENS], tl.float32)
+    picked = tl.zeros([TOKENS], tl.float32)
     first_tile = tl.program_id(1) * slice_tiles
     for tile in range(first_tile, tl.minimum(first_tile + slice_tiles, tl.cdiv(V, WORDS))):
         v = tile * WORDS + tl.arange(0, WORDS)
-        x = logits_tile(h_ptr, weight_ptr, v, V, D, WORDS, TOKENS, DEPTH, EVEN_D) * inverse_temperature
-        x = tl.where(v[:, None] < V, x, float("-inf"))
-        # The one thread that holds the target's logit writes it.
-        tl.store(picked_ptr + n[None, :] + 0 * v[:, None], x, v[:, None] == target[None, :])
-        m_new = tl.maximum(m, tl.max(x, axis=0))
-        s = s * tl.exp(m - m_new) + tl.sum(tl.exp(x - m_new[None, :]), axis=0)  # s' = s e^(m-m') + Σ e^(x-m')
+        z = tl.zeros([TOKENS, WORDS], tl.float32)
+        x = matmul_tile(hidden_rows_ptr, rows_at(weight_ptr, v, V, D), z, D, DEPTH, EVEN_D) * inverse_temperature
+        x = tl.where(v[None, :] < V, x, float("-inf"))
+        picked += tl.sum(tl.where(v[None, :] == target[:, None], x, 0.0), axis=1)
+        m_new = tl.maximum(m, tl.max(x, axis=1))
+        s = s * tl.exp(m - m_new) + tl.sum(tl.exp(x - m_new[:, None]), axis=1)  # s' = s e^(m-m') + Σ e^(x-m')
         m = m_new
     tl.store(partial_ptr + tl.program_id(1).to(tl.int64) * N + n, m + tl.log(s), n < N)
+    here = (target >= first_tile * WORDS) & (target < (first_tile + slice_tiles) * WORDS)
+    tl.store(picked_ptr + n, picked, here)  # one slice holds the target, and it alone writes
 
 
 @triton.jit
@@ -101,11 +111,10 @@ def divergence_kernel(
     j = tl.arange(0, TOKENS)
     t = first_t + tl.program_id(0) * POSITIONS + j % POSITIONS
     start = tl.load(start_ptr + t, t < last_t, other=0)
-    alive = j // POSITIONS < tl.load(start_ptr + t + 1, t < last_t, other=1) - start
-    n = tl.load(order_ptr + start + j // POSITIONS, alive, other=0)
-    lse = tl.load(lse_ptr + n, alive, other=0.0)
-    h_ptr = hidden_ptr + n.to(tl.int64) * D
-    alive = tl.reshape(alive, [1, ROWS, POSITIONS])
+    exists = j // POSITIONS < tl.load(start_ptr + t + 1, t < last_t, other=1) - start
+    n = tl.load(order_ptr + start + j // POSITIONS, exists, other=0)
+    lse = tl.load(lse_ptr + n)
+    hidden_rows_ptr = hidden_ptr + n.to(tl.int64) * D
 
     t = first_t + tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
     # Positions past the last one read token 0 as their only row: finite, and never stored.
@@ -118,12 +127,28 @@ def divergence_kernel(
     first_tile = tl.program_id(1) * slice_tiles
     for tile in range(first_tile, tl.minimum(first_tile + slice_tiles, tl.cdiv(V, WORDS))):
         v = tile * WORDS + tl.arange(0, WORDS)
-        x = logits_tile(h_ptr, weight_ptr, v, V, D, WORDS, TOKENS, DEPTH, EVEN_D) * inverse_temperature
-        logp = tl.reshape(x - lse[None, :], [WORDS, ROWS, POSITIONS])
+        z = tl.zeros([WORDS, TOKENS], tl.float32)
+        z = matmul_tile(rows_at(weight_ptr, v, V, D), hidden_rows_ptr, z, D, DEPTH, EVEN_D)
+        logp = tl.reshape(z * inverse_temperature - lse[None, :], [WORDS, ROWS, POSITIONS])
+        alive = tl.arange(0, ROWS)[None, :, None] < alive_count
         spread = group_spread(logp, alive, alive_count, ended, log_V, TEXTBOOK, AXIS=1)
         spread = tl.where((v < V)[:, None, None], spread, 0.0)
         total += tl.sum(tl.sum(spread, axis=1), axis=0)  # D' = D + Σ_v mean_i (e^d - d - 1)
     tl.store(partial_ptr + tl.program_id(1).to(tl.int64) * T + t, total, t < last_t)
+
+
+def tile_for(hidden_ND) -> Tile:
+    if hidden_ND.dtype == torch.float32:
+        return FLOAT32_TILE
+    return TILES.get(torch.cuda.get_device_capability(hidden_ND.device)[0], TILES[8])
+
+
+def divergence_tile(tile: Tile, rows: int) -> Tile:
+    """The tile for groups of `rows` rows: as many positions as `tile` holds of eight rows, so that what a thread
+    keeps for each position stays the same; for more rows fewer positions, and half the words."""
+    if rows <= 8:
+        return replace(tile, tokens=max(16, rows * tile.tokens // 8))  # 16 is the narrowest product
+    return replace(tile, words=tile.words // 2, tokens=max(tile.tokens, rows))
 
 
 def slices_of_words(V: int, words: int, token_tiles: int) -> tuple[int, int]:
@@ -167,19 +192,20 @@ def forward(hidden_ND, weight_VD, targets_N, rows, temperature, divergence, ende
 
     Memory beyond outputs: the partial results of the slices, (slices N + slices T) 4 bytes: about 1 MB at any N.
     """
-    tile = sizes.tile or TILES[hidden_ND.dtype]
+    tile = sizes.tile or tile_for(hidden_ND)
     logps_N, lse_N = row_statistics(hidden_ND, weight_VD, targets_N, temperature, tile)
     V, D, T = *weight_VD.shape, len(rows.starts) - 1
     divergence_T = torch.empty(T, dtype=torch.float32, device=hidden_ND.device)
     for first, last, padded in buckets_of_positions(rows.starts):
-        token_tiles = triton.cdiv(last - first, tile.tokens // padded)
-        slices, slice_tiles = slices_of_words(V, tile.words, token_tiles)
+        narrow = divergence_tile(tile, padded)
+        token_tiles = triton.cdiv(last - first, narrow.tokens // padded)
+        slices, slice_tiles = slices_of_words(V, narrow.words, token_tiles)
         partial_ST = torch.empty(slices, T, dtype=torch.float32, device=hidden_ND.device)
         divergence_kernel[(token_tiles, slices)](
             hidden_ND, weight_VD, lse_N, rows.order_N, rows.start_T1, partial_ST,
             first, last, V, D, T, rows.G, math.log(V), 1 / temperature, slice_tiles,
             TEXTBOOK=divergence == "textbook", UNIFORM=ended_rows == "uniform", ROWS=padded,
-            WORDS=tile.words, TOKENS=tile.tokens, DEPTH=tile.depth, EVEN_D=D % tile.depth == 0,
+            WORDS=narrow.words, TOKENS=narrow.tokens, DEPTH=tile.depth, EVEN_D=D % tile.depth == 0,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         divergence_T[first:last] = partial_ST[:, first:last].sum(0)
@@ -188,5 +214,5 @@ def forward(hidden_ND, weight_VD, targets_N, rows, temperature, divergence, ende
 
 def token_logps(hidden_ND, weight_VD, targets_N, temperature, sizes):
     """(N,) float32 log-probs of the targets: the first kernel alone."""
-    tile = sizes.tile or TILES[hidden_ND.dtype]
+    tile = sizes.tile or tile_for(hidden_ND)
     return row_statistics(hidden_ND, weight_VD, targets_N, temperature, tile)[0]

@@ -26,6 +26,7 @@ class Sizes:
     row_block: int = 4096  # words a row program reads at once
     group_elements: int = 8192  # words x rows a group program reads at once
     gradient_block: int = 1024  # words of one backward program
+    objective_block: int = 512  # tokens the loss kernel reads at once
     tile: object = None  # a fused.Tile; None: fused.TILES for the dtype
 
 
@@ -79,8 +80,9 @@ class KernelHead(torch.autograd.Function):
             hidden_ND, weight_VD, targets_N, rows, temperature, divergence, ended_rows, sizes
         )
         weights_T, coefficients_N, summary = objective(
-            logps_N, divergence_T, rows, lengths_G, advantages_G, old_logps_N, ref_logps_N, **loss_options
-        )
+            logps_N, divergence_T, rows, lengths_G, advantages_G, old_logps_N, ref_logps_N,
+            block=sizes.objective_block, **loss_options,
+        )  # fmt: skip
         ctx.save_for_backward(hidden_ND, weight_VD, targets_N, lse_N, coefficients_N)
         ctx.temperature, ctx.block = temperature, sizes.gradient_block
         ctx.slice_words = sizes.slice_words or words_of_backward(impl, len(hidden_ND))

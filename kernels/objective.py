@@ -80,7 +80,7 @@ def objective_kernel(
 
 def objective(
     logps_N, divergence_T, rows, lengths_G, advantages_G, old_logps_N, ref_logps_N,
-    *, alpha, eps_low, eps_high, beta, loss_type, block=1024,
+    *, block, alpha, eps_low, eps_high, beta, loss_type,
 ):  # fmt: skip
     """(weights_T, coefficients_N, summary): what `objective_kernel` writes, all float32."""
     weights_T = torch.empty_like(divergence_T)
@@ -95,6 +95,6 @@ def objective(
         weights_T, coefficients_N, summary,
         len(logps_N), len(divergence_T), len(lengths_G), alpha, eps_low, eps_high, beta,
         TOKEN_WEIGHTS=loss_type == "tw_grpo", HAS_OLD=old_logps_N is not None, HAS_REF=ref_logps_N is not None,
-        BLOCK=block, num_warps=4,
+        BLOCK=block, num_warps=8,
     )  # fmt: skip
     return weights_T, coefficients_N, summary
