@@ -1,9 +1,11 @@
-"""The backward both forwards share: one slice of the vocabulary at a time, every logit computed once more.
+"""The backward both forwards share: one slice of the vocabulary at a time, every logit computed
+once more.
 
-With the log-sum-exp and the coefficients c_n = dLoss/dlogp_n known, the gradient of a logit needs nothing but itself:
+With the log-sum-exp and the coefficients c_n = dLoss/dlogp_n known, the gradient of a logit needs
+nothing but itself:
     g_n(v) = c_n (1[v = y_n] - p_n(v)) / temperature,      dH += g W_slice,      dW_slice = gᵀ H.
-Slices of the vocabulary write disjoint rows of dW and are added to dH in order: no atomics, the same bits every time.
-Letters as in `kernels/reference.py`.
+Slices of the vocabulary write disjoint rows of dW and are added to dH in order: no atomics, the
+same bits every time. Letters as in `kernels/reference.py`.
 """
 
 import torch
@@ -18,7 +20,8 @@ def softmax_gradient_kernel(
     logits_ptr, gradient_ptr, lse_ptr, target_ptr, coefficient_ptr, upstream_ptr,
     first_word, words, inverse_temperature, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Logits of a slice to their gradients, in place when both have one dtype. Grid: rows x blocks of words.
+    """Logits of a slice to their gradients, in place when both have one dtype. Grid: rows x blocks
+    of words.
 
     Reference: what autograd derives from `reference.vocab_logps` at the target.
     """
@@ -39,25 +42,33 @@ def add_matmul_float32(accumulator, a, b):
     elif a.is_cuda:
         torch.addmm(accumulator, a, b, out_dtype=torch.float32, out=accumulator)
     else:
-        accumulator.addmm_(a.float(), b.float())  # the CPU has no such product; only tests come here
+        accumulator.addmm_(
+            a.float(), b.float()
+        )  # the CPU has no such product; only tests come here
 
 
 def backward(
     upstream, hidden_ND, weight_VD, targets_N, lse_N, coefficients_N,
     temperature, needs_hidden, needs_weight, slice_words, block,
 ):  # fmt: skip
-    """(dH, dW) in the dtype of hidden and weight, or None for the one that is not needed (its matmul is skipped).
+    """(dH, dW) in the dtype of hidden and weight, or None for the one that is not needed (its
+    matmul is skipped).
 
     upstream  () gradient of the loss;  slice_words  words of the vocabulary at a time
 
-    Memory beyond outputs, in bytes: N slice_words 4 for the logits + N slice_words 2 for their bf16 gradients
-    (float32 gradients replace the logits in place) + N D 4 for dH in float32. A bf16 gradient could share the logits'
-    memory too, but then a program would write where its own other threads still have to read.
+    Memory beyond outputs, in bytes: N slice_words 4 for the logits + N slice_words 2 for their bf16
+    gradients (float32 gradients replace the logits in place) + N D 4 for dH in float32. A bf16
+    gradient could share the logits' memory too, but then a program would write where its own other
+    threads still have to read.
     """
     (N, D), V = hidden_ND.shape, len(weight_VD)
     slice_words = min(V, slice_words)
     logits = torch.empty(N * slice_words, dtype=torch.float32, device=hidden_ND.device)
-    gradients = logits if hidden_ND.dtype == torch.float32 else torch.empty_like(logits, dtype=hidden_ND.dtype)
+    gradients = (
+        logits
+        if hidden_ND.dtype == torch.float32
+        else torch.empty_like(logits, dtype=hidden_ND.dtype)
+    )
     dH = torch.zeros(N, D, dtype=torch.float32, device=hidden_ND.device) if needs_hidden else None
     dW = torch.empty_like(weight_VD) if needs_weight else None
     for first in range(0, V, slice_words):

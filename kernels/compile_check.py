@@ -3,8 +3,9 @@
     python -m kernels.compile_check             # sm_80, sm_90 and sm_100
     python -m kernels.compile_check --arch 90
 
-Block sizes, warps and dtypes are those of production (bf16 in, D = 3584, G = 8). Exits 1 if a kernel spills registers
-to memory. Needs Triton; must not run under TRITON_INTERPRET=1, where a kernel is never compiled.
+Block sizes, warps and dtypes are those of production (bf16 in, D = 3584, G = 8). Exits 1 if a
+kernel spills registers to memory. Needs Triton; must not run under TRITON_INTERPRET=1, where a
+kernel is never compiled.
 """
 
 import argparse
@@ -17,79 +18,78 @@ from pathlib import Path
 SHARED_LIMIT = {80: 163, 90: 227, 100: 227}  # KB of shared memory one program may use
 
 
+# Types of the kernels' arguments, by name: pointers are *fp32 and numbers i32 unless listed here.
+POINTERS = dict(
+    target="*i64", length="*i64", order="*i32", start="*i32", completion="*i32", position="*i32"
+)
+FLOATS = "alpha eps_low eps_high beta log_V inverse_temperature".split()
+
+
 def cases(arch: int):
-    """(name, kernel, signature, constants, warps, stages) of everything the head launches on such a GPU."""
+    """(name, kernel, input dtype, constants, warps, stages) of all that the head launches there."""
     from kernels import backward, chunked, fused, objective
     from kernels.head import Sizes
 
     sizes = Sizes()
-    for flags in ((1, 0, 0), (1, 1, 1), (0, 1, 1)):
+    for weights, old, ref in ((True, False, False), (True, True, True), (False, True, True)):
+        flags = dict(TOKEN_WEIGHTS=weights, HAS_OLD=old, HAS_REF=ref)
+        name = f"objective weights={weights:d} old={old:d} ref={ref:d}"
         yield (
-            "objective weights={} old={} ref={}".format(*flags), objective.objective_kernel,
-            dict(divergence_ptr="*fp32", logp_ptr="*fp32", old_ptr="*fp32", ref_ptr="*fp32", completion_ptr="*i32",
-                 position_ptr="*i32", length_ptr="*i64", advantage_ptr="*fp32", weight_ptr="*fp32",
-                 coefficient_ptr="*fp32", summary_ptr="*fp32", N="i32", T="i32", G="i32", alpha="fp32",
-                 eps_low="fp32", eps_high="fp32", beta="fp32"),
-            dict(zip(("TOKEN_WEIGHTS", "HAS_OLD", "HAS_REF"), map(bool, flags), strict=True),
-                 BLOCK=sizes.objective_block), 8, 3,
-        )  # fmt: skip
-    yield (
-        "chunked rows", chunked.row_kernel,
-        dict(logits_ptr="*fp32", target_ptr="*i64", order_ptr="*i32", logp_ptr="*fp32", lse_ptr="*fp32", V="i32",
-             inverse_temperature="fp32"),
-        dict(BLOCK=sizes.row_block), 8, 3,
-    )  # fmt: skip
+            name,
+            objective.objective_kernel,
+            "fp32",
+            dict(**flags, BLOCK=sizes.objective_block),
+            8,
+            3,
+        )
+    yield "chunked rows", chunked.row_kernel, "fp32", dict(BLOCK=sizes.row_block), 8, 3
     for rows, textbook in itertools.product((1, 8, 16), (False, True)):
-        yield (
-            f"chunked group rows={rows} textbook={textbook:d}", chunked.group_kernel,
-            dict(logits_ptr="*fp32", lse_ptr="*fp32", order_ptr="*i32", start_ptr="*i32", partial_ptr="*fp32",
-                 first_t="i32", V="i32", G="i32", log_V="fp32", inverse_temperature="fp32", slice_words="i32"),
-            dict(TEXTBOOK=textbook, UNIFORM=True, SLICES=4, ROWS=rows, BLOCK=sizes.group_elements // rows), 8, 3,
-        )  # fmt: skip
+        name = f"chunked group rows={rows} textbook={textbook:d}"
+        constants = dict(TEXTBOOK=textbook, UNIFORM=True, SLICES=4, ROWS=rows)
+        constants["BLOCK"] = sizes.group_elements // rows
+        yield name, chunked.group_kernel, "fp32", constants, 8, 3
     for dtype in ("bf16", "fp32"):
-        yield (
-            f"backward softmax gradient {dtype}", backward.softmax_gradient_kernel,
-            dict(logits_ptr="*fp32", gradient_ptr=f"*{dtype}", lse_ptr="*fp32", target_ptr="*i64",
-                 coefficient_ptr="*fp32", upstream_ptr="*fp32", first_word="i32", words="i32",
-                 inverse_temperature="fp32"),
-            dict(BLOCK=sizes.gradient_block), 4, 3,
-        )  # fmt: skip
+        kernel, constants = backward.softmax_gradient_kernel, dict(BLOCK=sizes.gradient_block)
+        yield f"backward softmax gradient {dtype}", kernel, dtype, constants, 4, 3
     for dtype, tile in (("bf16", fused.TILES[arch // 10]), ("fp32", fused.FLOAT32_TILE)):
-        inputs = dict(hidden_ptr=f"*{dtype}", weight_ptr=f"*{dtype}")
-        yield (
-            f"fused log-sum-exp {dtype}", fused.log_sum_exp_kernel,
-            dict(**inputs, target_ptr="*i64", picked_ptr="*fp32", partial_ptr="*fp32",
-                 N="i32", V="i32", D="i32", inverse_temperature="fp32", slice_tiles="i32"),
-            dict(WORDS=tile.words, TOKENS=tile.tokens, DEPTH=tile.depth, EVEN_D=True), tile.warps, tile.stages,
-        )  # fmt: skip
+        run = tile.warps, tile.stages
+        constants = dict(WORDS=tile.words, TOKENS=tile.tokens, DEPTH=tile.depth, EVEN_D=True)
+        yield f"fused log-sum-exp {dtype}", fused.log_sum_exp_kernel, dtype, constants, *run
         for rows, textbook in itertools.product((1, 2, 4, 8, 16), (False, True)):
+            name = f"fused divergence {dtype} rows={rows} textbook={textbook:d}"
             narrow = fused.divergence_tile(tile, rows)
-            yield (
-                f"fused divergence {dtype} rows={rows} textbook={textbook:d}", fused.divergence_kernel,
-                dict(**inputs, lse_ptr="*fp32", order_ptr="*i32", start_ptr="*i32", partial_ptr="*fp32",
-                     first_t="i32", last_t="i32", V="i32", D="i32", T="i32", G="i32", log_V="fp32",
-                     inverse_temperature="fp32", slice_tiles="i32"),
-                dict(TEXTBOOK=textbook, UNIFORM=True, ROWS=rows, EVEN_D=True, WORDS=narrow.words,
-                     TOKENS=narrow.tokens, DEPTH=tile.depth), tile.warps, tile.stages,
-            )  # fmt: skip
+            constants = dict(WORDS=narrow.words, TOKENS=narrow.tokens, DEPTH=narrow.depth)
+            constants |= dict(EVEN_D=True, TEXTBOOK=textbook, UNIFORM=True, ROWS=rows)
+            yield name, fused.divergence_kernel, dtype, constants, *run
 
 
-def compile_for(arch: int, kernel, signature, constants, warps, stages) -> dict:
-    """Registers a thread, spilled bytes and KB of shared memory of one kernel, as ptxas reports them."""
+def compile_for(arch: int, kernel, dtype: str, constants: dict, warps: int, stages: int) -> dict:
+    """Registers a thread, spilled bytes and KB of shared memory of one kernel, as ptxas says."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    # What the launcher finds out by itself: tensors are aligned, and V, D and the slices are multiples of 16.
-    aligned = [i for i, (name, kind) in enumerate(signature.items()) if kind[0] == "*" or name in ("V", "D", "words")]
-    source = ASTSource(
-        kernel, {**signature, **dict.fromkeys(constants, "constexpr")}, constants,
-        {(i,): [["tt.divisibility", 16]] for i in aligned},
-    )  # fmt: skip
+    inputs = dict.fromkeys(("hidden", "weight", "gradient"), "*" + dtype)
+    types = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            types[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            types[name] = (POINTERS | inputs).get(name.removesuffix("_ptr"), "*fp32")
+        else:
+            types[name] = "fp32" if name in FLOATS else "i32"
+    # What the launcher sees by itself: tensors are aligned, and V, D, words are multiples of 16.
+    aligned = [n.endswith("_ptr") or n in ("V", "D", "words") for n in kernel.arg_names]
+    attributes = {(i,): [["tt.divisibility", 16]] for i, yes in enumerate(aligned) if yes}
+    source = ASTSource(kernel, types, constants, attributes)
     options = dict(num_warps=warps, num_stages=stages)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     folder = Path(triton.__file__).parent / "backends/nvidia/bin"
-    ptxas = folder / "ptxas-blackwell" if arch >= 100 and (folder / "ptxas-blackwell").exists() else folder / "ptxas"
+    ptxas = (
+        folder / "ptxas-blackwell"
+        if arch >= 100 and (folder / "ptxas-blackwell").exists()
+        else folder / "ptxas"
+    )
     full_arch = re.search(r"\.target (sm_\w+)", compiled.asm["ptx"])[1]
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(compiled.asm["ptx"])
@@ -98,7 +98,9 @@ def compile_for(arch: int, kernel, signature, constants, warps, stages) -> dict:
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers = int(re.search(r"Used (\d+) registers", report)[1])
     spills = sum(map(int, re.findall(r"(\d+) bytes spill", report)))
-    return dict(arch=full_arch, registers=registers, spills=spills, shared=compiled.metadata.shared / 1024)
+    return dict(
+        arch=full_arch, registers=registers, spills=spills, shared=compiled.metadata.shared / 1024
+    )
 
 
 def main():
@@ -113,7 +115,10 @@ def main():
             if arguments.only not in name:
                 continue
             r = compile_for(arch, *case)
-            print(f"{name:40} {r['arch']:8} {r['registers']:9} {r['spills']:9} {r['shared']:10.1f}", flush=True)
+            print(
+                f"{name:40} {r['arch']:8} {r['registers']:9} {r['spills']:9} {r['shared']:10.1f}",
+                flush=True,
+            )
             if r["spills"] or r["shared"] > SHARED_LIMIT[arch]:
                 failed.append(f"{name} on {r['arch']}")
     if failed:

@@ -1,11 +1,12 @@
 """The small forward, and the one to read: the logits exist only in registers.
 
-Two Triton matmuls over the vocabulary. The first keeps a running log-sum-exp of every token and picks its target's
-logit; the second holds the G rows of each position in one tile and sums their spread. Nothing of size N x V is written.
-Letters as in `kernels/reference.py`.
+Two Triton matmuls over the vocabulary. The first keeps a running log-sum-exp of every token and
+picks its target's logit; the second holds the G rows of each position in one tile and sums their
+spread. Nothing of size N x V is written. Letters as in `kernels/reference.py`.
 
-Words lie on the tile's first axis and tokens on its second, where the G rows of a position stand POSITIONS columns
-apart (group-major): on tensor cores each thread then holds all G values of a word, and their mean needs no exchange.
+Words lie on the tile's first axis and tokens on its second, where the G rows of a position stand
+POSITIONS columns apart (group-major): on tensor cores each thread then holds all G values of a
+word, and their mean needs no exchange.
 """
 
 import math
@@ -29,9 +30,10 @@ class Tile:
     stages: int
 
 
-# bf16, by the GPU's major compute capability: the largest tile whose accumulator and group arithmetic fit the registers
-# without a spill (`python -m kernels.compile_check` prints them). Blackwell's tensor memory hands a thread a whole row
-# of the tile, hence fewer tokens there. Speed on a GPU: not yet measured.
+# bf16, by the GPU's major compute capability: the largest tile whose accumulator and group
+# arithmetic fit the registers without a spill (`python -m kernels.compile_check` prints them).
+# Blackwell's tensor memory hands a thread a whole row of the tile, hence fewer tokens there. Speed
+# on a GPU: not yet measured.
 TILES = {
     8: Tile(128, 128, 64, warps=8, stages=3),
     9: Tile(256, 128, 64, warps=8, stages=3),
@@ -39,12 +41,14 @@ TILES = {
 }
 # float32 dots are exact ("ieee") and run outside the tensor cores: for checks, not for speed.
 FLOAT32_TILE = Tile(64, 64, 32, warps=8, stages=2)
-PROGRAMS = 4 * 132  # four waves of an H200's multiprocessors, so that the last, partly filled wave costs little
+PROGRAMS = (
+    4 * 132
+)  # four waves of an H200's multiprocessors, so that the last, partly filled wave costs little
 
 
 @triton.jit
 def matmul_tile(a_rows_ptr, b_rows_ptr, z, D, DEPTH: tl.constexpr, EVEN_D: tl.constexpr):
-    """z + A Bᵀ for the rows of A and B that the pointers (one for each row) start at; z is float32."""
+    """z + A Bᵀ, float32, for the rows of A and of B that the two vectors of pointers start at."""
     k = tl.arange(0, DEPTH)
     a_ptr = a_rows_ptr[:, None] + k[None, :]
     b_ptr = b_rows_ptr[None, :] + k[:, None]
@@ -62,13 +66,16 @@ def matmul_tile(a_rows_ptr, b_rows_ptr, z, D, DEPTH: tl.constexpr, EVEN_D: tl.co
 
 @triton.jit
 def rows_at(matrix_ptr, row, rows, D):
-    """Pointers to rows of a (rows, D) matrix; an index past its end reads the last row, for the caller to mask."""
-    return matrix_ptr + tl.minimum(row, rows - 1).to(tl.int64) * D  # 64 bits: rows x D may pass 2^31
+    """Pointers to rows of a (rows, D) matrix; past its end the last one, for the caller to mask."""
+    return (
+        matrix_ptr + tl.minimum(row, rows - 1).to(tl.int64) * D
+    )  # 64 bits: rows x D may pass 2^31
 
 
 @triton.jit
 def log_sum_exp_kernel(
-    hidden_ptr, weight_ptr, target_ptr, picked_ptr, partial_ptr, N, V, D, inverse_temperature, slice_tiles,
+    hidden_ptr, weight_ptr, target_ptr, picked_ptr, partial_ptr,
+    N, V, D, inverse_temperature, slice_tiles,
     WORDS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, EVEN_D: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp of a slice of the vocabulary, and the target's logit: `reference.vocab_logps`.
@@ -85,11 +92,16 @@ def log_sum_exp_kernel(
     for tile in range(first_tile, tl.minimum(first_tile + slice_tiles, tl.cdiv(V, WORDS))):
         v = tile * WORDS + tl.arange(0, WORDS)
         z = tl.zeros([TOKENS, WORDS], tl.float32)
-        x = matmul_tile(hidden_rows_ptr, rows_at(weight_ptr, v, V, D), z, D, DEPTH, EVEN_D) * inverse_temperature
+        x = (
+            matmul_tile(hidden_rows_ptr, rows_at(weight_ptr, v, V, D), z, D, DEPTH, EVEN_D)
+            * inverse_temperature
+        )
         x = tl.where(v[None, :] < V, x, float("-inf"))
         picked += tl.sum(tl.where(v[None, :] == target[:, None], x, 0.0), axis=1)
         m_new = tl.maximum(m, tl.max(x, axis=1))
-        s = s * tl.exp(m - m_new) + tl.sum(tl.exp(x - m_new[:, None]), axis=1)  # s' = s e^(m-m') + Σ e^(x-m')
+        s = s * tl.exp(m - m_new) + tl.sum(
+            tl.exp(x - m_new[:, None]), axis=1
+        )  # s' = s e^(m-m') + Σ e^(x-m')
         m = m_new
     tl.store(partial_ptr + tl.program_id(1).to(tl.int64) * N + n, m + tl.log(s), n < N)
     here = (target >= first_tile * WORDS) & (target < (first_tile + slice_tiles) * WORDS)
@@ -105,7 +117,8 @@ def divergence_kernel(
 ):  # fmt: skip
     """One slice of the vocabulary of D_t for POSITIONS positions: `reference.group_divergence`.
 
-    Grid: position tiles x slices. Column j of the tile is row j // POSITIONS of position j % POSITIONS.
+    Grid: position tiles x slices. Column j of the tile is row j // POSITIONS of position j %
+    POSITIONS.
     """
     POSITIONS: tl.constexpr = TOKENS // ROWS
     j = tl.arange(0, TOKENS)
@@ -118,7 +131,9 @@ def divergence_kernel(
 
     t = first_t + tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
     # Positions past the last one read token 0 as their only row: finite, and never stored.
-    alive_count = tl.load(start_ptr + t + 1, t < last_t, other=1) - tl.load(start_ptr + t, t < last_t, other=0)
+    alive_count = tl.load(start_ptr + t + 1, t < last_t, other=1) - tl.load(
+        start_ptr + t, t < last_t, other=0
+    )
     ended = (G - alive_count).to(tl.float32) if UNIFORM else tl.zeros([POSITIONS], tl.float32)
     ended = tl.reshape(ended, [1, 1, POSITIONS])
     alive_count = tl.reshape(alive_count.to(tl.float32), [1, 1, POSITIONS])
@@ -144,15 +159,16 @@ def tile_for(hidden_ND) -> Tile:
 
 
 def divergence_tile(tile: Tile, rows: int) -> Tile:
-    """The tile for groups of `rows` rows: as many positions as `tile` holds of eight rows, so that what a thread
-    keeps for each position stays the same; for more rows fewer positions, and half the words."""
+    """The tile for groups of `rows` rows: as many positions as `tile` holds of eight rows, so that
+    what a thread keeps for each position stays the same; for more rows fewer positions, and half
+    the words."""
     if rows <= 8:
         return replace(tile, tokens=max(16, rows * tile.tokens // 8))  # 16 is the narrowest product
     return replace(tile, words=tile.words // 2, tokens=max(tile.tokens, rows))
 
 
 def slices_of_words(V: int, words: int, token_tiles: int) -> tuple[int, int]:
-    """(slices, tiles in each): enough slices of the vocabulary to fill the GPU, none of them empty."""
+    """(slices, tiles in each): enough slices of the vocabulary to fill the GPU, none empty."""
     word_tiles = triton.cdiv(V, words)
     slice_tiles = triton.cdiv(word_tiles, min(word_tiles, triton.cdiv(PROGRAMS, token_tiles)))
     return triton.cdiv(word_tiles, slice_tiles), slice_tiles
@@ -166,7 +182,8 @@ def row_statistics(hidden_ND, weight_VD, targets_N, temperature, tile):
     picked_N = torch.empty(N, dtype=torch.float32, device=hidden_ND.device)
     partial_SN = torch.empty(slices, N, dtype=torch.float32, device=hidden_ND.device)
     log_sum_exp_kernel[(token_tiles, slices)](
-        hidden_ND, weight_VD, targets_N, picked_N, partial_SN, N, V, D, 1 / temperature, slice_tiles,
+        hidden_ND, weight_VD, targets_N, picked_N, partial_SN,
+        N, V, D, 1 / temperature, slice_tiles,
         WORDS=tile.words, TOKENS=tile.tokens, DEPTH=tile.depth, EVEN_D=D % tile.depth == 0,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -175,14 +192,19 @@ def row_statistics(hidden_ND, weight_VD, targets_N, temperature, tile):
 
 
 def buckets_of_positions(starts: list[int]):
-    """Ranges (first, last, rows) of positions with more than rows / 2 and at most rows alive completions.
+    """Ranges (first, last, rows) of positions with more than rows / 2 and at most rows alive
+    completions.
 
-    Fewer and fewer completions are alive as t grows; a tile is padded to a power of two of them, never to all G.
+    Fewer and fewer completions are alive as t grows; a tile is padded to a power of two of them,
+    never to all G.
     """
     first = 0
     for last in range(1, len(starts)):
         rows = triton.next_power_of_2(starts[last] - starts[last - 1])
-        if last + 1 == len(starts) or triton.next_power_of_2(starts[last + 1] - starts[last]) != rows:
+        if (
+            last + 1 == len(starts)
+            or triton.next_power_of_2(starts[last + 1] - starts[last]) != rows
+        ):
             yield first, last, rows
             first = last
 
@@ -190,7 +212,8 @@ def buckets_of_positions(starts: list[int]):
 def forward(hidden_ND, weight_VD, targets_N, rows, temperature, divergence, ended_rows, sizes):
     """(logps_N, lse_N, divergence_T), float32.
 
-    Memory beyond outputs: the partial results of the slices, (slices N + slices T) 4 bytes: about 1 MB at any N.
+    Memory beyond outputs: the partial results of the slices, (slices N + slices T) 4 bytes: about 1
+    MB at any N.
     """
     tile = sizes.tile or tile_for(hidden_ND)
     logps_N, lse_N = row_statistics(hidden_ND, weight_VD, targets_N, temperature, tile)

@@ -1,6 +1,8 @@
-"""Weights, ratio, clip, k3, loss and the loss's derivative by each log-prob: one small Triton kernel.
+"""Weights, ratio, clip, k3, loss and the loss's derivative by each log-prob: one small Triton
+kernel.
 
-Letters as in `kernels/reference.py`. Reference: `token_weights`, `clipped_objective`, `k3_kl`, `token_coefficients`.
+Letters as in `kernels/reference.py`. Reference: `token_weights`, `clipped_objective`, `k3_kl`,
+`token_coefficients`.
 """
 
 import torch
@@ -12,20 +14,21 @@ from kernels.tiles import NAN_STAYS, clamp_log_ratio, k3
 
 @triton.jit
 def objective_kernel(
-    divergence_ptr, logp_ptr, old_ptr, ref_ptr, completion_ptr, position_ptr, length_ptr, advantage_ptr,
-    weight_ptr, coefficient_ptr, summary_ptr,
+    divergence_ptr, logp_ptr, old_ptr, ref_ptr,
+    completion_ptr, position_ptr, length_ptr, advantage_ptr,
+    token_weight_ptr, coefficient_ptr, summary_ptr,
     N, T, G, alpha, eps_low, eps_high, beta,
     TOKEN_WEIGHTS: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program does it all: a few vectors of N numbers, so a fixed order of sums costs nothing and repeats exactly.
+    """One program does it all: on a few vectors of N numbers a fixed order of sums costs nothing.
 
-    Writes w_t (T,), the coefficients dLoss/dlogp_n (N,) and summary = loss, clipped fraction, mean k3.
+    Writes w_t (T,), the coefficients dLoss/dlogp_n (N,), and loss, clipped fraction, mean k3 (3,).
     """
     lane = tl.arange(0, BLOCK)
 
     low = tl.full([BLOCK], float("inf"), tl.float32)
     high = tl.full([BLOCK], float("-inf"), tl.float32)
-    poison = tl.zeros([BLOCK], tl.float32)  # 0, or NaN if any D_t is: min and max over a tile would drop it
+    poison = tl.zeros([BLOCK], tl.float32)  # NaN if any D_t is, else 0: min and max would drop it
     for first in range(0, T, BLOCK):
         t = first + lane
         low = tl.minimum(low, tl.load(divergence_ptr + t, t < T, other=float("inf")))
@@ -38,8 +41,9 @@ def objective_kernel(
         t = first + lane
         w = tl.full([BLOCK], 1.0, tl.float32)
         if TOKEN_WEIGHTS:
-            w += slope * (tl.load(divergence_ptr + t, t < T, other=0.0) - low)  # w = 1 + (a-1) (D - min)/(max - min)
-        tl.store(weight_ptr + t, w, t < T)
+            # w = 1 + (α-1) (D - min D) / (max D - min D + 1e-8)
+            w += slope * (tl.load(divergence_ptr + t, t < T, other=0.0) - low)
+        tl.store(token_weight_ptr + t, w, t < T)
 
     loss = tl.zeros([BLOCK], tl.float32)
     clipped = tl.zeros([BLOCK], tl.float32)
@@ -59,20 +63,23 @@ def objective_kernel(
         old = tl.load(old_ptr + n, inside, other=0.0).to(tl.float32) if HAS_OLD else logp
         rho = tl.exp(logp - old)
         bounded = tl.clamp(rho, 1 - eps_low, 1 + eps_high, propagate_nan=NAN_STAYS)
-        surrogate = tl.minimum(rho * advantage, bounded * advantage, propagate_nan=NAN_STAYS)  # min(rho A, clip(rho) A)
-        is_clipped = ((rho < 1 - eps_low) & (advantage < 0)) | ((rho > 1 + eps_high) & (advantage > 0))
-        token_loss = -surrogate
-        slope_n = tl.where(is_clipped, 0.0, -rho * advantage)  # d/dlogp of -min(...): 0 on the constant branch
+        # l = -min(ρ A, clip(ρ) A);  dl/dlogp = -ρ A, or 0 on the constant branch
+        gain = tl.minimum(rho * advantage, bounded * advantage, propagate_nan=NAN_STAYS)
+        low_side = (rho < 1 - eps_low) & (advantage < 0)
+        is_clipped = low_side | ((rho > 1 + eps_high) & (advantage > 0))
+        token_loss = -gain
+        derivative = tl.where(is_clipped, 0.0, -rho * advantage)
         if HAS_REF:
-            raw = tl.load(ref_ptr + n, inside, other=0.0).to(tl.float32) - logp
-            d = clamp_log_ratio(raw)
-            estimate = k3(d)  # k3 = e^d - d - 1
+            # l' = l + β (e^d - d - 1);  dl'/dlogp = dl/dlogp - β (e^d - 1), or 0 where d is clamped
+            unclamped = tl.load(ref_ptr + n, inside, other=0.0).to(tl.float32) - logp
+            d = clamp_log_ratio(unclamped)
+            estimate = k3(d)
             token_loss += beta * estimate
-            slope_n -= tl.where(d == raw, beta * (estimate + d), 0.0)  # dk3/dlogp = -(e^d - 1), 0 where clamped
+            derivative -= tl.where(d == unclamped, beta * (estimate + d), 0.0)
             kl += tl.where(inside, estimate, 0.0)
         loss += tl.where(inside, share * token_loss, 0.0)
         clipped += tl.where(inside & is_clipped, 1.0, 0.0)
-        tl.store(coefficient_ptr + n, share * slope_n, inside)
+        tl.store(coefficient_ptr + n, share * derivative, inside)
     tl.store(summary_ptr, tl.sum(loss))
     tl.store(summary_ptr + 1, tl.sum(clipped) / N)
     tl.store(summary_ptr + 2, tl.sum(kl) / N)
@@ -94,7 +101,8 @@ def objective(
         rows.completion_N, rows.position_N, lengths_G, advantages_G.contiguous(),
         weights_T, coefficients_N, summary,
         len(logps_N), len(divergence_T), len(lengths_G), alpha, eps_low, eps_high, beta,
-        TOKEN_WEIGHTS=loss_type == "tw_grpo", HAS_OLD=old_logps_N is not None, HAS_REF=ref_logps_N is not None,
+        TOKEN_WEIGHTS=loss_type == "tw_grpo", HAS_OLD=old_logps_N is not None,
+        HAS_REF=ref_logps_N is not None,
         BLOCK=block, num_warps=8,
     )  # fmt: skip
     return weights_T, coefficients_N, summary

@@ -1,14 +1,16 @@
 """Two equations on tiles of registers, called from inside the kernels: k3 and the group's spread.
 
-Letters as in `kernels/reference.py`. Both are ordinary Triton functions without loads or stores, so that each
-equation is written once for the chunked kernels (tiles rows x words) and the fused ones (words x rows x positions).
+Letters as in `kernels/reference.py`. Both are ordinary Triton functions without loads or stores, so
+that each equation is written once for the chunked kernels (tiles rows x words) and the fused ones
+(words x rows x positions).
 """
 
 import triton
 import triton.language as tl
 
-LOG_RATIO_CLAMP = tl.constexpr(11.0)  # nats; the value of reference.LOG_RATIO_CLAMP (a test compares them)
-NAN_STAYS = tl.constexpr(tl.PropagateNan.ALL)  # Triton's minimum, maximum and clamp drop a NaN unless asked
+LOG_RATIO_CLAMP = tl.constexpr(11.0)  # nats, as in reference.py
+# Triton's clamp and minimum drop a NaN unless asked; a loss must not hide one.
+NAN_STAYS = tl.constexpr(tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -18,12 +20,12 @@ def clamp_log_ratio(d):
 
 @triton.jit
 def k3(d):
-    """exp(d) - d - 1 in float32: `reference.k3_kl` and the integrand of `reference.group_divergence`.
+    """exp(d) - d - 1: the estimator of `reference.k3_kl`, the integrand of the group's divergence.
 
-    For small d the three terms cancel and leave no digit, so below 1/2 the series is summed instead; its first
-    omitted term is 8e-7 of the result there.
+    For small d the three terms cancel and leave no digit, so below 1/2 the series is summed
+    instead; its first omitted term is 8e-7 of the result there.
     """
-    # e^d - d - 1 = d^2 (1/2! + d/3! + d^2/4! + ...)
+    # e^d - d - 1 = d² (1/2! + d/3! + d²/4! + ...)
     series = 1 / 720 + d * (1 / 5040)
     series = 1 / 24 + d * (1 / 120 + d * series)
     series = d * d * (1 / 2 + d * (1 / 6 + d * series))
@@ -31,32 +33,40 @@ def k3(d):
 
 
 @triton.jit
-def group_spread(l, alive, alive_count, ended, log_V, TEXTBOOK: tl.constexpr, AXIS: tl.constexpr):
-    """The integrand of D_t at each word, averaged over the group: `reference.group_divergence` before its sum over V.
+def group_spread(
+    logp, alive, alive_count, ended, log_V, TEXTBOOK: tl.constexpr, AXIS: tl.constexpr
+):
+    """The integrand of D_t at each word: `reference.group_divergence` before its sum over V.
 
-    l            float32 tile of log-probs, the rows of a group along AXIS
+    logp         float32 tile of log-probs, the rows of a group along AXIS
     alive        which of those rows exist; what the others hold is never read
-    alive_count  their number, float32;  ended: how many uniform rows stand in for ended completions (0: none)
+    alive_count  their number, float32
+    ended        how many uniform rows stand in for ended completions, float32; 0: none
     Returns the tile with length 1 along AXIS.
 
-    Ended rows are all the same, -log V at every word, so they are counted and never stored. Everything is measured
-    from the largest log-prob of the group at that word (`anchor`): identical rows then differ by exactly 0, and the
-    textbook form cannot underflow.
+    Ended rows are all the same, -log V at every word, so they are counted and never stored.
+    Everything is measured from the largest log-prob of the group at that word (`anchor`): identical
+    rows then differ by exactly 0, and the textbook form cannot underflow.
     """
     share = 1 / (alive_count + ended)
-    anchor = tl.max(tl.where(alive, l, float("-inf")), axis=AXIS, keep_dims=True)
+    anchor = tl.max(tl.where(alive, logp, float("-inf")), axis=AXIS, keep_dims=True)
     anchor = tl.where(ended > 0, tl.maximum(anchor, -log_V), anchor)
-    row = tl.where(alive, l - anchor, 0.0)
+    row = tl.where(alive, logp - anchor, 0.0)
     uniform = -log_V - anchor
     if TEXTBOOK:
         p = tl.where(alive, tl.exp(row), 0.0)
         p_uniform = tl.where(ended > 0, tl.exp(uniform), 0.0)
-        log_mean = tl.log((tl.sum(p, axis=AXIS, keep_dims=True) + ended * p_uniform) * share)  # log q = log mean_i p_i
-        spread = tl.sum(p * (row - log_mean), axis=AXIS, keep_dims=True)  # sum_i p_i (log p_i - log q)
+        total = tl.sum(p, axis=AXIS, keep_dims=True) + ended * p_uniform
+        log_mean = tl.log(total * share)  # log q = log mean_i p_i
+        spread = tl.sum(
+            p * (row - log_mean), axis=AXIS, keep_dims=True
+        )  # Σ_i p_i (log p_i - log q)
         spread += ended * p_uniform * (uniform - log_mean)
         spread *= tl.exp(anchor)
     else:
-        mean = (tl.sum(row, axis=AXIS, keep_dims=True) + ended * uniform) * share  # m = mean_i l_i
-        terms = tl.where(alive, k3(clamp_log_ratio(mean - row)), 0.0)  # d_i = clamp(m - l_i);  e^d - d - 1
-        spread = tl.sum(terms, axis=AXIS, keep_dims=True) + ended * k3(clamp_log_ratio(mean - uniform))
+        total = tl.sum(row, axis=AXIS, keep_dims=True) + ended * uniform
+        mean = total * share  # m = mean_i l_i
+        terms = tl.where(alive, k3(clamp_log_ratio(mean - row)), 0.0)  # e^d_i - d_i - 1
+        spread = tl.sum(terms, axis=AXIS, keep_dims=True)
+        spread += ended * k3(clamp_log_ratio(mean - uniform))
     return spread * share
