@@ -17,7 +17,7 @@ from kernels.chunked import matmul_float32
 
 @triton.jit
 def softmax_gradient_kernel(
-    logits_ptr, gradient_ptr, lse_ptr, target_ptr, coefficient_ptr, upstream_ptr,
+    logits_ptr, gradient_ptr, peak_ptr, log_sum_ptr, target_ptr, coefficient_ptr, upstream_ptr,
     first_word, words, inverse_temperature, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Logits of a slice to their gradients, in place when both have one dtype. Grid: rows x blocks
@@ -28,7 +28,7 @@ def softmax_gradient_kernel(
     n = tl.program_id(0).to(tl.int64)  # 64 bits: rows x words may pass 2^31
     v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(logits_ptr + n * words + v, v < words, other=0.0) * inverse_temperature
-    p = tl.exp(x - tl.load(lse_ptr + n))
+    p = tl.exp(x - tl.load(peak_ptr + n) - tl.load(log_sum_ptr + n))  # p = e^(x-m) / Σ e^(x-m)
     hit = tl.where(first_word + v == tl.load(target_ptr + n), 1.0, 0.0)
     c = tl.load(coefficient_ptr + n) * tl.load(upstream_ptr).to(tl.float32) * inverse_temperature
     gradient = c * (hit - p)  # g = c (1[v=y] - p) / temperature
@@ -42,13 +42,11 @@ def add_matmul_float32(accumulator, a, b):
     elif a.is_cuda:
         torch.addmm(accumulator, a, b, out_dtype=torch.float32, out=accumulator)
     else:
-        accumulator.addmm_(
-            a.float(), b.float()
-        )  # the CPU has no such product; only tests come here
+        accumulator.addmm_(a.float(), b.float())  # no such product on a CPU, where tests run
 
 
 def backward(
-    upstream, hidden_ND, weight_VD, targets_N, lse_N, coefficients_N,
+    upstream, hidden_ND, weight_VD, targets_N, peak_N, log_sum_N, coefficients_N,
     temperature, needs_hidden, needs_weight, slice_words, block,
 ):  # fmt: skip
     """(dH, dW) in the dtype of hidden and weight, or None for the one that is not needed (its
@@ -77,7 +75,7 @@ def backward(
         logits_NS = matmul_float32(hidden_ND, weight.T, out=logits[: N * words].view(N, words))
         gradients_NS = gradients[: N * words].view(N, words)
         softmax_gradient_kernel[(N, triton.cdiv(words, block))](
-            logits_NS, gradients_NS, lse_N, targets_N, coefficients_N, upstream,
+            logits_NS, gradients_NS, peak_N, log_sum_N, targets_N, coefficients_N, upstream,
             first, words, 1 / temperature, BLOCK=block, num_warps=4,
         )  # fmt: skip
         if needs_hidden:

@@ -17,11 +17,13 @@ from kernels.tiles import group_spread
 
 @triton.jit
 def row_kernel(
-    logits_ptr, target_ptr, order_ptr, logp_ptr, lse_ptr,
+    logits_ptr, target_ptr, order_ptr, logp_ptr, peak_ptr, log_sum_ptr,
     V, inverse_temperature, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp and target log-prob of one row: `reference.vocab_logps` at the target.
 
+    The log-sum-exp is kept in two parts, the row's peak m and log Σ e^(x-m): their sum would be
+    rounded to the peak's last digit, 4e-6 at 60, and with it every probability of the row.
     Grid: rows of the chunk.
     """
     r = tl.program_id(0)
@@ -34,16 +36,16 @@ def row_kernel(
         m_new = tl.maximum(m, tl.max(x))
         s = s * tl.exp(m - m_new) + tl.sum(tl.exp(x - m_new))  # s' = s e^(m-m') + Σ e^(x-m')
         m = m_new
-    lse = m + tl.log(s)  # log Σ e^x = m + log s
     n = tl.load(order_ptr + r)
     x = tl.load(row_ptr + tl.load(target_ptr + n)) * inverse_temperature
-    tl.store(lse_ptr + n, lse)
-    tl.store(logp_ptr + n, x - lse)  # log p(y) = x_y - log Σ e^x
+    tl.store(peak_ptr + n, m)
+    tl.store(log_sum_ptr + n, tl.log(s))
+    tl.store(logp_ptr + n, x - m - tl.log(s))  # log p(y) = x_y - m - log Σ e^(x-m)
 
 
 @triton.jit
 def group_kernel(
-    logits_ptr, lse_ptr, order_ptr, start_ptr, partial_ptr,
+    logits_ptr, peak_ptr, log_sum_ptr, order_ptr, start_ptr, partial_ptr,
     first_t, V, G, log_V, inverse_temperature, slice_words,
     TEXTBOOK: tl.constexpr, UNIFORM: tl.constexpr,
     SLICES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -59,7 +61,8 @@ def group_kernel(
     alive_count = tl.load(start_ptr + t + 1) - start
     i = tl.arange(0, ROWS)[:, None]
     alive = i < alive_count
-    lse = tl.load(lse_ptr + tl.load(order_ptr + start + i, alive, other=0), alive, other=0.0)
+    n = tl.load(order_ptr + start + i, alive, other=0)
+    peak, log_sum = tl.load(peak_ptr + n), tl.load(log_sum_ptr + n)
     row_ptr = logits_ptr + (start - tl.load(start_ptr + first_t) + i).to(tl.int64) * V
     ended = (G - alive_count).to(tl.float32) if UNIFORM else 0.0
 
@@ -68,7 +71,7 @@ def group_kernel(
         v = first + tl.arange(0, BLOCK)[None, :]
         x = tl.load(row_ptr + v, alive & (v < V), other=0.0) * inverse_temperature
         spread = group_spread(
-            x - lse, alive, alive_count.to(tl.float32), ended, log_V, TEXTBOOK, AXIS=0
+            x - peak - log_sum, alive, alive_count.to(tl.float32), ended, log_V, TEXTBOOK, AXIS=0
         )
         total += tl.where(v < V, spread, 0.0)  # D' = D + Σ_v mean_i (e^d - d - 1)
     tl.store(partial_ptr + t * SLICES + slice_id, tl.sum(total))
@@ -82,12 +85,8 @@ def matmul_float32(a, b, out):
     if a.dtype == torch.float32:
         return torch.mm(a, b, out=out)
     if a.is_cuda:
-        return torch.mm(
-            a, b, out_dtype=torch.float32, out=out
-        )  # bf16 in, float32 accumulated and stored
-    return torch.mm(
-        a.float(), b.float(), out=out
-    )  # the CPU has no such product; only tests come here
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    return torch.mm(a.float(), b.float(), out=out)  # no such product on a CPU, where tests run
 
 
 def chunks_of_positions(starts: list[int], chunk_rows: int):
@@ -100,65 +99,50 @@ def chunks_of_positions(starts: list[int], chunk_rows: int):
 
 
 def forward(hidden_ND, weight_VD, targets_N, rows, temperature, divergence, ended_rows, sizes):
-    """(logps_N, lse_N, divergence_T), float32.
+    """(logps_N, peak_N, log_sum_N, divergence_T), float32.
 
     Memory beyond outputs: one chunk of logits, chunk_rows V 4 bytes = 2048 x 152064 x 4 = 1.25 GB,
     whatever N is.
     """
     V, G, T = len(weight_VD), rows.G, len(rows.starts) - 1
-    logps_N = torch.empty(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device)
-    lse_N = torch.empty_like(logps_N)
+    logps_N, peak_N, log_sum_N = hidden_ND.new_empty(3, len(hidden_ND), dtype=torch.float32)
     chunks = list(chunks_of_positions(rows.starts, sizes.chunk_rows))
     widest = max(rows.starts[last] - rows.starts[first] for first, last in chunks)
-    buffer = torch.empty(widest, V, dtype=torch.float32, device=hidden_ND.device)
+    buffer = hidden_ND.new_empty(widest, V, dtype=torch.float32)
 
     # A position is a program; four slices of the vocabulary each fill the GPU also when few
     # positions are in a chunk.
     slices, padded = 4, triton.next_power_of_2(G)
     block = max(sizes.group_elements // padded, 16)
     slice_words = triton.cdiv(triton.cdiv(V, block), slices) * block
-    partial_TS = torch.empty(T, slices, dtype=torch.float32, device=hidden_ND.device)
+    partial_TS = hidden_ND.new_empty(T, slices, dtype=torch.float32)
     for first, last in chunks:
         order = rows.order_N[rows.starts[first] : rows.starts[last]]
         logits = matmul_float32(hidden_ND[order], weight_VD.T, out=buffer[: len(order)])
         row_kernel[(len(order),)](
-            logits,
-            targets_N,
-            order,
-            logps_N,
-            lse_N,
-            V,
-            1 / temperature,
-            BLOCK=sizes.row_block,
-            num_warps=8,
-        )
+            logits, targets_N, order, logps_N, peak_N, log_sum_N,
+            V, 1 / temperature, BLOCK=sizes.row_block, num_warps=8,
+        )  # fmt: skip
         group_kernel[(last - first, slices)](
-            logits, lse_N, rows.order_N, rows.start_T1, partial_TS,
+            logits, peak_N, log_sum_N, rows.order_N, rows.start_T1, partial_TS,
             first, V, G, math.log(V), 1 / temperature, slice_words,
             TEXTBOOK=divergence == "textbook", UNIFORM=ended_rows == "uniform",
             SLICES=slices, ROWS=padded, BLOCK=block, num_warps=8,
         )  # fmt: skip
-    return logps_N, lse_N, partial_TS.sum(1)
+    return logps_N, peak_N, log_sum_N, partial_TS.sum(1)
 
 
 def token_logps(hidden_ND, weight_VD, targets_N, temperature, sizes):
     """(N,) float32 log-probs of the targets, a chunk of rows at a time."""
     N, V = len(hidden_ND), len(weight_VD)
-    logps_N, lse_N = torch.empty(2, N, dtype=torch.float32, device=hidden_ND.device)
+    logps_N, peak_N, log_sum_N = hidden_ND.new_empty(3, N, dtype=torch.float32)
     order_N = torch.arange(N, dtype=torch.int32, device=hidden_ND.device)
-    buffer = torch.empty(min(N, sizes.chunk_rows), V, dtype=torch.float32, device=hidden_ND.device)
+    buffer = hidden_ND.new_empty(min(N, sizes.chunk_rows), V, dtype=torch.float32)
     for first in range(0, N, sizes.chunk_rows):
         chunk = slice(first, min(N, first + sizes.chunk_rows))
         logits = matmul_float32(hidden_ND[chunk], weight_VD.T, out=buffer[: chunk.stop - first])
         row_kernel[(chunk.stop - first,)](
-            logits,
-            targets_N,
-            order_N[chunk],
-            logps_N,
-            lse_N,
-            V,
-            1 / temperature,
-            BLOCK=sizes.row_block,
-            num_warps=8,
-        )
+            logits, targets_N, order_N[chunk], logps_N, peak_N, log_sum_N,
+            V, 1 / temperature, BLOCK=sizes.row_block, num_warps=8,
+        )  # fmt: skip
     return logps_N

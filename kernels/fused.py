@@ -41,9 +41,8 @@ TILES = {
 }
 # float32 dots are exact ("ieee") and run outside the tensor cores: for checks, not for speed.
 FLOAT32_TILE = Tile(64, 64, 32, warps=8, stages=2)
-PROGRAMS = (
-    4 * 132
-)  # four waves of an H200's multiprocessors, so that the last, partly filled wave costs little
+# Four waves of an H200's 132 multiprocessors, so that the last, partly filled wave costs little.
+PROGRAMS = 4 * 132
 
 
 @triton.jit
@@ -66,15 +65,16 @@ def matmul_tile(a_rows_ptr, b_rows_ptr, z, D, DEPTH: tl.constexpr, EVEN_D: tl.co
 
 @triton.jit
 def rows_at(matrix_ptr, row, rows, D):
-    """Pointers to rows of a (rows, D) matrix; past its end the last one, for the caller to mask."""
-    return (
-        matrix_ptr + tl.minimum(row, rows - 1).to(tl.int64) * D
-    )  # 64 bits: rows x D may pass 2^31
+    """Pointers to rows of a (rows, D) matrix; past its end the last one, for the caller to mask.
+
+    64 bits, as rows x D may pass 2^31.
+    """
+    return matrix_ptr + tl.minimum(row, rows - 1).to(tl.int64) * D
 
 
 @triton.jit
 def log_sum_exp_kernel(
-    hidden_ptr, weight_ptr, target_ptr, picked_ptr, partial_ptr,
+    hidden_ptr, weight_ptr, target_ptr, picked_ptr, peak_ptr, sum_ptr,
     N, V, D, inverse_temperature, slice_tiles,
     WORDS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, EVEN_D: tl.constexpr,
 ):  # fmt: skip
@@ -99,11 +99,11 @@ def log_sum_exp_kernel(
         x = tl.where(v[None, :] < V, x, float("-inf"))
         picked += tl.sum(tl.where(v[None, :] == target[:, None], x, 0.0), axis=1)
         m_new = tl.maximum(m, tl.max(x, axis=1))
-        s = s * tl.exp(m - m_new) + tl.sum(
-            tl.exp(x - m_new[:, None]), axis=1
-        )  # s' = s e^(m-m') + Σ e^(x-m')
+        # s' = s e^(m-m') + Σ e^(x-m')
+        s = s * tl.exp(m - m_new) + tl.sum(tl.exp(x - m_new[:, None]), axis=1)
         m = m_new
-    tl.store(partial_ptr + tl.program_id(1).to(tl.int64) * N + n, m + tl.log(s), n < N)
+    tl.store(peak_ptr + tl.program_id(1).to(tl.int64) * N + n, m, n < N)
+    tl.store(sum_ptr + tl.program_id(1).to(tl.int64) * N + n, s, n < N)
     here = (target >= first_tile * WORDS) & (target < (first_tile + slice_tiles) * WORDS)
     tl.store(picked_ptr + n, picked, here)  # one slice holds the target, and it alone writes
 
@@ -175,20 +175,21 @@ def slices_of_words(V: int, words: int, token_tiles: int) -> tuple[int, int]:
 
 
 def row_statistics(hidden_ND, weight_VD, targets_N, temperature, tile):
-    """(logps_N, lse_N), float32."""
+    """(logps_N, peak_N, log_sum_N), float32; the log-sum-exp is the sum of the last two."""
     (N, D), V = hidden_ND.shape, len(weight_VD)
     token_tiles = triton.cdiv(N, tile.tokens)
     slices, slice_tiles = slices_of_words(V, tile.words, token_tiles)
-    picked_N = torch.empty(N, dtype=torch.float32, device=hidden_ND.device)
-    partial_SN = torch.empty(slices, N, dtype=torch.float32, device=hidden_ND.device)
+    picked_N = hidden_ND.new_empty(N, dtype=torch.float32)
+    peak_SN, sum_SN = hidden_ND.new_empty(2, slices, N, dtype=torch.float32)
     log_sum_exp_kernel[(token_tiles, slices)](
-        hidden_ND, weight_VD, targets_N, picked_N, partial_SN,
+        hidden_ND, weight_VD, targets_N, picked_N, peak_SN, sum_SN,
         N, V, D, 1 / temperature, slice_tiles,
         WORDS=tile.words, TOKENS=tile.tokens, DEPTH=tile.depth, EVEN_D=D % tile.depth == 0,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    lse_N = torch.logsumexp(partial_SN, 0)
-    return picked_N - lse_N, lse_N
+    peak_N = peak_SN.amax(0)
+    log_sum_N = (sum_SN * (peak_SN - peak_N).exp()).sum(0).log()
+    return picked_N - peak_N - log_sum_N, peak_N, log_sum_N
 
 
 def buckets_of_positions(starts: list[int]):
@@ -210,29 +211,29 @@ def buckets_of_positions(starts: list[int]):
 
 
 def forward(hidden_ND, weight_VD, targets_N, rows, temperature, divergence, ended_rows, sizes):
-    """(logps_N, lse_N, divergence_T), float32.
+    """(logps_N, peak_N, log_sum_N, divergence_T), float32.
 
     Memory beyond outputs: the partial results of the slices, (slices N + slices T) 4 bytes: about 1
     MB at any N.
     """
     tile = sizes.tile or tile_for(hidden_ND)
-    logps_N, lse_N = row_statistics(hidden_ND, weight_VD, targets_N, temperature, tile)
+    logps_N, peak_N, log_sum_N = row_statistics(hidden_ND, weight_VD, targets_N, temperature, tile)
     V, D, T = *weight_VD.shape, len(rows.starts) - 1
-    divergence_T = torch.empty(T, dtype=torch.float32, device=hidden_ND.device)
+    divergence_T = hidden_ND.new_empty(T, dtype=torch.float32)
     for first, last, padded in buckets_of_positions(rows.starts):
         narrow = divergence_tile(tile, padded)
         token_tiles = triton.cdiv(last - first, narrow.tokens // padded)
         slices, slice_tiles = slices_of_words(V, narrow.words, token_tiles)
-        partial_ST = torch.empty(slices, T, dtype=torch.float32, device=hidden_ND.device)
+        partial_ST = hidden_ND.new_empty(slices, T, dtype=torch.float32)
         divergence_kernel[(token_tiles, slices)](
-            hidden_ND, weight_VD, lse_N, rows.order_N, rows.start_T1, partial_ST,
+            hidden_ND, weight_VD, peak_N + log_sum_N, rows.order_N, rows.start_T1, partial_ST,
             first, last, V, D, T, rows.G, math.log(V), 1 / temperature, slice_tiles,
             TEXTBOOK=divergence == "textbook", UNIFORM=ended_rows == "uniform", ROWS=padded,
             WORDS=narrow.words, TOKENS=narrow.tokens, DEPTH=tile.depth, EVEN_D=D % tile.depth == 0,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         divergence_T[first:last] = partial_ST[:, first:last].sum(0)
-    return logps_N, lse_N, divergence_T
+    return logps_N, peak_N, log_sum_N, divergence_T
 
 
 def token_logps(hidden_ND, weight_VD, targets_N, temperature, sizes):

@@ -82,14 +82,14 @@ class KernelHead(torch.autograd.Function):
         from kernels.objective import objective
 
         forward = (chunked if impl == "chunked" else fused).forward
-        logps_N, lse_N, divergence_T = forward(
+        logps_N, peak_N, log_sum_N, divergence_T = forward(
             hidden_ND, weight_VD, targets_N, rows, temperature, divergence, ended_rows, sizes
         )
         weights_T, coefficients_N, summary = objective(
             logps_N, divergence_T, rows, lengths_G, advantages_G, old_logps_N, ref_logps_N,
             block=sizes.objective_block, **loss_options,
         )  # fmt: skip
-        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, lse_N, coefficients_N)
+        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, peak_N, log_sum_N, coefficients_N)
         ctx.temperature, ctx.block = temperature, sizes.gradient_block
         ctx.slice_words = sizes.slice_words or words_of_backward(impl, len(hidden_ND))
         loss, clip_ratio, kl = (x.clone() for x in summary)

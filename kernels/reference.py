@@ -180,9 +180,8 @@ def tw_grpo(
         else torch.ones_like(divergence_T)
     )
 
-    old_N = (
-        logps_N.detach() if old_logps_N is None else old_logps_N
-    )  # on-policy: rho = 1, and the clip never acts
+    # On-policy the old log-probs are the new ones: rho = 1, and the clip never acts.
+    old_N = logps_N.detach() if old_logps_N is None else old_logps_N
     objective_N, is_clipped_N = clipped_objective(
         logps_N, old_N, advantages_G[completion_N], eps_low, eps_high
     )

@@ -33,6 +33,16 @@ def k3(d):
 
 
 @triton.jit
+def kl_integrand(p, d, q):
+    """p log(p/q) + q - p for d = log q - log p; q - p adds nothing in the mean over the group.
+
+    Never negative, and for nearly equal p and q it has digits where p log(p/q) alone has none.
+    """
+    # p (e^d - d - 1) is the same; where p is far below q, e^d may overflow and q - p (1+d) is exact
+    return tl.where(d < LOG_RATIO_CLAMP, p * k3(d), q - p * (1 + d))
+
+
+@triton.jit
 def group_spread(
     logp, alive, alive_count, ended, log_V, TEXTBOOK: tl.constexpr, AXIS: tl.constexpr
 ):
@@ -57,11 +67,10 @@ def group_spread(
         p = tl.where(alive, tl.exp(row), 0.0)
         p_uniform = tl.where(ended > 0, tl.exp(uniform), 0.0)
         total = tl.sum(p, axis=AXIS, keep_dims=True) + ended * p_uniform
-        log_mean = tl.log(total * share)  # log q = log mean_i p_i
-        spread = tl.sum(
-            p * (row - log_mean), axis=AXIS, keep_dims=True
-        )  # Σ_i p_i (log p_i - log q)
-        spread += ended * p_uniform * (uniform - log_mean)
+        q = total * share  # q = mean_i p_i
+        terms = kl_integrand(p, tl.log(q) - row, q)  # p_i log p_i / q + q - p_i
+        spread = tl.sum(tl.where(alive, terms, 0.0), axis=AXIS, keep_dims=True)
+        spread += ended * kl_integrand(p_uniform, tl.log(q) - uniform, q)
         spread *= tl.exp(anchor)
     else:
         total = tl.sum(row, axis=AXIS, keep_dims=True) + ended * uniform
