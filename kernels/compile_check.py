@@ -57,7 +57,7 @@ def cases(arch: int):
         yield f"fused log-sum-exp {dtype}", fused.log_sum_exp_kernel, dtype, constants, *run
         for rows, textbook in itertools.product((1, 2, 4, 8, 16), (False, True)):
             name = f"fused divergence {dtype} rows={rows} textbook={textbook:d}"
-            narrow = fused.divergence_tile(tile, rows)
+            narrow = fused.divergence_tile(tile, rows, textbook)
             constants = dict(WORDS=narrow.words, TOKENS=narrow.tokens, DEPTH=narrow.depth)
             constants |= dict(EVEN_D=True, TEXTBOOK=textbook, UNIFORM=True, ROWS=rows)
             yield name, fused.divergence_kernel, dtype, constants, *run

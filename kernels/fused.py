@@ -158,13 +158,15 @@ def tile_for(hidden_ND) -> Tile:
     return TILES.get(torch.cuda.get_device_capability(hidden_ND.device)[0], TILES[8])
 
 
-def divergence_tile(tile: Tile, rows: int) -> Tile:
-    """The tile for groups of `rows` rows: as many positions as `tile` holds of eight rows, so that
-    what a thread keeps for each position stays the same; for more rows fewer positions, and half
-    the words."""
-    if rows <= 8:
-        return replace(tile, tokens=max(16, rows * tile.tokens // 8))  # 16 is the narrowest product
-    return replace(tile, words=tile.words // 2, tokens=max(tile.tokens, rows))
+def divergence_tile(tile: Tile, rows: int, textbook: bool) -> Tile:
+    """The tile for groups of `rows` rows, changed until nothing spills.
+
+    As many positions as `tile` would hold of eight rows, so that what a thread keeps for each
+    position stays the same; fewer for more rows. Half the words where there is more to keep.
+    """
+    tokens = rows * tile.tokens // 8 if rows <= 8 else max(tile.tokens, rows)
+    words = tile.words // 2 if textbook or rows > 8 else tile.words
+    return replace(tile, words=words, tokens=max(16, tokens))  # 16: the narrowest product
 
 
 def slices_of_words(V: int, words: int, token_tiles: int) -> tuple[int, int]:
@@ -221,7 +223,7 @@ def forward(hidden_ND, weight_VD, targets_N, rows, temperature, divergence, ende
     V, D, T = *weight_VD.shape, len(rows.starts) - 1
     divergence_T = hidden_ND.new_empty(T, dtype=torch.float32)
     for first, last, padded in buckets_of_positions(rows.starts):
-        narrow = divergence_tile(tile, padded)
+        narrow = divergence_tile(tile, padded, divergence == "textbook")
         token_tiles = triton.cdiv(last - first, narrow.tokens // padded)
         slices, slice_tiles = slices_of_words(V, narrow.words, token_tiles)
         partial_ST = hidden_ND.new_empty(slices, T, dtype=torch.float32)

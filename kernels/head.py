@@ -26,7 +26,7 @@ class Sizes:
     )
     slice_words: int | None = None  # words at once in the backward; None: see `words_of_backward`
     row_block: int = 4096  # words a row program reads at once
-    group_elements: int = 8192  # words x rows a group program reads at once
+    group_elements: int = 4096  # words x rows a group program reads at once
     gradient_block: int = 1024  # words of one backward program
     objective_block: int = 512  # tokens the loss kernel reads at once
     tile: object = None  # a fused.Tile; None: fused.TILES for the dtype

@@ -19,27 +19,30 @@ def clamp_log_ratio(d):
 
 
 @triton.jit
-def k3(d):
-    """exp(d) - d - 1: the estimator of `reference.k3_kl`, the integrand of the group's divergence.
-
-    For small d the three terms cancel and leave no digit, so below 1/2 the series is summed
-    instead; its first omitted term is 8e-7 of the result there.
-    """
+def k3_series(d):
+    """exp(d) - d - 1 for abs(d) < 1/2; the first omitted term is 8e-7 of the result there."""
     # e^d - d - 1 = d² (1/2! + d/3! + d²/4! + ...)
     series = 1 / 720 + d * (1 / 5040)
     series = 1 / 24 + d * (1 / 120 + d * series)
-    series = d * d * (1 / 2 + d * (1 / 6 + d * series))
-    return tl.where(tl.abs(d) < 0.5, series, tl.exp(d) - d - 1)
+    return d * d * (1 / 2 + d * (1 / 6 + d * series))
 
 
 @triton.jit
-def kl_integrand(p, d, q):
+def k3(d):
+    """exp(d) - d - 1: the estimator of `reference.k3_kl`, the integrand of the group's divergence.
+
+    For small d the three terms cancel and leave no digit, so there the series is summed instead.
+    """
+    return tl.where(tl.abs(d) < 0.5, k3_series(d), tl.exp(d) - d - 1)
+
+
+@triton.jit
+def kl_integrand(p, q, d):
     """p log(p/q) + q - p for d = log q - log p; q - p adds nothing in the mean over the group.
 
-    Never negative, and for nearly equal p and q it has digits where p log(p/q) alone has none.
+    It equals p k3(d), is never negative, and keeps its digits where p and q are nearly equal.
     """
-    # p (e^d - d - 1) is the same; where p is far below q, e^d may overflow and q - p (1+d) is exact
-    return tl.where(d < LOG_RATIO_CLAMP, p * k3(d), q - p * (1 + d))
+    return tl.where(tl.abs(d) < 0.5, p * k3_series(d), q - p - p * d)
 
 
 @triton.jit
@@ -68,9 +71,9 @@ def group_spread(
         p_uniform = tl.where(ended > 0, tl.exp(uniform), 0.0)
         total = tl.sum(p, axis=AXIS, keep_dims=True) + ended * p_uniform
         q = total * share  # q = mean_i p_i
-        terms = kl_integrand(p, tl.log(q) - row, q)  # p_i log p_i / q + q - p_i
+        terms = kl_integrand(p, q, tl.log(q) - row)  # p_i log p_i / q + q - p_i
         spread = tl.sum(tl.where(alive, terms, 0.0), axis=AXIS, keep_dims=True)
-        spread += ended * kl_integrand(p_uniform, tl.log(q) - uniform, q)
+        spread += ended * kl_integrand(p_uniform, q, tl.log(q) - uniform)
         spread *= tl.exp(anchor)
     else:
         total = tl.sum(row, axis=AXIS, keep_dims=True) + ended * uniform
