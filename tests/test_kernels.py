@@ -118,6 +118,23 @@ def test_clamp_acts_on_both_sides(impl, divergence):
     check_against_float64(group, impl, divergence=divergence)
 
 
+@KERNELS
+@FORMS
+def test_words_far_below_an_ended_row(impl, divergence):
+    """Live log-probs of -150 beside the uniform row's -4.6: e^145 would overflow float32."""
+    group = make_group([4, 1, 1], scale=40.0)
+    check_against_float64(group, impl, divergence=divergence)
+
+
+@KERNELS
+@FORMS
+def test_nearly_equal_rows_keep_their_digits(impl, divergence):
+    """D_t of about 1e-6, far below the absolute tolerance that the specification allows."""
+    group = make_group([5, 5, 5, 5], scale=0.003)
+    exact, ours = (run(group, i, divergence=divergence)[0] for i in ("float64", impl))
+    assert_close(ours.divergence_T.double(), exact.divergence_T, rtol=1e-3, atol=0)
+
+
 @FORMS
 @ENDED
 @KERNELS
