@@ -20,10 +20,9 @@ def softmax_gradient_kernel(
     logits_ptr, gradient_ptr, peak_ptr, log_sum_ptr, target_ptr, coefficient_ptr, upstream_ptr,
     first_word, words, inverse_temperature, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Logits of a slice to their gradients, in place when both have one dtype. Grid: rows x blocks
-    of words.
+    """Logits of a slice to their gradients, in place when both have one dtype.
 
-    Reference: what autograd derives from `reference.vocab_logps` at the target.
+    Grid: rows x blocks of words. Reference: what autograd derives from `reference.token_logps`.
     """
     n = tl.program_id(0).to(tl.int64)  # 64 bits: rows x words may pass 2^31
     v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -49,8 +48,7 @@ def backward(
     upstream, hidden_ND, weight_VD, targets_N, peak_N, log_sum_N, coefficients_N,
     temperature, needs_hidden, needs_weight, slice_words, block,
 ):  # fmt: skip
-    """(dH, dW) in the dtype of hidden and weight, or None for the one that is not needed (its
-    matmul is skipped).
+    """(dH, dW) in the inputs' dtype; None, and no matmul, for the one that is not needed.
 
     upstream  () gradient of the loss;  slice_words  words of the vocabulary at a time
 
@@ -62,11 +60,8 @@ def backward(
     (N, D), V = hidden_ND.shape, len(weight_VD)
     slice_words = min(V, slice_words)
     logits = torch.empty(N * slice_words, dtype=torch.float32, device=hidden_ND.device)
-    gradients = (
-        logits
-        if hidden_ND.dtype == torch.float32
-        else torch.empty_like(logits, dtype=hidden_ND.dtype)
-    )
+    in_place = hidden_ND.dtype == torch.float32
+    gradients = logits if in_place else torch.empty_like(logits, dtype=hidden_ND.dtype)
     dH = torch.zeros(N, D, dtype=torch.float32, device=hidden_ND.device) if needs_hidden else None
     dW = torch.empty_like(weight_VD) if needs_weight else None
     for first in range(0, V, slice_words):

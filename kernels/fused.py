@@ -4,9 +4,9 @@ Two Triton matmuls over the vocabulary. The first keeps a running log-sum-exp of
 picks its target's logit; the second holds the G rows of each position in one tile and sums their
 spread. Nothing of size N x V is written. Letters as in `kernels/reference.py`.
 
-Words lie on the tile's first axis and tokens on its second, where the G rows of a position stand
-POSITIONS columns apart (group-major): on tensor cores each thread then holds all G values of a
-word, and their mean needs no exchange.
+In the second, words lie on the tile's first axis and tokens on its second, where the G rows of a
+position stand POSITIONS columns apart (group-major): on tensor cores each thread then holds all G
+values of a word, and their mean needs no exchange.
 """
 
 import math
@@ -41,8 +41,7 @@ TILES = {
 }
 # float32 dots are exact ("ieee") and run outside the tensor cores: for checks, not for speed.
 FLOAT32_TILE = Tile(64, 64, 32, warps=8, stages=2)
-# Four waves of an H200's 132 multiprocessors, so that the last, partly filled wave costs little.
-PROGRAMS = 4 * 132
+MULTIPROCESSORS = 132  # of an H200; elsewhere the slices below are still valid, only less even
 
 
 @triton.jit
@@ -80,7 +79,8 @@ def log_sum_exp_kernel(
 ):  # fmt: skip
     """Log-sum-exp of a slice of the vocabulary, and the target's logit: `reference.vocab_logps`.
 
-    Grid: token tiles x slices; programs that run together read the same words.
+    Grid: token tiles x slices; programs that run together read the same words. Here tokens lie on
+    the tile's first axis, as the running statistics are few then: two tokens to a thread.
     """
     n = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     target = tl.load(target_ptr + n, n < N, other=-1).to(tl.int32)
@@ -92,11 +92,8 @@ def log_sum_exp_kernel(
     for tile in range(first_tile, tl.minimum(first_tile + slice_tiles, tl.cdiv(V, WORDS))):
         v = tile * WORDS + tl.arange(0, WORDS)
         z = tl.zeros([TOKENS, WORDS], tl.float32)
-        x = (
-            matmul_tile(hidden_rows_ptr, rows_at(weight_ptr, v, V, D), z, D, DEPTH, EVEN_D)
-            * inverse_temperature
-        )
-        x = tl.where(v[None, :] < V, x, float("-inf"))
+        z = matmul_tile(hidden_rows_ptr, rows_at(weight_ptr, v, V, D), z, D, DEPTH, EVEN_D)
+        x = tl.where(v[None, :] < V, z * inverse_temperature, float("-inf"))
         picked += tl.sum(tl.where(v[None, :] == target[:, None], x, 0.0), axis=1)
         m_new = tl.maximum(m, tl.max(x, axis=1))
         # s' = s e^(m-m') + Σ e^(x-m')
@@ -117,8 +114,7 @@ def divergence_kernel(
 ):  # fmt: skip
     """One slice of the vocabulary of D_t for POSITIONS positions: `reference.group_divergence`.
 
-    Grid: position tiles x slices. Column j of the tile is row j // POSITIONS of position j %
-    POSITIONS.
+    Grid: position tiles x slices. Column j is row j // POSITIONS of position j % POSITIONS.
     """
     POSITIONS: tl.constexpr = TOKENS // ROWS
     j = tl.arange(0, TOKENS)
@@ -131,9 +127,8 @@ def divergence_kernel(
 
     t = first_t + tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
     # Positions past the last one read token 0 as their only row: finite, and never stored.
-    alive_count = tl.load(start_ptr + t + 1, t < last_t, other=1) - tl.load(
-        start_ptr + t, t < last_t, other=0
-    )
+    alive_count = tl.load(start_ptr + t + 1, t < last_t, other=1)
+    alive_count -= tl.load(start_ptr + t, t < last_t, other=0)
     ended = (G - alive_count).to(tl.float32) if UNIFORM else tl.zeros([POSITIONS], tl.float32)
     ended = tl.reshape(ended, [1, 1, POSITIONS])
     alive_count = tl.reshape(alive_count.to(tl.float32), [1, 1, POSITIONS])
@@ -170,9 +165,17 @@ def divergence_tile(tile: Tile, rows: int, textbook: bool) -> Tile:
 
 
 def slices_of_words(V: int, words: int, token_tiles: int) -> tuple[int, int]:
-    """(slices, tiles in each): enough slices of the vocabulary to fill the GPU, none empty."""
+    """(slices, word tiles in each): the cut of the vocabulary that keeps all multiprocessors busy.
+
+    Programs run in waves of one on each multiprocessor; a cut takes as long as its waves times its
+    tiles. No slice is empty.
+    """
     word_tiles = triton.cdiv(V, words)
-    slice_tiles = triton.cdiv(word_tiles, min(word_tiles, triton.cdiv(PROGRAMS, token_tiles)))
+    waves_times_tiles = {
+        slices: triton.cdiv(slices * token_tiles, MULTIPROCESSORS) * triton.cdiv(word_tiles, slices)
+        for slices in range(1, min(word_tiles, 64) + 1)
+    }
+    slice_tiles = triton.cdiv(word_tiles, min(waves_times_tiles, key=waves_times_tiles.get))
     return triton.cdiv(word_tiles, slice_tiles), slice_tiles
 
 
@@ -215,8 +218,7 @@ def buckets_of_positions(starts: list[int]):
 def forward(hidden_ND, weight_VD, targets_N, rows, temperature, divergence, ended_rows, sizes):
     """(logps_N, peak_N, log_sum_N, divergence_T), float32.
 
-    Memory beyond outputs: the partial results of the slices, (slices N + slices T) 4 bytes: about 1
-    MB at any N.
+    Memory beyond outputs: what the slices leave, slices (2 N + T) 4 bytes, 9 MB at N = 32,768.
     """
     tile = sizes.tile or tile_for(hidden_ND)
     logps_N, peak_N, log_sum_N = row_statistics(hidden_ND, weight_VD, targets_N, temperature, tile)

@@ -11,19 +11,17 @@ import torch
 from torch import Tensor
 
 from kernels import reference
+from kernels.checks import KERNEL_DTYPES, check_group, check_inputs, check_kernels
 from kernels.reference import HeadOutput
 
 IMPLS = ("auto", "chunked", "fused", "reference")
-KERNEL_DTYPES = (torch.float32, torch.bfloat16)  # float16 would flush gradients of 1/N p to zero
 
 
 @dataclass(frozen=True)
 class Sizes:
     """How the kernels cut their work: results depend on it by rounding only. Tests set it tiny."""
 
-    chunk_rows: int = (
-        2048  # rows of logits in memory at once in the chunked forward: 1.25 GB at V = 152064
-    )
+    chunk_rows: int = 2048  # rows of logits the chunked forward holds: 1.25 GB at V = 152064
     slice_words: int | None = None  # words at once in the backward; None: see `words_of_backward`
     row_block: int = 4096  # words a row program reads at once
     group_elements: int = 4096  # words x rows a group program reads at once
@@ -33,15 +31,16 @@ class Sizes:
 
 
 def words_of_backward(impl: str, N: int) -> int:
-    """Words of the vocabulary the backward holds at once; 6 bytes each for every one of the N rows
-    (bf16).
+    """Words of the vocabulary that the backward holds at once: in bf16, 6 bytes for each of N rows.
 
     chunked  2^27 / N: 805 MB whatever N is. With dH in float32 (N D 4) 0.92 GB at N = 8,192 and
              1.28 GB at 32,768; the forward needs 1.26 GB (2,048 rows of logits and of hidden).
     fused    2^24 / N: 101 MB, but at least 1,024 words, or adding to dH would cost more than the
-             matmul. With dH 0.22 GB at N = 8,192 and 0.67 GB at 32,768; the forward about 1 MB.
+             matmul. With dH 0.22 GB at N = 8,192 and 0.67 GB at 32,768; the forward 9 MB.
+
+    A multiple of 256, because cuBLAS is slow on rows that start at odd addresses.
     """
-    return max(1024, (2**27 if impl == "chunked" else 2**24) // N)
+    return max(1024, (2**27 if impl == "chunked" else 2**24) // N // 256 * 256)
 
 
 @dataclass(frozen=True)
@@ -53,9 +52,7 @@ class Rows:
     """
 
     G: int
-    starts: list[
-        int
-    ]  # T + 1 numbers on the host: position t owns rows starts[t] .. starts[t + 1] of that order
+    starts: list[int]  # T + 1 numbers: position t owns rows starts[t] .. starts[t + 1]
     start_T1: Tensor  # (T + 1,) int32, the same on the device
     order_N: Tensor  # (N,) int32: token of each row of the position-major order
     completion_N: Tensor  # (N,) int32: completion of each token
@@ -227,128 +224,3 @@ def choose_impl(impl: str, hidden_ND: Tensor) -> str:
     # Which of the two kernels is faster has not yet been measured; chunked does fewer
     # multiplications.
     return "chunked" if kernels_fit else "reference"
-
-
-def check_inputs(hidden_ND, weight_VD, targets_N, temperature) -> None:
-    """Shapes, dtypes, ranges of what a head reads; raises an error that names the argument."""
-    if hidden_ND.ndim != 2 or not hidden_ND.is_floating_point():
-        raise ValueError(
-            "hidden_ND must be a float (N, D) matrix, "
-            f"not {hidden_ND.dtype} {tuple(hidden_ND.shape)}"
-        )
-    N, D = hidden_ND.shape
-    if weight_VD.ndim != 2 or weight_VD.shape[1] != D:
-        raise ValueError(
-            f"weight_VD must be (V, D) with D = {D} as in hidden_ND, not {tuple(weight_VD.shape)}"
-        )
-    if weight_VD.dtype != hidden_ND.dtype:
-        raise TypeError(
-            f"weight_VD is {weight_VD.dtype} and hidden_ND {hidden_ND.dtype}: cast one to the other"
-        )
-    if targets_N.shape != (N,) or targets_N.dtype != torch.int64:
-        raise ValueError(
-            f"targets_N must be ({N},) int64, not {tuple(targets_N.shape)} {targets_N.dtype}"
-        )
-    if N == 0:
-        raise ValueError("hidden_ND has no rows: a group needs at least one completion token")
-    check_device(hidden_ND, weight_VD=weight_VD, targets_N=targets_N)
-    low, high = torch.stack(targets_N.aminmax()).tolist()
-    if low < 0 or high >= weight_VD.shape[0]:
-        raise ValueError(
-            f"targets_N holds {low}..{high}, outside the vocabulary of {weight_VD.shape[0]} words"
-        )
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, not {temperature}")
-
-
-def check_group(
-    hidden_ND, lengths_G, advantages_G, old_logps_N, ref_logps_N, alpha, beta
-) -> list[int]:
-    """The lengths on the host. Checks what ties the N rows to the G completions.
-
-    Raises ValueError or TypeError naming the argument.
-    """
-    N = len(hidden_ND)
-    if lengths_G.ndim != 1 or lengths_G.dtype != torch.int64:
-        raise ValueError(
-            f"lengths_G must be (G,) int64, not {tuple(lengths_G.shape)} {lengths_G.dtype}"
-        )
-    lengths = lengths_G.tolist()
-    if min(lengths, default=0) < 1:
-        raise ValueError(
-            f"lengths_G must be at least 1 each (an empty completion has no token), not {lengths}"
-        )
-    if sum(lengths) != N:
-        raise ValueError(
-            f"lengths_G sums to {sum(lengths)}, but hidden_ND and targets_N have {N} rows"
-        )
-    if advantages_G.shape != lengths_G.shape or not advantages_G.is_floating_point():
-        raise ValueError(
-            f"advantages_G must be a float vector like lengths_G {tuple(lengths_G.shape)}, "
-            f"not {advantages_G.dtype} {tuple(advantages_G.shape)}"
-        )
-    for name, logps in (("old_logps_N", old_logps_N), ("ref_logps_N", ref_logps_N)):
-        if logps is not None and (logps.shape != (N,) or not logps.is_floating_point()):
-            raise ValueError(
-                f"{name} must be a float ({N},) vector, not {logps.dtype} {tuple(logps.shape)}"
-            )
-    check_device(
-        hidden_ND,
-        lengths_G=lengths_G,
-        advantages_G=advantages_G,
-        old_logps_N=old_logps_N,
-        ref_logps_N=ref_logps_N,
-    )
-    if not alpha >= 1:
-        raise ValueError(
-            f"alpha is the upper bound of the token weights and must be at least 1, not {alpha}"
-        )
-    if beta > 0 and ref_logps_N is None:
-        raise ValueError("beta > 0 needs ref_logps_N, the log-probs of the reference model")
-    if not beta >= 0:
-        raise ValueError(f"beta must be 0 or more, not {beta}")
-    return lengths
-
-
-def check_device(hidden_ND, **others) -> None:
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != hidden_ND.device:
-            raise ValueError(
-                f"{name} is on {tensor.device} and hidden_ND on {hidden_ND.device}: move one"
-            )
-
-
-def check_kernels(impl, hidden_ND, weight_VD, targets_N) -> None:
-    """What only the kernels ask for; raises an error that names the argument or the remedy."""
-    if not find_spec("triton"):
-        raise ImportError(
-            f"impl={impl!r} needs Triton, which is not installed: pip install triton (Linux)"
-        )
-    from triton.runtime.jit import JITFunction
-
-    from kernels.chunked import row_kernel
-
-    if not hidden_ND.is_cuda and isinstance(row_kernel, JITFunction):  # compiled, not interpreted
-        raise RuntimeError(
-            f"impl={impl!r} compiles for a GPU, and hidden_ND is on {hidden_ND.device}: use "
-            "impl='reference', or set TRITON_INTERPRET=1 before Triton is imported to run the "
-            "kernels in its interpreter"
-        )
-    for name, tensor in (
-        ("hidden_ND", hidden_ND),
-        ("weight_VD", weight_VD),
-        ("targets_N", targets_N),
-    ):
-        if not tensor.is_contiguous():
-            raise ValueError(
-                f"{name} must be contiguous for impl={impl!r}: call .contiguous() on it"
-            )
-    if hidden_ND.dtype not in KERNEL_DTYPES:
-        raise TypeError(
-            f"hidden_ND must be float32 or bfloat16 for impl={impl!r}, not {hidden_ND.dtype}"
-        )
-    if hidden_ND.dtype == torch.bfloat16 and impl == "fused" and not hidden_ND.is_cuda:
-        raise TypeError(
-            "hidden_ND must be float32 for impl='fused' on a CPU: the bfloat16 dot of Triton's "
-            "interpreter is wrong"
-        )

@@ -481,6 +481,7 @@ def test_memory_of_the_backward_is_bounded():
     for impl, limits in (("chunked", (1.3e9, 1.5e9)), ("fused", (0.25e9, 0.75e9))):
         for N, limit in zip((8192, 32768), limits, strict=True):
             assert N * (words_of_backward(impl, N) * 6 + 3584 * 4) < limit
+        assert words_of_backward(impl, 5001) % 256 == 0
     assert Sizes().chunk_rows * (152064 * 4 + 3584 * 2) < 1.3e9
 
 
