@@ -24,6 +24,8 @@ from kernels.backward import backward
 from kernels.head import Sizes, lay_out, words_of_backward
 from kernels.objective import objective
 
+# NumPy, on which the interpreter runs, warns of the NaN and the overflows that these tests provoke.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 KERNELS = pytest.mark.parametrize("impl", ["chunked", "fused"])
 FORMS = pytest.mark.parametrize("divergence", ["official", "textbook"])
 ENDED = pytest.mark.parametrize("ended_rows", ["uniform", "exclude"])
