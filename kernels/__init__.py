@@ -1,4 +1,4 @@
-"""The equations of TW-GRPO. `reference.py` is the specification; `head.py` is the entry the training loop calls."""
+"""The equations of TW-GRPO: `reference.py` specifies them, `head.py` is what the loop calls."""
 
 from kernels.head import token_logps, tw_grpo_head
 from kernels.reference import HeadOutput

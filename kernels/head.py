@@ -1,15 +1,112 @@
 """The entry to the kernels: hidden states of one question's completions to the TW-GRPO loss.
 
-Letters as in `kernels/reference.py`: G completions of one question, N their tokens, T the longest, V words, D hidden.
+Letters as in `kernels/reference.py`: G completions of one question, N their tokens, T the longest,
+V words, D hidden. Triton is imported on first use, so that the reference works without it.
 """
+
+from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from kernels import reference
+from kernels.checks import KERNEL_DTYPES, check_group, check_inputs, check_kernels
 from kernels.reference import HeadOutput
 
-IMPLS = ("auto", "reference")
+IMPLS = ("auto", "chunked", "fused", "reference")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How the kernels cut their work: results depend on it by rounding only. Tests set it tiny."""
+
+    chunk_rows: int = 2048  # rows of logits the chunked forward holds: 1.25 GB at V = 152064
+    slice_words: int | None = None  # words at once in the backward; None: see `words_of_backward`
+    row_block: int = 4096  # words a row program reads at once
+    group_elements: int = 4096  # words x rows a group program reads at once
+    gradient_block: int = 1024  # words of one backward program
+    objective_block: int = 512  # tokens the loss kernel reads at once
+    tile: object = None  # a fused.Tile; None: fused.TILES for the dtype
+
+
+def words_of_backward(impl: str, N: int) -> int:
+    """Words of the vocabulary that the backward holds at once: in bf16, 6 bytes for each of N rows.
+
+    chunked  2^27 / N: 805 MB whatever N is. With dH in float32 (N D 4) 0.92 GB at N = 8,192 and
+             1.28 GB at 32,768; the forward needs 1.26 GB (2,048 rows of logits and of hidden).
+    fused    2^24 / N: 101 MB, but at least 1,024 words, or adding to dH would cost more than the
+             matmul. With dH 0.22 GB at N = 8,192 and 0.67 GB at 32,768; the forward 9 MB.
+
+    A multiple of 256, because cuBLAS is slow on rows that start at odd addresses.
+    """
+    return max(1024, (2**27 if impl == "chunked" else 2**24) // N // 256 * 256)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where each of the N tokens stands, computed once on the host from the lengths (`lay_out`).
+
+    Position-major order lists position 0's tokens, then position 1's, ...: a position's alive rows
+    are neighbours.
+    """
+
+    G: int
+    starts: list[int]  # T + 1 numbers: position t owns rows starts[t] .. starts[t + 1]
+    start_T1: Tensor  # (T + 1,) int32, the same on the device
+    order_N: Tensor  # (N,) int32: token of each row of the position-major order
+    completion_N: Tensor  # (N,) int32: completion of each token
+    position_N: Tensor  # (N,) int32: position of each token
+
+
+def lay_out(lengths: list[int], device) -> Rows:
+    completion_N, position_N = reference.positions_of_tokens(torch.tensor(lengths))
+    order_N = torch.argsort(position_N, stable=True)
+    start_T1 = torch.nn.functional.pad(torch.bincount(position_N).cumsum(0), (1, 0))
+    tables = [x.to(torch.int32).to(device) for x in (start_T1, order_N, completion_N, position_N)]
+    return Rows(len(lengths), start_T1.tolist(), *tables)
+
+
+class KernelHead(torch.autograd.Function):
+    """Forward by `chunked` or `fused`, loss by `objective`, gradient by `backward`."""
+
+    @staticmethod
+    def forward(
+        ctx, hidden_ND, weight_VD, targets_N, lengths_G, advantages_G, old_logps_N, ref_logps_N,
+        rows, impl, sizes, temperature, divergence, ended_rows, loss_options,
+    ):  # fmt: skip
+        from kernels import chunked, fused
+        from kernels.objective import objective
+
+        forward = (chunked if impl == "chunked" else fused).forward
+        logps_N, peak_N, log_sum_N, divergence_T = forward(
+            hidden_ND, weight_VD, targets_N, rows, temperature, divergence, ended_rows, sizes
+        )
+        weights_T, coefficients_N, summary = objective(
+            logps_N, divergence_T, rows, lengths_G, advantages_G, old_logps_N, ref_logps_N,
+            block=sizes.objective_block, **loss_options,
+        )  # fmt: skip
+        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, peak_N, log_sum_N, coefficients_N)
+        ctx.temperature, ctx.block = temperature, sizes.gradient_block
+        ctx.slice_words = sizes.slice_words or words_of_backward(impl, len(hidden_ND))
+        loss, clip_ratio, kl = (x.clone() for x in summary)
+        ctx.mark_non_differentiable(logps_N, divergence_T, weights_T, clip_ratio, kl)
+        return loss, logps_N, divergence_T, weights_T, clip_ratio, kl
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream, *_):
+        from kernels.backward import backward
+
+        dH, dW = backward(
+            upstream,
+            *ctx.saved_tensors,
+            ctx.temperature,
+            *ctx.needs_input_grad[:2],
+            ctx.slice_words,
+            ctx.block,
+        )
+        return dH, dW, *[None] * 12
 
 
 def tw_grpo_head(
@@ -31,92 +128,99 @@ def tw_grpo_head(
     ended_rows: str = "uniform",
     detach_weights: bool = True,
     impl: str = "auto",
+    sizes: Sizes | None = None,
 ) -> HeadOutput:
     """The clipped, token-weighted loss of one question and everything measured on the way.
 
-    hidden_ND     (N, D) float: the rows that *predict* the completion tokens, all of c_1, then c_2, ...
-    weight_VD     (V, D) same dtype: the lm_head. If it does not require grad, its gradient is never formed.
+    hidden_ND     (N, D) float: the rows that *predict* the completion tokens, all of c_1, then
+                  c_2, ...
+    weight_VD     (V, D) same dtype: the lm_head. Without requires_grad no gradient of it is formed.
     targets_N     (N,) int64: the completion tokens themselves, in [0, V)
     lengths_G     (G,) int64: tokens of each completion, EOS included; at least 1 each, summing to N
     advantages_G  (G,) float
-    old_logps_N   (N,) float: log-probs before the first update on these completions; None: on-policy, ratio 1
+    old_logps_N   (N,) float: log-probs before the first update on these completions;
+                  None: on-policy, ratio 1
     ref_logps_N   (N,) float: log-probs of the reference model, required when beta > 0
-    alpha         upper bound of the token weights, >= 1 (the code's alpha; tables that say "alpha = 0" mean w = 1)
-    loss_type     "tw_grpo" | "grpo";  divergence  "official" | "textbook";  ended_rows  "uniform" | "exclude"
-    detach_weights  False (reference only): the gradient flows through w_t too, as in the official code
-    impl          "auto" | "reference"
+    alpha         upper bound of the token weights, >= 1
+                  (the code's alpha; tables that say "alpha = 0" mean w = 1)
+    loss_type     "tw_grpo" | "grpo";  divergence  "official" | "textbook"
+    ended_rows    "uniform" | "exclude": what stands in for completions that have ended, see
+                  `reference.group_divergence`
+    detach_weights  False (reference only): the gradient flows through w_t too (official code)
+    impl          "reference"  plain PyTorch, any float dtype: the specification
+                  "chunked"    Triton and cuBLAS, a chunk of positions at a time: the fast one
+                  "fused"      Triton only, logits in registers: the small one
+                  "auto"       chunked on CUDA if Triton is installed, else reference
+    sizes         how the kernels cut their work, see `Sizes`
 
-    A NaN in `hidden_ND` gives a NaN loss. Raises ValueError or TypeError naming the argument that is wrong.
+    `chunked` and `fused` take float32 or bfloat16 on CUDA, or float32 on a CPU under
+    TRITON_INTERPRET=1. A NaN in `hidden_ND` gives a NaN loss.
+
+    Raises ValueError or TypeError naming the argument that is wrong, ImportError if Triton is
+    needed and missing, RuntimeError if the kernels cannot run on this device.
     """
     check_inputs(hidden_ND, weight_VD, targets_N, temperature)
-    check_group(hidden_ND, targets_N, lengths_G, advantages_G, old_logps_N, ref_logps_N, alpha, beta)
+    lengths = check_group(hidden_ND, lengths_G, advantages_G, old_logps_N, ref_logps_N, alpha, beta)
     for name, value, allowed in (
         ("loss_type", loss_type, ("tw_grpo", "grpo")),
         ("divergence", divergence, ("official", "textbook")),
         ("ended_rows", ended_rows, ("uniform", "exclude")),
-        ("impl", impl, IMPLS),
     ):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
-    return reference.tw_grpo(
-        hidden_ND, weight_VD, targets_N, lengths_G, advantages_G, old_logps_N=old_logps_N, ref_logps_N=ref_logps_N,
-        alpha=alpha, eps_low=eps_low, eps_high=eps_high, beta=beta, temperature=temperature, loss_type=loss_type,
-        divergence=divergence, ended_rows=ended_rows, detach_weights=detach_weights,
+    impl = choose_impl(impl, hidden_ND)
+    loss_options = dict(
+        alpha=alpha, eps_low=eps_low, eps_high=eps_high, beta=beta, loss_type=loss_type
+    )
+    if impl == "reference":
+        return reference.tw_grpo(
+            hidden_ND, weight_VD, targets_N, lengths_G, advantages_G,
+            old_logps_N=old_logps_N, ref_logps_N=ref_logps_N,
+            temperature=temperature, divergence=divergence,
+            ended_rows=ended_rows, detach_weights=detach_weights, **loss_options,
+        )  # fmt: skip
+    check_kernels(impl, hidden_ND, weight_VD, targets_N)
+    if not detach_weights:
+        raise ValueError(
+            f"detach_weights=False needs impl='reference': {impl} has no gradient through w_t"
+        )
+    return HeadOutput(
+        *KernelHead.apply(
+            hidden_ND, weight_VD, targets_N, lengths_G, advantages_G, old_logps_N, ref_logps_N,
+            lay_out(lengths, hidden_ND.device), impl, sizes or Sizes(), temperature, divergence,
+            ended_rows,
+            loss_options,
+        )
     )  # fmt: skip
 
 
 @torch.no_grad()
 def token_logps(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, temperature: float = 1.0, impl: str = "auto"
-) -> Tensor:
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, temperature: float = 1.0,
+    impl: str = "auto",
+    sizes: Sizes | None = None,
+) -> Tensor:  # fmt: skip
     """Log-probability of each target, nats: (N,) float32 or wider, without gradient.
 
     For the old and the reference log-probs; arguments as in `tw_grpo_head`.
     """
     check_inputs(hidden_ND, weight_VD, targets_N, temperature)
+    impl = choose_impl(impl, hidden_ND)
+    if impl == "reference":
+        return reference.token_logps(hidden_ND, weight_VD, targets_N, temperature)
+    check_kernels(impl, hidden_ND, weight_VD, targets_N)
+    from kernels import chunked, fused
+
+    run = (chunked if impl == "chunked" else fused).token_logps
+    return run(hidden_ND, weight_VD, targets_N, temperature, sizes or Sizes())
+
+
+def choose_impl(impl: str, hidden_ND: Tensor) -> str:
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, not {impl!r}")
-    return reference.token_logps(hidden_ND, weight_VD, targets_N, temperature)
-
-
-def check_inputs(hidden_ND, weight_VD, targets_N, temperature) -> None:
-    """Shapes, dtypes and ranges of what a head reads; raises ValueError or TypeError naming the argument."""
-    if hidden_ND.ndim != 2 or not hidden_ND.is_floating_point():
-        raise ValueError(f"hidden_ND must be a float (N, D) matrix, not {hidden_ND.dtype} {tuple(hidden_ND.shape)}")
-    N, D = hidden_ND.shape
-    if weight_VD.ndim != 2 or weight_VD.shape[1] != D:
-        raise ValueError(f"weight_VD must be (V, D) with D = {D} as in hidden_ND, not {tuple(weight_VD.shape)}")
-    if weight_VD.dtype != hidden_ND.dtype:
-        raise TypeError(f"weight_VD is {weight_VD.dtype} and hidden_ND {hidden_ND.dtype}: cast one to the other")
-    if targets_N.shape != (N,) or targets_N.dtype != torch.int64:
-        raise ValueError(f"targets_N must be ({N},) int64, not {tuple(targets_N.shape)} {targets_N.dtype}")
-    if N == 0:
-        raise ValueError("hidden_ND has no rows: a group needs at least one completion token")
-    low, high = targets_N.aminmax()
-    if low < 0 or high >= weight_VD.shape[0]:
-        raise ValueError(f"targets_N holds {int(low)}..{int(high)}, outside the vocabulary of {weight_VD.shape[0]} words")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, not {temperature}")
-
-
-def check_group(hidden_ND, targets_N, lengths_G, advantages_G, old_logps_N, ref_logps_N, alpha, beta) -> None:
-    """What ties the N rows to the G completions; raises ValueError or TypeError naming the argument."""
-    N = len(targets_N)
-    if lengths_G.ndim != 1 or lengths_G.dtype != torch.int64:
-        raise ValueError(f"lengths_G must be (G,) int64, not {tuple(lengths_G.shape)} {lengths_G.dtype}")
-    if (lengths_G < 1).any():
-        raise ValueError(f"lengths_G must be at least 1 each (an empty completion has no token), not {lengths_G.tolist()}")
-    if int(lengths_G.sum()) != N:
-        raise ValueError(f"lengths_G sums to {int(lengths_G.sum())}, but hidden_ND and targets_N have {N} rows")
-    if advantages_G.shape != lengths_G.shape or not advantages_G.is_floating_point():
-        raise ValueError(f"advantages_G must be a float vector like lengths_G {tuple(lengths_G.shape)}, "
-                         f"not {advantages_G.dtype} {tuple(advantages_G.shape)}")  # fmt: skip
-    for name, logps in (("old_logps_N", old_logps_N), ("ref_logps_N", ref_logps_N)):
-        if logps is not None and (logps.shape != (N,) or not logps.is_floating_point()):
-            raise ValueError(f"{name} must be a float ({N},) vector, not {logps.dtype} {tuple(logps.shape)}")
-    if not alpha >= 1:
-        raise ValueError(f"alpha is the upper bound of the token weights and must be at least 1, not {alpha}")
-    if beta > 0 and ref_logps_N is None:
-        raise ValueError("beta > 0 needs ref_logps_N, the log-probs of the reference model")
-    if not beta >= 0:
-        raise ValueError(f"beta must be 0 or more, not {beta}")
+    if impl != "auto":
+        return impl
+    kernels_fit = hidden_ND.is_cuda and hidden_ND.dtype in KERNEL_DTYPES and find_spec("triton")
+    # Which of the two kernels is faster has not yet been measured; chunked does fewer
+    # multiplications.
+    return "chunked" if kernels_fit else "reference"

@@ -1,17 +1,18 @@
 """The equations of TW-GRPO in plain PyTorch: the specification every kernel is tested against.
 
-One equation is one function, in the paper's order. Everything is differentiable and runs in any float dtype,
-float64 included; nothing here is fast, and the full vocabulary of every completion token is held in memory.
+One equation is one function, in the paper's order. Everything is differentiable and runs in any
+float dtype, float64 included; nothing here is fast, and the full vocabulary of every completion
+token is held in memory.
 
 Letters used in shapes, here and in every file of `kernels/`:
     G  completions of one question (a group)          V  vocabulary
     T  positions, the longest completion's length     D  hidden size
-    N  completion tokens of the group, sum(lengths)   n, t, i, v  one token, position, completion, word
+    N  completion tokens of the group, sum(lengths)   n, t, i, v  token, position, completion, word
 
 Tokens are stored completion by completion: all of c_1, then all of c_2, and so on.
 
-Source of the formulas: the official code at aa529ff, src/open_r1/trainer/grpo_trainer.py (`compute_loss` and
-`compute_token_importance_kl_logs_uniform`), and the paper, arXiv 2505.24718.
+Source of the formulas: the official code at aa529ff, src/open_r1/trainer/grpo_trainer.py
+(`compute_loss` and `compute_token_importance_kl_logs_uniform`), and the paper, arXiv 2505.24718.
 """
 
 import math
@@ -39,36 +40,46 @@ class HeadOutput:
 def vocab_logps(hidden_ND: Tensor, weight_VD: Tensor, temperature: float = 1.0) -> Tensor:
     """log softmax(h W^T / temperature), nats: (N, V), in float32 or wider.
 
-    bf16 inputs are widened first: rounding the logits to bf16 moves D_t by 3.5e-3 relative (measured at V = 152064).
+    bf16 inputs are widened first: rounding the logits to bf16 moves D_t by 3.5e-3 relative
+    (measured at V = 152064).
     """
     wide = torch.promote_types(hidden_ND.dtype, torch.float32)
     logits_NV = hidden_ND.to(wide) @ weight_VD.to(wide).T
-    # OFFICIAL: the loss always uses the logits as they are, also when sampling at another temperature.
-    # OURS: the same temperature in both, so that the gradient belongs to the distribution that was sampled.
+    # OFFICIAL: the loss always uses the logits as they are, also when sampling at another
+    # temperature.
+    # OURS: the same temperature in both, so that the gradient belongs to the distribution that was
+    # sampled.
     return F.log_softmax(logits_NV / temperature, dim=-1)
 
 
 def positions_of_tokens(lengths_G: Tensor) -> tuple[Tensor, Tensor]:
-    """(completion_N, position_N): which completion each of the N tokens belongs to, and at which t it stands."""
-    completion_N = torch.repeat_interleave(torch.arange(len(lengths_G), device=lengths_G.device), lengths_G)
+    """(completion_N, position_N): the completion each token belongs to, and the t it stands at."""
+    completion_N = torch.repeat_interleave(
+        torch.arange(len(lengths_G), device=lengths_G.device), lengths_G
+    )
     starts_G = lengths_G.cumsum(0) - lengths_G
     position_N = torch.arange(len(completion_N), device=lengths_G.device) - starts_G[completion_N]
     return completion_N, position_N
 
 
-def group_divergence(logps_GTV: Tensor, lengths_G: Tensor, form: str = "official", ended_rows: str = "uniform") -> Tensor:
+def group_divergence(
+    logps_GTV: Tensor, lengths_G: Tensor, form: str = "official", ended_rows: str = "uniform"
+) -> Tensor:
     """D_t: how much the G next-token distributions at position t disagree, in nats: (T,).
 
     With l_i = logps_GTV[i, t], a distribution over V words, and all means over the group:
 
-    - form="official":  m = mean_i l_i,  d_i = clamp(m - l_i, -11, 11),  D_t = mean_i sum_v (exp d_i - d_i - 1).
-      m is a mean of logs (a geometric mean, not renormalised), and the sum runs over the whole vocabulary without the
-      weight p_i(v) that would make it an expectation. It is the integrand of the k3 estimator, not a KL.
-    - form="textbook":  q = mean_i p_i,  D_t = mean_i KL(p_i || q), the Jensen-Shannon divergence, at most ln G.
+    - form="official":  m = mean_i l_i,  d_i = clamp(m - l_i, -11, 11),
+      D_t = mean_i sum_v (exp d_i - d_i - 1).
+      m is a mean of logs (a geometric mean, not renormalised), and the sum runs over the whole
+      vocabulary without the weight p_i(v) that would make it an expectation. It is the integrand of
+      the k3 estimator, not a KL.
+    - form="textbook":  q = mean_i p_i,  D_t = mean_i KL(p_i || q), the Jensen-Shannon divergence,
+      at most ln G.
 
-    A completion that has ended before t (t >= lengths_G[i]) stands in as the uniform distribution with
-    ended_rows="uniform" (official), or is left out of every mean with ended_rows="exclude". What logps_GTV holds there
-    is never read.
+    A completion that has ended before t (t >= lengths_G[i]) stands in as the uniform distribution
+    with ended_rows="uniform" (official), or is left out of every mean with ended_rows="exclude".
+    What logps_GTV holds there is never read.
     """
     G, T, V = logps_GTV.shape
     alive_GT1 = (torch.arange(T, device=logps_GTV.device) < lengths_G[:, None])[..., None]
@@ -96,7 +107,8 @@ def group_divergence(logps_GTV: Tensor, lengths_G: Tensor, form: str = "official
 def token_weights(divergence_T: Tensor, alpha: float) -> Tensor:
     """w_t = 1 + (alpha - 1) (D_t - min D) / (max D - min D + 1e-8), in [1, alpha]: (T,).
 
-    Minimum and maximum run over all T positions of the group; the weight of a position is shared by its completions.
+    Minimum and maximum run over all T positions of the group; the weight of a position is shared by
+    its completions.
     """
     low, high = divergence_T.min(), divergence_T.max()
     return 1 + (alpha - 1) * (divergence_T - low) / (high - low + 1e-8)
@@ -105,18 +117,25 @@ def token_weights(divergence_T: Tensor, alpha: float) -> Tensor:
 def clipped_objective(
     logps_N: Tensor, old_logps_N: Tensor, advantages_N: Tensor, eps_low: float, eps_high: float
 ) -> tuple[Tensor, Tensor]:
-    """min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A) with rho = exp(logp - old_logp): (N,), and where it clipped.
+    """min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A) with rho = exp(logp - old_logp): (N,), and
+    where it clipped.
 
-    A token counts as clipped where the constant branch is the smaller one, that is where its gradient is zero.
+    A token counts as clipped where the constant branch is the smaller one, that is where its
+    gradient is zero.
     """
     rho = torch.exp(logps_N - old_logps_N)
     clipped = rho.clamp(1 - eps_low, 1 + eps_high)
-    is_clipped = ((rho < 1 - eps_low) & (advantages_N < 0)) | ((rho > 1 + eps_high) & (advantages_N > 0))
+    is_clipped = ((rho < 1 - eps_low) & (advantages_N < 0)) | (
+        (rho > 1 + eps_high) & (advantages_N > 0)
+    )
     return torch.minimum(rho * advantages_N, clipped * advantages_N), is_clipped
 
 
 def k3_kl(logps_N: Tensor, ref_logps_N: Tensor) -> Tensor:
-    """k3 = exp(d) - d - 1 with d = clamp(ref_logp - logp, -11, 11): (N,), an estimate of KL(policy || reference)."""
+    """k3 = exp(d) - d - 1 with d = clamp(ref_logp - logp, -11, 11): (N,).
+
+    An estimate of KL(policy || reference), nats.
+    """
     d = (ref_logps_N - logps_N).clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
     return torch.expm1(d) - d
 
@@ -124,7 +143,8 @@ def k3_kl(logps_N: Tensor, ref_logps_N: Tensor) -> Tensor:
 def token_coefficients(lengths_G: Tensor, weights_T: Tensor, loss_type: str) -> Tensor:
     """The factor of each token's loss in the total: (N,).
 
-    - "tw_grpo":  w_t / N, one weighted mean over all tokens of the group. With alpha = 1 this is token-normalised GRPO.
+    - "tw_grpo":  w_t / N, one weighted mean over all tokens of the group. With alpha = 1 this is
+      token-normalised GRPO.
     - "grpo":     1 / (G len_i), the mean over each completion first, then over the completions.
     """
     completion_N, position_N = positions_of_tokens(lengths_G)
@@ -139,7 +159,7 @@ def tw_grpo(
     hidden_ND, weight_VD, targets_N, lengths_G, advantages_G, *, old_logps_N, ref_logps_N,
     alpha, eps_low, eps_high, beta, temperature, loss_type, divergence, ended_rows, detach_weights,
 ) -> HeadOutput:  # fmt: skip
-    """The whole loss of one question, equation after equation. See `kernels.tw_grpo_head` for the arguments."""
+    """The whole loss of one question, equation by equation. Arguments: `kernels.tw_grpo_head`."""
     completion_N, position_N = positions_of_tokens(lengths_G)
 
     logps_NV = vocab_logps(hidden_ND, weight_VD, temperature)
@@ -147,14 +167,24 @@ def tw_grpo(
 
     # The N rows laid out as G x T; what stays empty belongs to completions that have ended.
     empty_GTV = logps_NV.new_zeros(len(lengths_G), int(lengths_G.max()), logps_NV.shape[1])
-    logps_GTV = empty_GTV.index_put((completion_N, position_N), logps_NV.detach() if detach_weights else logps_NV)
+    logps_GTV = empty_GTV.index_put(
+        (completion_N, position_N), logps_NV.detach() if detach_weights else logps_NV
+    )
     divergence_T = group_divergence(logps_GTV, lengths_G, divergence, ended_rows)
-    # OFFICIAL: the gradient also flows through w_t.  OURS: a weight is an importance, not a target, so it is detached;
-    # detach_weights=False gives the official gradient (they agree on-policy while all G completions are alive).
-    weights_T = token_weights(divergence_T, alpha) if loss_type == "tw_grpo" else torch.ones_like(divergence_T)
+    # OFFICIAL: the gradient also flows through w_t.  OURS: a weight is an importance, not a target,
+    # so it is detached; detach_weights=False gives the official gradient (they agree on-policy
+    # while all G completions are alive).
+    weights_T = (
+        token_weights(divergence_T, alpha)
+        if loss_type == "tw_grpo"
+        else torch.ones_like(divergence_T)
+    )
 
-    old_N = logps_N.detach() if old_logps_N is None else old_logps_N  # on-policy: rho = 1, and the clip never acts
-    objective_N, is_clipped_N = clipped_objective(logps_N, old_N, advantages_G[completion_N], eps_low, eps_high)
+    # On-policy the old log-probs are the new ones: rho = 1, and the clip never acts.
+    old_N = logps_N.detach() if old_logps_N is None else old_logps_N
+    objective_N, is_clipped_N = clipped_objective(
+        logps_N, old_N, advantages_G[completion_N], eps_low, eps_high
+    )
     kl_N = torch.zeros_like(logps_N) if ref_logps_N is None else k3_kl(logps_N, ref_logps_N)
     loss_N = -(objective_N - beta * kl_N) if beta > 0 else -objective_N
     loss = (token_coefficients(lengths_G, weights_T, loss_type) * loss_N).sum()
@@ -168,6 +198,8 @@ def tw_grpo(
     )
 
 
-def token_logps(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, temperature: float = 1.0) -> Tensor:
+def token_logps(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, temperature: float = 1.0
+) -> Tensor:
     """Log-probability of each target, nats: (N,)."""
     return vocab_logps(hidden_ND, weight_VD, temperature).gather(1, targets_N[:, None])[:, 0]

@@ -1,0 +1,313 @@
+"""Speed and memory of the head beside the matmuls it cannot avoid and the alternatives installed.
+
+    python -m kernels.bench                               # the whole table, on a CUDA device
+    python -m kernels.bench --shapes 8192x3584x152064 --json out.json --plot out.png
+    python -m kernels.bench --table out.json              # a results file as a Markdown table
+
+Groups of G = 8 equally long completions, bf16, on-policy, forward and backward with D_t and w_t.
+The ceiling is three bare cuBLAS products of the same shape: H Wᵀ, its gradient times W, times H.
+Without CUDA: says so, compares the reference with the chunked algorithm in plain torch, exits 0.
+"""
+
+import argparse
+import importlib.metadata as metadata
+import json
+import math
+import statistics
+import subprocess
+import time
+from datetime import UTC, datetime
+from importlib.util import find_spec
+
+import torch
+
+from kernels import reference, tw_grpo_head
+
+G = 8
+SHAPES = [(N, 3584, 152064) for N in (1024, 2048, 4096, 8192, 16384, 32768)]
+SHAPES += [(8192, 2048, 151936), (8192, 4096, 128256), (8192, 8192, 152064)]
+# What an alternative leaves out, printed with its numbers.
+NOTES = {
+    "frozen head": "no gradient of lm_head",
+    "60 % full": "lengths from 20 to 100 % of the longest, 60 % of the tokens",
+    "compiled reference": "float32 matmuls",
+    "Liger": "no group weights",
+    "TRL": "log-probs only, no group weights",
+}
+
+
+def make_group(N, D, V, device, dtype, lengths=None):
+    torch.manual_seed(0)
+    lengths = lengths or [N // G] * G
+    return dict(
+        hidden_ND=torch.randn(sum(lengths), D, device=device, dtype=dtype, requires_grad=True),
+        # Logits with a standard deviation of about 3, as a trained head's.
+        weight_VD=(torch.randn(V, D, device=device, dtype=dtype) * 3 / D**0.5).requires_grad_(),
+        targets_N=torch.randint(V, (sum(lengths),), device=device),
+        lengths_G=torch.tensor(lengths, device=device),
+        advantages_G=torch.linspace(-1, 1, len(lengths), device=device),
+    )
+
+
+def official(hidden_ND, weight_VD, targets_N, lengths_G, advantages_G, alpha=1.7):
+    """The official computation restated: padded G x T rows, all logits at once, in bf16.
+
+    Source: official aa529ff grpo_trainer.py, compute_loss. Like it, w_t is not detached.
+    """
+    completion_N, position_N = reference.positions_of_tokens(lengths_G)
+    logps_NV = (hidden_ND @ weight_VD.T).log_softmax(-1)
+    logps_N = logps_NV.gather(1, targets_N[:, None])[:, 0]
+    rows_GTV = logps_NV.new_zeros(len(lengths_G), int(lengths_G.max()), logps_NV.shape[1])
+    rows_GTV = rows_GTV.index_put((completion_N, position_N), logps_NV)
+    weights_T = reference.token_weights(reference.group_divergence(rows_GTV, lengths_G), alpha)
+    gain_N = (logps_N - logps_N.detach()).exp() * advantages_G[completion_N]
+    return -(weights_T[position_N] * gain_N).mean()
+
+
+def liger(hidden_ND, weight_VD, targets_N, lengths_G, advantages_G):
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    shape = len(lengths_G), int(lengths_G[0])
+    head = LigerFusedLinearGRPOLoss(
+        beta=0.0, epsilon_high=0.28, loss_type="bnpo", use_ref_model=False
+    )
+    loss = head(
+        hidden_ND.view(*shape, -1), weight_VD, targets_N.view(shape),
+        torch.ones(shape, device=hidden_ND.device), advantages_G,
+    )  # fmt: skip
+    return loss[0] if isinstance(loss, tuple) else loss
+
+
+def trl(hidden_ND, weight_VD, targets_N, lengths_G, advantages_G):
+    from trl.kernels import ChunkedLogProbFunction
+
+    logps_N = ChunkedLogProbFunction.apply(
+        hidden_ND, weight_VD, None, targets_N, 1.0, 8192, None, 1.0, ()
+    )[0]
+    gain_N = (logps_N - logps_N.detach()).exp() * advantages_G.repeat_interleave(lengths_G)
+    return -gain_N.mean()
+
+
+def variants():
+    """{name: loss of a group} of everything that can run here."""
+    found = {
+        "chunked": lambda **g: tw_grpo_head(**g, impl="chunked").loss,
+        "fused": lambda **g: tw_grpo_head(**g, impl="fused").loss,
+        "official": official,
+        "compiled reference": torch.compile(lambda **g: tw_grpo_head(**g, impl="reference").loss),
+    }
+    found |= {"Liger": liger} if find_spec("liger_kernel") else {}
+    found |= {"TRL": trl} if find_spec("trl") else {}
+    return found
+
+
+def milliseconds(work, repeats=7):
+    """(median, spread) of each function in the list `work`, run one after another."""
+    work_times = [[] for _ in work]
+    for repeat in range(repeats + 2):
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(work) + 1)]
+        events[0].record()
+        for function, event in zip(work, events[1:], strict=True):
+            function()
+            event.record()
+        torch.cuda.synchronize()
+        if repeat >= 2:  # the first two compile, load and allocate
+            for times, a, b in zip(work_times, events, events[1:], strict=False):
+                times.append(a.elapsed_time(b))
+    return [(statistics.median(t), max(t) - min(t)) for t in work_times]
+
+
+def matmul_ceiling(N, D, V):
+    """Milliseconds of the three bare products, one median each."""
+    hidden, weight = (torch.randn(n, D, device="cuda", dtype=torch.bfloat16) for n in (N, V))
+    logits = hidden @ weight.T
+    products = [
+        lambda: torch.mm(hidden, weight.T, out=logits),
+        lambda: logits @ weight,
+        lambda: logits.T @ hidden,
+    ]
+    return [median for median, _ in milliseconds(products)]
+
+
+def measure(name, loss_of, group, ceiling):
+    """One row of the results. "peak_mb" is memory beyond the inputs and the two gradients."""
+    leaves = [group[k] for k in ("hidden_ND", "weight_VD") if group[k].requires_grad]
+    kept = {}
+
+    def forward():
+        for leaf in leaves:
+            leaf.grad = None
+        kept["loss"] = loss_of(**group)
+
+    def backward():
+        kept.pop("loss").backward()
+
+    N, D, V = *group["hidden_ND"].shape, len(group["weight_VD"])
+    row = dict(impl=name, N=N, D=D, V=V, note=NOTES.get(name.removeprefix("chunked, "), ""))
+    try:
+        (forward_ms, forward_spread), (backward_ms, spread) = milliseconds([forward, backward])
+        for leaf in leaves:
+            leaf.grad = None
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        forward()
+        backward()
+        gradients = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+        peak_mb = (torch.cuda.max_memory_allocated() - before - gradients) / 1e6
+    except Exception as problem:  # an alternative that fails is a row, not the end of the table
+        if name.startswith(("chunked", "fused")):
+            raise
+        return row | dict(failed=type(problem).__name__)
+    total = forward_ms + backward_ms
+    return row | dict(
+        forward_ms=forward_ms, backward_ms=backward_ms, total_ms=total,
+        spread_ms=forward_spread + spread, tflops=6 * N * D * V / total / 1e9, peak_mb=peak_mb,
+        forward_ratio=forward_ms / ceiling[0], ratio=total / sum(ceiling),
+    )  # fmt: skip
+
+
+def run(shapes):
+    """All rows: every variant at every shape, and the frozen and the ragged head at N = 8,192."""
+    rows = []
+    for N, D, V in shapes:
+        ceiling = matmul_ceiling(N, D, V)
+        bare = dict(impl="3 bare matmuls", N=N, D=D, V=V, forward_ms=ceiling[0], ratio=1.0)
+        rows.append(bare | dict(total_ms=sum(ceiling), tflops=6 * N * D * V / sum(ceiling) / 1e9))
+        print(line(rows[-1]), flush=True)
+        group = make_group(N, D, V, "cuda", torch.bfloat16)
+        cases = [(name, loss_of, group) for name, loss_of in variants().items()]
+        if N == 8192:
+            frozen = make_group(N, D, V, "cuda", torch.bfloat16)
+            frozen["weight_VD"].requires_grad_(False)
+            longest = N // G
+            lengths = [int(longest * (0.2 + 0.8 * i / (G - 1))) for i in range(G)]
+            ragged = make_group(N, D, V, "cuda", torch.bfloat16, lengths)
+            chunked = cases[0][1]
+            cases += [
+                ("chunked, frozen head", chunked, frozen),
+                ("chunked, 60 % full", chunked, ragged),
+            ]
+        for case in cases:
+            torch.cuda.empty_cache()
+            rows.append(measure(*case, ceiling))
+            print(line(rows[-1]), flush=True)
+    return rows
+
+
+COLUMNS = dict(
+    impl="", N="", D="", V="", forward_ms=".1f", backward_ms=".1f", total_ms=".1f", spread_ms=".1f",
+    tflops=".0f", peak_mb=".0f", forward_ratio=".2f", ratio=".2f", note="",
+)  # fmt: skip
+
+
+def line(row):
+    cells = [format(row[c], f) if c in row else row.get("failed", "") for c, f in COLUMNS.items()]
+    return "| " + " | ".join(cells) + " |"
+
+
+def table(results):
+    """A results file as Markdown, the way the README shows it."""
+    head = "{device}, {date}, commit {commit}, {versions}\n".format(**results)
+    rows = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    return "\n".join([head, *rows, *map(line, results["rows"])])
+
+
+def plot(results, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    rows = [r for r in results["rows"] if (r["D"], r["V"]) == (3584, 152064)]
+    rows = [r for r in rows if "," not in r["impl"]]  # without the frozen and the ragged head
+    for name in dict.fromkeys(r["impl"] for r in rows):
+        mine = [r for r in rows if r["impl"] == name and "failed" not in r]
+        left.plot([r["N"] for r in mine], [r["total_ms"] for r in mine], "o-", label=name)
+        right.plot(
+            [r["N"] for r in mine], [r.get("peak_mb", math.nan) for r in mine], "o-", label=name
+        )
+    left.set(
+        title="forward + backward, ms", xlabel="completion tokens N", xscale="log", yscale="log"
+    )
+    right.set(title="extra memory, MB", xlabel="completion tokens N", xscale="log", yscale="log")
+    left.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def chunked_in_torch(hidden_ND, weight_VD, targets_N, lengths_G, chunk_positions=8):
+    """The forward of `kernels.chunked` in plain torch, for reading and for machines without GPU."""
+    completion_N, position_N = reference.positions_of_tokens(lengths_G)
+    logps_N, divergence_T = torch.empty(len(targets_N)), torch.empty(int(lengths_G.max()))
+    for t in range(0, len(divergence_T), chunk_positions):
+        here = (position_N >= t) & (position_N < t + chunk_positions)
+        logps_CV = reference.vocab_logps(hidden_ND[here], weight_VD)
+        logps_N[here] = logps_CV.gather(1, targets_N[here][:, None])[:, 0]
+        positions = min(chunk_positions, len(divergence_T) - t)
+        rows = logps_CV.new_zeros(len(lengths_G), positions, logps_CV.shape[1])
+        rows[completion_N[here], position_N[here] - t] = logps_CV
+        divergence_T[t : t + positions] = reference.group_divergence(rows, lengths_G - t)
+    return logps_N, divergence_T
+
+
+@torch.no_grad()
+def on_cpu():
+    print(
+        "No CUDA device: nothing is measured here. The two algorithms in plain torch on this CPU:"
+    )
+    group = make_group(256, 64, 8191, "cpu", torch.float32, [11, 53, 32, 47, 20, 41, 29, 23])
+    advantages = group.pop("advantages_G")
+    chunked_in_torch(**group)  # first calls pay for what is set up once
+    tw_grpo_head(**group, advantages_G=advantages, impl="reference")
+    start = time.perf_counter()
+    whole = tw_grpo_head(**group, advantages_G=advantages, impl="reference")
+    middle = time.perf_counter()
+    logps_N, divergence_T = chunked_in_torch(**group)
+    end = time.perf_counter()
+    N, V = len(group["hidden_ND"]), len(group["weight_VD"])
+    print(
+        f"  reference, forward: {1e3 * (middle - start):6.0f} ms, {N * V * 4e-6:.1f} MB of logits"
+    )
+    print(
+        f"  chunked, forward:   {1e3 * (end - middle):6.0f} ms, {8 * G * V * 4e-6:.1f} MB of logits"
+    )
+    difference = (divergence_T - whole.divergence_T).abs().max() / whole.divergence_T.max()
+    print(f"  largest difference: {(logps_N - whole.logps_N).abs().max():.1e} nats, "
+          f"{difference:.1e} of the largest D_t")  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    shape = lambda text: tuple(map(int, text.split("x")))  # noqa: E731
+    parser.add_argument("--shapes", nargs="*", type=shape, default=SHAPES, metavar="NxDxV")
+    parser.add_argument("--json", help="write the results to this file")
+    parser.add_argument("--plot", help="draw them into this PNG")
+    parser.add_argument("--table", metavar="JSON", help="print a results file as Markdown and stop")
+    arguments = parser.parse_args()
+    if arguments.table:
+        with open(arguments.table) as file:
+            return print(table(json.load(file)))
+    if not torch.cuda.is_available():
+        return on_cpu()
+    names = [
+        n for n in ("torch", "triton", "liger-kernel", "trl") if find_spec(n.replace("-", "_"))
+    ]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    results = dict(
+        device=torch.cuda.get_device_name(), commit=commit.stdout.strip() or "unknown",
+        date=datetime.now(UTC).strftime("%Y-%m-%d"),
+        versions=", ".join(f"{n} {metadata.version(n)}" for n in names),
+        rows=run(arguments.shapes),
+    )  # fmt: skip
+    print(table(results))
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump(results, file, indent=1)
+    if arguments.plot:
+        plot(results, arguments.plot)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

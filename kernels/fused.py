@@ -1,0 +1,246 @@
+"""The small forward, and the one to read: the logits exist only in registers.
+
+Two Triton matmuls over the vocabulary. The first keeps a running log-sum-exp of every token and
+picks its target's logit; the second holds the G rows of each position in one tile and sums their
+spread. Nothing of size N x V is written. Letters as in `kernels/reference.py`.
+
+In the second, words lie on the tile's first axis and tokens on its second, where the G rows of a
+position stand POSITIONS columns apart (group-major): on tensor cores each thread then holds all G
+values of a word, and their mean needs no exchange.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.tiles import group_spread
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Shape of one matmul tile: words x tokens, in steps of `depth` along D."""
+
+    words: int
+    tokens: int
+    depth: int
+    warps: int
+    stages: int
+
+
+# bf16, by the GPU's major compute capability: the largest tile whose accumulator and group
+# arithmetic fit the registers without a spill (`python -m kernels.compile_check` prints them).
+# Blackwell's tensor memory hands a thread a whole row of the tile, hence fewer tokens there. Speed
+# on a GPU: not yet measured.
+TILES = {
+    8: Tile(128, 128, 64, warps=8, stages=3),
+    9: Tile(256, 128, 64, warps=8, stages=3),
+    10: Tile(128, 64, 64, warps=8, stages=3),
+}
+# float32 dots are exact ("ieee") and run outside the tensor cores: for checks, not for speed.
+FLOAT32_TILE = Tile(64, 64, 32, warps=8, stages=2)
+MULTIPROCESSORS = 132  # of an H200; elsewhere the slices below are still valid, only less even
+
+
+@triton.jit
+def matmul_tile(a_rows_ptr, b_rows_ptr, z, D, DEPTH: tl.constexpr, EVEN_D: tl.constexpr):
+    """z + A Bᵀ, float32, for the rows of A and of B that the two vectors of pointers start at."""
+    k = tl.arange(0, DEPTH)
+    a_ptr = a_rows_ptr[:, None] + k[None, :]
+    b_ptr = b_rows_ptr[None, :] + k[:, None]
+    for first in range(0, D, DEPTH):
+        if EVEN_D:
+            a, b = tl.load(a_ptr), tl.load(b_ptr)
+        else:
+            a = tl.load(a_ptr, (first + k < D)[None, :], other=0.0)
+            b = tl.load(b_ptr, (first + k < D)[:, None], other=0.0)
+        z = tl.dot(a, b, z, input_precision="ieee")  # z' = z + A[:, k] B[:, k]ᵀ
+        a_ptr += DEPTH
+        b_ptr += DEPTH
+    return z
+
+
+@triton.jit
+def rows_at(matrix_ptr, row, rows, D):
+    """Pointers to rows of a (rows, D) matrix; past its end the last one, for the caller to mask.
+
+    64 bits, as rows x D may pass 2^31.
+    """
+    return matrix_ptr + tl.minimum(row, rows - 1).to(tl.int64) * D
+
+
+@triton.jit
+def log_sum_exp_kernel(
+    hidden_ptr, weight_ptr, target_ptr, picked_ptr, peak_ptr, sum_ptr,
+    N, V, D, inverse_temperature, slice_tiles,
+    WORDS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, EVEN_D: tl.constexpr,
+):  # fmt: skip
+    """Log-sum-exp of a slice of the vocabulary, and the target's logit: `reference.vocab_logps`.
+
+    Grid: token tiles x slices; programs that run together read the same words. Here tokens lie on
+    the tile's first axis, as the running statistics are few then: two tokens to a thread.
+    """
+    n = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    target = tl.load(target_ptr + n, n < N, other=-1).to(tl.int32)
+    hidden_rows_ptr = rows_at(hidden_ptr, n, N, D)
+    m = tl.full([TOKENS], float("-inf"), tl.float32)
+    s = tl.zeros([TOKENS], tl.float32)
+    picked = tl.zeros([TOKENS], tl.float32)
+    first_tile = tl.program_id(1) * slice_tiles
+    for tile in range(first_tile, tl.minimum(first_tile + slice_tiles, tl.cdiv(V, WORDS))):
+        v = tile * WORDS + tl.arange(0, WORDS)
+        z = tl.zeros([TOKENS, WORDS], tl.float32)
+        z = matmul_tile(hidden_rows_ptr, rows_at(weight_ptr, v, V, D), z, D, DEPTH, EVEN_D)
+        x = tl.where(v[None, :] < V, z * inverse_temperature, float("-inf"))
+        picked += tl.sum(tl.where(v[None, :] == target[:, None], x, 0.0), axis=1)
+        m_new = tl.maximum(m, tl.max(x, axis=1))
+        # s' = s e^(m-m') + Σ e^(x-m')
+        s = s * tl.exp(m - m_new) + tl.sum(tl.exp(x - m_new[:, None]), axis=1)
+        m = m_new
+    tl.store(peak_ptr + tl.program_id(1).to(tl.int64) * N + n, m, n < N)
+    tl.store(sum_ptr + tl.program_id(1).to(tl.int64) * N + n, s, n < N)
+    here = (target >= first_tile * WORDS) & (target < (first_tile + slice_tiles) * WORDS)
+    tl.store(picked_ptr + n, picked, here)  # one slice holds the target, and it alone writes
+
+
+@triton.jit
+def divergence_kernel(
+    hidden_ptr, weight_ptr, lse_ptr, order_ptr, start_ptr, partial_ptr,
+    first_t, last_t, V, D, T, G, log_V, inverse_temperature, slice_tiles,
+    TEXTBOOK: tl.constexpr, UNIFORM: tl.constexpr, ROWS: tl.constexpr,
+    WORDS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, EVEN_D: tl.constexpr,
+):  # fmt: skip
+    """One slice of the vocabulary of D_t for POSITIONS positions: `reference.group_divergence`.
+
+    Grid: position tiles x slices. Column j is row j // POSITIONS of position j % POSITIONS.
+    """
+    POSITIONS: tl.constexpr = TOKENS // ROWS
+    j = tl.arange(0, TOKENS)
+    t = first_t + tl.program_id(0) * POSITIONS + j % POSITIONS
+    start = tl.load(start_ptr + t, t < last_t, other=0)
+    exists = j // POSITIONS < tl.load(start_ptr + t + 1, t < last_t, other=1) - start
+    n = tl.load(order_ptr + start + j // POSITIONS, exists, other=0)
+    lse = tl.load(lse_ptr + n)
+    hidden_rows_ptr = hidden_ptr + n.to(tl.int64) * D
+
+    t = first_t + tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
+    # Positions past the last one read token 0 as their only row: finite, and never stored.
+    alive_count = tl.load(start_ptr + t + 1, t < last_t, other=1)
+    alive_count -= tl.load(start_ptr + t, t < last_t, other=0)
+    ended = (G - alive_count).to(tl.float32) if UNIFORM else tl.zeros([POSITIONS], tl.float32)
+    ended = tl.reshape(ended, [1, 1, POSITIONS])
+    alive_count = tl.reshape(alive_count.to(tl.float32), [1, 1, POSITIONS])
+
+    total = tl.zeros([POSITIONS], tl.float32)
+    first_tile = tl.program_id(1) * slice_tiles
+    for tile in range(first_tile, tl.minimum(first_tile + slice_tiles, tl.cdiv(V, WORDS))):
+        v = tile * WORDS + tl.arange(0, WORDS)
+        z = tl.zeros([WORDS, TOKENS], tl.float32)
+        z = matmul_tile(rows_at(weight_ptr, v, V, D), hidden_rows_ptr, z, D, DEPTH, EVEN_D)
+        logp = tl.reshape(z * inverse_temperature - lse[None, :], [WORDS, ROWS, POSITIONS])
+        alive = tl.arange(0, ROWS)[None, :, None] < alive_count
+        spread = group_spread(logp, alive, alive_count, ended, log_V, TEXTBOOK, AXIS=1)
+        spread = tl.where((v < V)[:, None, None], spread, 0.0)
+        total += tl.sum(tl.sum(spread, axis=1), axis=0)  # D' = D + Σ_v mean_i (e^d - d - 1)
+    tl.store(partial_ptr + tl.program_id(1).to(tl.int64) * T + t, total, t < last_t)
+
+
+def tile_for(hidden_ND) -> Tile:
+    if hidden_ND.dtype == torch.float32:
+        return FLOAT32_TILE
+    return TILES.get(torch.cuda.get_device_capability(hidden_ND.device)[0], TILES[8])
+
+
+def divergence_tile(tile: Tile, rows: int, textbook: bool) -> Tile:
+    """The tile for groups of `rows` rows, changed until nothing spills.
+
+    As many positions as `tile` would hold of eight rows, so that what a thread keeps for each
+    position stays the same; fewer for more rows. Half the words where there is more to keep.
+    """
+    tokens = rows * tile.tokens // 8 if rows <= 8 else max(tile.tokens, rows)
+    words = tile.words // 2 if textbook or rows > 8 else tile.words
+    return replace(tile, words=words, tokens=max(16, tokens))  # 16: the narrowest product
+
+
+def slices_of_words(V: int, words: int, token_tiles: int) -> tuple[int, int]:
+    """(slices, word tiles in each): the cut of the vocabulary that keeps all multiprocessors busy.
+
+    Programs run in waves of one on each multiprocessor; a cut takes as long as its waves times its
+    tiles. No slice is empty.
+    """
+    word_tiles = triton.cdiv(V, words)
+    waves_times_tiles = {
+        slices: triton.cdiv(slices * token_tiles, MULTIPROCESSORS) * triton.cdiv(word_tiles, slices)
+        for slices in range(1, min(word_tiles, 64) + 1)
+    }
+    slice_tiles = triton.cdiv(word_tiles, min(waves_times_tiles, key=waves_times_tiles.get))
+    return triton.cdiv(word_tiles, slice_tiles), slice_tiles
+
+
+def row_statistics(hidden_ND, weight_VD, targets_N, temperature, tile):
+    """(logps_N, peak_N, log_sum_N), float32; the log-sum-exp is the sum of the last two."""
+    (N, D), V = hidden_ND.shape, len(weight_VD)
+    token_tiles = triton.cdiv(N, tile.tokens)
+    slices, slice_tiles = slices_of_words(V, tile.words, token_tiles)
+    picked_N = hidden_ND.new_empty(N, dtype=torch.float32)
+    peak_SN, sum_SN = hidden_ND.new_empty(2, slices, N, dtype=torch.float32)
+    log_sum_exp_kernel[(token_tiles, slices)](
+        hidden_ND, weight_VD, targets_N, picked_N, peak_SN, sum_SN,
+        N, V, D, 1 / temperature, slice_tiles,
+        WORDS=tile.words, TOKENS=tile.tokens, DEPTH=tile.depth, EVEN_D=D % tile.depth == 0,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    peak_N = peak_SN.amax(0)
+    log_sum_N = (sum_SN * (peak_SN - peak_N).exp()).sum(0).log()
+    return picked_N - peak_N - log_sum_N, peak_N, log_sum_N
+
+
+def buckets_of_positions(starts: list[int]):
+    """Ranges (first, last, rows) of positions with more than rows / 2 and at most rows alive
+    completions.
+
+    Fewer and fewer completions are alive as t grows; a tile is padded to a power of two of them,
+    never to all G.
+    """
+    first = 0
+    for last in range(1, len(starts)):
+        rows = triton.next_power_of_2(starts[last] - starts[last - 1])
+        if (
+            last + 1 == len(starts)
+            or triton.next_power_of_2(starts[last + 1] - starts[last]) != rows
+        ):
+            yield first, last, rows
+            first = last
+
+
+def forward(hidden_ND, weight_VD, targets_N, rows, temperature, divergence, ended_rows, sizes):
+    """(logps_N, peak_N, log_sum_N, divergence_T), float32.
+
+    Memory beyond outputs: what the slices leave, slices (2 N + T) 4 bytes, 9 MB at N = 32,768.
+    """
+    tile = sizes.tile or tile_for(hidden_ND)
+    logps_N, peak_N, log_sum_N = row_statistics(hidden_ND, weight_VD, targets_N, temperature, tile)
+    V, D, T = *weight_VD.shape, len(rows.starts) - 1
+    divergence_T = hidden_ND.new_empty(T, dtype=torch.float32)
+    for first, last, padded in buckets_of_positions(rows.starts):
+        narrow = divergence_tile(tile, padded, divergence == "textbook")
+        token_tiles = triton.cdiv(last - first, narrow.tokens // padded)
+        slices, slice_tiles = slices_of_words(V, narrow.words, token_tiles)
+        partial_ST = hidden_ND.new_empty(slices, T, dtype=torch.float32)
+        divergence_kernel[(token_tiles, slices)](
+            hidden_ND, weight_VD, peak_N + log_sum_N, rows.order_N, rows.start_T1, partial_ST,
+            first, last, V, D, T, rows.G, math.log(V), 1 / temperature, slice_tiles,
+            TEXTBOOK=divergence == "textbook", UNIFORM=ended_rows == "uniform", ROWS=padded,
+            WORDS=narrow.words, TOKENS=narrow.tokens, DEPTH=tile.depth, EVEN_D=D % tile.depth == 0,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        divergence_T[first:last] = partial_ST[:, first:last].sum(0)
+    return logps_N, peak_N, log_sum_N, divergence_T
+
+
+def token_logps(hidden_ND, weight_VD, targets_N, temperature, sizes):
+    """(N,) float32 log-probs of the targets: the first kernel alone."""
+    tile = sizes.tile or tile_for(hidden_ND)
+    return row_statistics(hidden_ND, weight_VD, targets_N, temperature, tile)[0]

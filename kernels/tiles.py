@@ -1,0 +1,84 @@
+"""Two equations on tiles of registers, called from inside the kernels: k3 and the group's spread.
+
+Letters as in `kernels/reference.py`. Both are ordinary Triton functions without loads or stores, so
+that each equation is written once for the chunked kernels (tiles rows x words) and the fused ones
+(words x rows x positions).
+"""
+
+import triton
+import triton.language as tl
+
+LOG_RATIO_CLAMP = tl.constexpr(11.0)  # nats, as in reference.py
+# Triton's clamp and minimum drop a NaN unless asked; a loss must not hide one.
+NAN_STAYS = tl.constexpr(tl.PropagateNan.ALL)
+
+
+@triton.jit
+def clamp_log_ratio(d):
+    return tl.clamp(d, -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP, propagate_nan=NAN_STAYS)
+
+
+@triton.jit
+def k3_series(d):
+    """exp(d) - d - 1 for abs(d) < 1/2; the first omitted term is 8e-7 of the result there."""
+    # e^d - d - 1 = d² (1/2! + d/3! + d²/4! + ...)
+    series = 1 / 720 + d * (1 / 5040)
+    series = 1 / 24 + d * (1 / 120 + d * series)
+    return d * d * (1 / 2 + d * (1 / 6 + d * series))
+
+
+@triton.jit
+def k3(d):
+    """exp(d) - d - 1: the estimator of `reference.k3_kl`, the integrand of the group's divergence.
+
+    For small d the three terms cancel and leave no digit, so there the series is summed instead.
+    """
+    return tl.where(tl.abs(d) < 0.5, k3_series(d), tl.exp(d) - d - 1)
+
+
+@triton.jit
+def kl_integrand(p, q, d):
+    """p log(p/q) + q - p for d = log q - log p; q - p adds nothing in the mean over the group.
+
+    It equals p k3(d), is never negative, and keeps its digits where p and q are nearly equal.
+    """
+    return tl.where(tl.abs(d) < 0.5, p * k3_series(d), q - p - p * d)
+
+
+@triton.jit
+def group_spread(
+    logp, alive, alive_count, ended, log_V, TEXTBOOK: tl.constexpr, AXIS: tl.constexpr
+):
+    """The integrand of D_t at each word: `reference.group_divergence` before its sum over V.
+
+    logp         float32 tile of log-probs, the rows of a group along AXIS
+    alive        which of those rows exist; what the others hold is never read
+    alive_count  their number, float32
+    ended        how many uniform rows stand in for ended completions, float32; 0: none
+    Returns the tile with length 1 along AXIS.
+
+    Ended rows are all the same, -log V at every word, so they are counted and never stored.
+    Everything is measured from the largest log-prob of the group at that word (`anchor`): identical
+    rows then differ by exactly 0, and the textbook form cannot underflow.
+    """
+    share = 1 / (alive_count + ended)
+    anchor = tl.max(tl.where(alive, logp, float("-inf")), axis=AXIS, keep_dims=True)
+    anchor = tl.where(ended > 0, tl.maximum(anchor, -log_V), anchor)
+    row = tl.where(alive, logp - anchor, 0.0)
+    uniform = -log_V - anchor
+    if TEXTBOOK:
+        p = tl.where(alive, tl.exp(row), 0.0)
+        p_uniform = tl.where(ended > 0, tl.exp(uniform), 0.0)
+        total = tl.sum(p, axis=AXIS, keep_dims=True) + ended * p_uniform
+        q = total * share  # q = mean_i p_i
+        terms = kl_integrand(p, q, tl.log(q) - row)  # p_i log p_i / q + q - p_i
+        spread = tl.sum(tl.where(alive, terms, 0.0), axis=AXIS, keep_dims=True)
+        spread += ended * kl_integrand(p_uniform, q, tl.log(q) - uniform)
+        spread *= tl.exp(anchor)
+    else:
+        total = tl.sum(row, axis=AXIS, keep_dims=True) + ended * uniform
+        mean = total * share  # m = mean_i l_i
+        terms = tl.where(alive, k3(clamp_log_ratio(mean - row)), 0.0)  # e^d_i - d_i - 1
+        spread = tl.sum(terms, axis=AXIS, keep_dims=True)
+        spread += ended * k3(clamp_log_ratio(mean - uniform))
+    return spread * share

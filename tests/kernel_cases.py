@@ -1,0 +1,81 @@
+"""Groups of completions to test the kernels on, and what a test compares.
+
+On a machine without a GPU the kernels run in Triton's interpreter, which has to be chosen before
+Triton is imported: import this module before anything that imports Triton.
+"""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from kernels import fused, reference, tw_grpo_head  # noqa: E402
+from kernels.head import Sizes  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# So small that a group of a dozen tokens and 100 words takes several chunks, slices, blocks, tiles.
+TINY = Sizes(
+    chunk_rows=7, slice_words=48, row_block=64, group_elements=256, gradient_block=32,
+    objective_block=8, tile=fused.Tile(32, 32, 16, warps=4, stages=2),
+)  # fmt: skip
+
+
+def make_group(
+    lengths, V=97, D=20, scale=2.0, offset=0.0, seed=0, off_policy=False, dtype=torch.float32
+):
+    """Arguments of `tw_grpo_head` for random completions of these lengths.
+
+    Logits have a standard deviation of `scale` around `offset`; old log-probs, where asked for, lie
+    within about 0.5 of the new ones, so that some ratios are clipped.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    N = sum(lengths)
+    hidden, weight = draw(N, D) * scale / D**0.5, draw(V, D)
+    hidden[:, -1], weight[:, -1] = offset, 1.0
+    # Rounded first: the float64 reference and the kernels must read the same numbers.
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    targets = torch.randint(V, (N,), generator=generator)
+    group = dict(
+        hidden_ND=hidden, weight_VD=weight, targets_N=targets, lengths_G=torch.tensor(lengths),
+        advantages_G=draw(len(lengths)).float(),
+    )  # fmt: skip
+    if off_policy:
+        logps = (hidden.double() @ weight.double().T).log_softmax(-1)
+        logps = logps.gather(1, targets[:, None])[:, 0]
+        group["old_logps_N"] = (logps + 0.5 * draw(N)).float()
+        group["ref_logps_N"] = (logps + draw(N)).float()
+    return {name: value.to(DEVICE) for name, value in group.items()}
+
+
+def materialised_logps(hidden_ND, weight_VD, temperature=1.0):
+    return ((hidden_ND @ weight_VD.T).float() / temperature).log_softmax(-1)
+
+
+def run(group, impl, **options):
+    """(HeadOutput, dH, dW) of one forward and backward.
+
+    impl also takes "float64", the reference on float64 copies of the inputs, and "materialised",
+    the reference as a trainer would write it: the logits of all tokens in the inputs' own dtype.
+    """
+    if impl == "materialised":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(reference, "vocab_logps", materialised_logps)
+            return run(group, "reference", **options)
+    if impl == "float64":
+        group = {k: v.double() if v.is_floating_point() else v for k, v in group.items()}
+        impl = "reference"
+    leaves = {k: group[k].detach().clone().requires_grad_() for k in ("hidden_ND", "weight_VD")}
+    if impl in ("chunked", "fused"):
+        options = {"sizes": TINY, **options}
+    output = tw_grpo_head(**{**group, **leaves}, impl=impl, **options)
+    output.loss.backward()
+    return output, leaves["hidden_ND"].grad, leaves["weight_VD"].grad
+
+
+def error(value, exact):
+    """Largest error, relative to the largest exact value."""
+    return ((value.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-30)).item()

@@ -1,0 +1,229 @@
+"""The equations by hand: each is small enough to be worked out on paper."""
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from kernels import reference, token_logps, tw_grpo_head
+from kernels.reference import group_divergence, token_weights
+
+ALL_FORMS = [(f, e) for f in ("official", "textbook") for e in ("uniform", "exclude")]
+
+
+def float64(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def log_rows(*rows):
+    """(G, 1, V) log-probs of completions that are one token long."""
+    return torch.stack([float64(*row).log()[None] for row in rows])
+
+
+def ones(count):
+    return torch.ones(count, dtype=torch.int64)
+
+
+def test_two_opposite_certainties_are_ln_2_apart():
+    rows = log_rows([1, 0], [0, 1])
+    assert_close(group_divergence(rows, ones(2), "textbook"), float64(math.log(2)))
+
+
+def test_g_opposite_certainties_are_ln_g_apart():
+    for G in (2, 3, 8):
+        rows = torch.eye(G, dtype=torch.float64).log()[:, None]
+        assert_close(group_divergence(rows, ones(G), "textbook"), float64(math.log(G)))
+
+
+def test_official_divergence_of_two_coins():
+    # Log-odds +2a and -2a: the means of the logs are equal, and each row is a above and below.
+    a = 0.7
+    rows = torch.tensor([[a, -a], [-a, a]], dtype=torch.float64).log_softmax(-1)[:, None]
+    by_hand = (math.exp(a) - a - 1) + (math.exp(-a) + a - 1)
+    assert_close(group_divergence(rows, ones(2)), float64(by_hand))
+
+
+def test_log_ratios_are_clamped_at_11_before_they_are_exponentiated():
+    # Log-probs 0 and -40: each is 20 from their mean, clamped to 11. Word 2 has the signs swapped.
+    rows = torch.tensor([[0.0, -40.0], [-40.0, 0.0]], dtype=torch.float64)[:, None]
+    by_hand = (math.exp(11) - 12) + (math.exp(-11) + 10)
+    assert_close(group_divergence(rows, ones(2)), float64(by_hand))
+
+
+def test_an_ended_completion_counts_as_the_uniform_distribution():
+    peaked = float64(0.7, 0.1, 0.1, 0.1).log()
+    rows = torch.stack([torch.stack([peaked, peaked]), torch.stack([peaked, peaked * 0 + 99])])
+    lengths = torch.tensor([2, 1])  # the second has ended at t = 1; the 99 is never read
+    spread = group_divergence(rows, lengths)
+    uniform = torch.full((4,), -math.log(4), dtype=torch.float64)
+    at_1 = group_divergence(torch.stack([peaked, uniform])[:, None], ones(2))
+    assert_close(spread, torch.cat([float64(0), at_1]))
+
+
+def test_excluding_ended_rows_leaves_one_live_row_without_spread():
+    rows = torch.randn(3, 4, 10, dtype=torch.float64).log_softmax(-1)
+    for form in ("official", "textbook"):
+        spread = group_divergence(rows, torch.tensor([4, 2, 1]), form, "exclude")
+        assert_close(spread[2:], float64(0, 0))
+        two_alive = group_divergence(rows[:2, 1:2], ones(2), form)
+        assert_close(spread[1:2], two_alive)
+
+
+@pytest.mark.parametrize("form, ended_rows", ALL_FORMS)
+def test_identical_rows_have_no_spread_and_weight_1(form, ended_rows):
+    row = torch.randn(5, 30, dtype=torch.float64).log_softmax(-1)
+    spread = group_divergence(row.expand(3, 5, 30), torch.full((3,), 5), form, ended_rows)
+    assert spread.abs().max() < 1e-13
+    assert_close(token_weights(spread, 1.7), torch.ones_like(spread))
+
+
+def test_weights_run_from_1_to_alpha():
+    assert_close(token_weights(float64(2, 4, 3), 1.7), float64(1, 1.7, 1.35))
+    assert_close(token_weights(float64(2, 4, 3), 1.0), float64(1, 1, 1))
+
+
+def test_clip_is_asymmetric_and_acts_on_the_worse_side_only():
+    ratio = float64(0.5, 0.9, 1.2, 1.5).log()
+    gain, clipped = reference.clipped_objective(ratio, 0 * ratio, float64(1, 1, 1, 1), 0.2, 0.28)
+    assert_close(gain, float64(0.5, 0.9, 1.2, 1.28))
+    assert clipped.tolist() == [False, False, False, True]
+    loss, clipped = reference.clipped_objective(ratio, 0 * ratio, -float64(1, 1, 1, 1), 0.2, 0.28)
+    assert_close(loss, float64(-0.8, -0.9, -1.2, -1.5))
+    assert clipped.tolist() == [True, False, False, False]
+
+
+def test_k3_is_zero_at_equality_and_clamped_far_away():
+    k3 = reference.k3_kl(float64(-1, -1, -50), float64(-1, -1 + math.log(2), 0))
+    assert_close(k3, float64(0, 1 - math.log(2), math.exp(11) - 12))
+
+
+def test_tw_grpo_is_a_token_mean_and_grpo_a_sequence_mean():
+    lengths = torch.tensor([3, 1])
+    assert_close(
+        reference.token_coefficients(lengths, float64(1, 1.5, 2), "tw_grpo"),
+        float64(1, 1.5, 2, 1) / 4,
+    )
+    assert_close(
+        reference.token_coefficients(lengths, float64(1, 1, 1), "grpo"),
+        float64(1 / 6, 1 / 6, 1 / 6, 1 / 2),
+    )
+
+
+def small_group(lengths=(4, 2, 3), V=11, D=5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    N = sum(lengths)
+    advantages = draw(len(lengths))
+    return dict(
+        hidden_ND=draw(N, D).requires_grad_(), weight_VD=draw(V, D).requires_grad_(),
+        targets_N=torch.randint(V, (N,), generator=generator), lengths_G=torch.tensor(lengths),
+        advantages_G=advantages - advantages.mean(),
+    )  # fmt: skip
+
+
+def gradients(group, **options):
+    output = tw_grpo_head(**group, impl="reference", **options)
+    return torch.autograd.grad(output.loss, [group["hidden_ND"], group["weight_VD"]])
+
+
+@pytest.mark.parametrize("loss_type", ["tw_grpo", "grpo"])
+@pytest.mark.parametrize("form, ended_rows", ALL_FORMS)
+def test_reference_gradient_is_the_derivative(form, ended_rows, loss_type):
+    group = small_group()
+    logps = token_logps(group["hidden_ND"], group["weight_VD"], group["targets_N"])
+    # Far enough from the clip's corners for a finite difference not to cross one.
+    old, ref = logps + torch.linspace(-0.1, 0.1, 9), logps + torch.linspace(-2, 2, 9)
+
+    def loss(hidden, weight):
+        return tw_grpo_head(
+            **{**group, "hidden_ND": hidden, "weight_VD": weight}, old_logps_N=old, ref_logps_N=ref,
+            beta=0.04, divergence=form, ended_rows=ended_rows, loss_type=loss_type,
+            detach_weights=False, impl="reference",
+        ).loss  # fmt: skip
+
+    assert torch.autograd.gradcheck(loss, (group["hidden_ND"], group["weight_VD"]))
+
+
+def test_weights_without_detach_change_nothing_while_all_are_alive_and_on_policy():
+    # sum_i A_i = 0 and rho = 1 at every position, so the derivative by w_t vanishes.
+    group = small_group(lengths=(3, 3, 3))
+    for attached, detached in zip(
+        gradients(group, detach_weights=False), gradients(group), strict=True
+    ):
+        assert_close(attached, detached, rtol=1e-10, atol=1e-12)
+
+
+def test_official_undetached_weights_change_the_gradient_of_a_ragged_group():
+    # PAPER: silent.  OFFICIAL: w_t is not detached.  OURS: detached, this form on request.
+    group = small_group(lengths=(4, 2, 3))
+    attached, detached = gradients(group, detach_weights=False)[0], gradients(group)[0]
+    assert (attached - detached).norm() > 1e-5 * detached.norm()  # alive: equal to 1e-10
+
+
+def test_alpha_1_is_token_normalised_grpo():
+    group = small_group()
+    output = tw_grpo_head(**group, alpha=1.0)
+    completion, _ = reference.positions_of_tokens(group["lengths_G"])
+    assert_close(output.loss, -group["advantages_G"][completion].mean())  # rho = 1 on-policy
+    # Its gradient is that of -mean A log p.
+    logps = reference.token_logps(group["hidden_ND"], group["weight_VD"], group["targets_N"])
+    by_hand = -(group["advantages_G"][completion] * logps).mean()
+    expected = torch.autograd.grad(by_hand, group["hidden_ND"])[0]
+    assert_close(gradients(group, alpha=1.0)[0], expected)
+
+
+def test_temperature_divides_the_logits():
+    group = small_group()
+    hot = {**group, "hidden_ND": group["hidden_ND"] / 0.7}
+    assert_close(tw_grpo_head(**group, temperature=0.7).loss, tw_grpo_head(**hot).loss)
+
+
+def test_nan_gives_nan():
+    group = small_group()
+    hidden = group["hidden_ND"].detach().clone()
+    hidden[4, 0] = math.nan
+    assert tw_grpo_head(**{**group, "hidden_ND": hidden}).loss.isnan()
+
+
+BAD_INPUT = [
+    ("hidden_ND", lambda g: g["hidden_ND"][0], "float \\(N, D\\)"),
+    ("hidden_ND", lambda g: g["hidden_ND"].long(), "float \\(N, D\\)"),
+    ("weight_VD", lambda g: g["weight_VD"][:, 1:], "with D = 5"),
+    ("weight_VD", lambda g: g["weight_VD"].float(), "cast one"),
+    ("targets_N", lambda g: g["targets_N"][1:], "must be \\(9,\\) int64"),
+    ("targets_N", lambda g: g["targets_N"].int(), "must be \\(9,\\) int64"),
+    ("targets_N", lambda g: g["targets_N"] + 11, "outside the vocabulary of 11"),
+    ("targets_N", lambda g: g["targets_N"] - 11, "outside the vocabulary of 11"),
+    ("lengths_G", lambda g: torch.tensor([4, 2, 2]), "sums to 8"),
+    ("lengths_G", lambda g: torch.tensor([4, 0, 5]), "at least 1 each"),
+    ("lengths_G", lambda g: torch.tensor([4.0, 2.0, 3.0]), "int64"),
+    ("lengths_G", lambda g: torch.tensor([], dtype=torch.int64), "at least 1"),
+    ("advantages_G", lambda g: g["advantages_G"][1:], "like lengths_G"),
+    ("old_logps_N", lambda g: torch.zeros(8), "must be a float \\(9,\\)"),
+    ("ref_logps_N", lambda g: torch.zeros(9).long(), "must be a float \\(9,\\)"),
+    ("alpha", lambda g: 0.0, "at least 1"),
+    ("beta", lambda g: 0.1, "needs ref_logps_N"),
+    ("beta", lambda g: -0.1, "0 or more"),
+    ("temperature", lambda g: 0.0, "above 0"),
+    ("loss_type", lambda g: "ppo", "must be one of tw_grpo, grpo"),
+    ("divergence", lambda g: "kl", "must be one of official, textbook"),
+    ("ended_rows", lambda g: "drop", "must be one of uniform, exclude"),
+    ("impl", lambda g: "fast", "must be one of auto, chunked, fused, reference"),
+    ("advantages_G", lambda g: torch.zeros(3, device="meta"), "is on meta"),
+]
+
+
+@pytest.mark.parametrize("name, value, sentence", BAD_INPUT)
+def test_bad_input_is_named(name, value, sentence):
+    group = small_group()
+    with pytest.raises((ValueError, TypeError), match=sentence) as caught:
+        tw_grpo_head(**{**group, name: value(group)})
+    assert name in str(caught.value)
+
+
+def test_an_empty_group_is_refused():
+    group = small_group()
+    empty = {**group, "hidden_ND": group["hidden_ND"][:0], "targets_N": group["targets_N"][:0]}
+    with pytest.raises(ValueError, match="hidden_ND has no rows"):
+        tw_grpo_head(**empty)
