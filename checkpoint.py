@@ -12,14 +12,18 @@ import json
 import os
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
 from torch import optim
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import ranks
 from policy import Policy
+
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
 
 
 class CheckpointError(Exception):
@@ -37,53 +41,56 @@ def save(
 ) -> Path:
     """Writes run/checkpoint-STEP. Called by all ranks. Raises CheckpointError on all of them."""
     final, partial = run / f"checkpoint-{step}", run / f".checkpoint-{step}.partial"
-    problem = None
-    try:
-        if ranks.is_main():
-            shutil.rmtree(partial, ignore_errors=True)
-            (partial / "trainer_state").mkdir(parents=True)
-    except OSError as error:
-        problem = error
-    _agree_on(problem, partial)
-    try:
-        policy.save(partial, processor_from)
-        if not model_only:
-            dcp.save(
-                _state(policy, optimizer),
-                checkpoint_id=partial / "trainer_state",
-                no_dist=ranks.world() == 1,
-            )
-            if ranks.is_main():
-                text = json.dumps({"step": step, **counters})
-                (partial / "trainer_state" / "counters.json").write_text(text, encoding="utf-8")
-    except Exception as error:  # safetensors and dcp wrap an OSError in types of their own
-        problem = error
-    _agree_on(problem, partial)
-    try:
-        if ranks.is_main():
-            if model_only:
-                shutil.rmtree(partial / "trainer_state")
-            _flush(partial)
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(partial, final)
-            for older in run.glob("checkpoint-*/trainer_state"):
-                if older.parent != final and not model_only:
-                    shutil.rmtree(older)
-    except OSError as error:
-        problem = error
-    _agree_on(problem, partial)
+
+    def begin() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "trainer_state").mkdir(parents=True)
+
+    def finish() -> None:
+        if model_only:
+            shutil.rmtree(partial / "trainer_state")
+        else:
+            text = json.dumps({"step": step, **counters})
+            (partial / "trainer_state" / "counters.json").write_text(text, encoding="utf-8")
+        _flush(partial)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+        for older in [] if model_only else run.glob("checkpoint-*/trainer_state"):
+            if older.parent != final:
+                shutil.rmtree(older)
+
+    _together(partial, begin, main_only=True)
+    _together(partial, policy.save, partial, processor_from)
+    if not model_only:
+        _together(
+            partial,
+            dcp.save,
+            _state(policy, optimizer),
+            checkpoint_id=partial / "trainer_state",
+            no_dist=ranks.world() == 1,
+        )
+    _together(partial, finish, main_only=True)
     return final
 
 
-def _agree_on(problem: Exception | None, partial: Path) -> None:
-    reasons = [reason for reason in ranks.gather(problem and str(problem)) if reason]
+def _together(partial: Path, action, *arguments, main_only: bool = False, **options) -> None:
+    """One stage of a save. If it fails on any rank it fails on all, and no rank waits alone."""
+    reason = None
+    try:
+        if ranks.is_main() or not main_only:
+            action(*arguments, **options)
+    except (Exception, CheckpointException) as error:  # of safetensors, torch and the disk
+        if isinstance(error, CheckpointException):  # no Exception; one error of each failed rank
+            error = next(iter(error.failures.values()))[0]
+        free = shutil.disk_usage(partial.parent).free / 1e9
+        reason = f"{str(error).strip().splitlines()[-1][:200]}; {free:.2f} GB free there"
+    reasons = [r for r in ranks.gather(reason) if r is not None]
     if reasons:
         if ranks.is_main():
             shutil.rmtree(partial, ignore_errors=True)
-        name = partial.name.strip(".").removesuffix(".partial")
-        first = reasons[0].strip().splitlines()[-1][:300]
+        name = partial.with_name(partial.name.strip(".").removesuffix(".partial"))
         raise CheckpointError(
-            f"{partial.parent / name} could not be written ({first}); earlier checkpoints are whole"
+            f"{name} could not be written ({reasons[0]}); earlier checkpoints are whole"
         )
 
 
@@ -106,7 +113,7 @@ def find(run: Path, which: str) -> Path | None:
     None if "auto" finds none, which is how a run that is always started with "auto" begins.
     """
     if which == "auto":
-        found = [p.parent for p in run.glob("checkpoint-*/trainer_state/counters.json")]
+        found = [p.parents[1] for p in run.glob("checkpoint-*/trainer_state/counters.json")]
         return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
     if not (Path(which) / "trainer_state" / "counters.json").is_file():
         raise CheckpointError(

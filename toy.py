@@ -198,8 +198,7 @@ def toy_tokenizer(records: list[Record], seed: int) -> Qwen2Tokenizer:
 
 def build_model(
     tokenizer, *, hidden_size=96, layers=2, heads=4, kv_heads=2, intermediate_size=256,
-    vision_depth=1,
-    vision_hidden_size=64, vision_heads=4, seed=0,
+    vision_depth=1, vision_hidden_size=64, vision_heads=4, vocab_size=None, seed=0,
 ) -> Qwen2_5_VLForConditionalGeneration:  # fmt: skip
     """A randomly initialised Qwen2.5-VL of the given size, float32, wired to `tokenizer`'s ids.
 
@@ -213,7 +212,8 @@ def build_model(
     sections = [quarter - 2 * (quarter * 3 // 8), quarter * 3 // 8, quarter * 3 // 8]
     config = Qwen2_5_VLConfig(
         text_config=dict(
-            vocab_size=len(tokenizer), hidden_size=hidden_size, num_hidden_layers=layers,
+            vocab_size=vocab_size or len(tokenizer), hidden_size=hidden_size,
+            num_hidden_layers=layers,
             num_attention_heads=heads, num_key_value_heads=kv_heads,
             intermediate_size=intermediate_size,
             initializer_range=0.05, max_position_embeddings=32768, tie_word_embeddings=False,

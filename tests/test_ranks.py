@@ -1,0 +1,127 @@
+"""Two processes on gloo: the same training as one, and no fault of one hangs the other."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import PROJECT, run_twgrpo, twgrpo_command
+from safetensors.torch import load_file
+from test_train import metrics
+
+LIMIT = 60  # seconds, for any of these runs: a hang is a failure
+
+
+def run_two(world, out, *flags, fault=(), timeout=LIMIT):
+    command = twgrpo_command(world, out, *flags)[2:]
+    script = [PROJECT / "tests" / "faulty_run.py", *fault] if fault else [PROJECT / "twgrpo.py"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return subprocess.run(
+        [str(part) for part in (*launch, *script, *command)],
+        capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
+
+
+FIVE = "--max_steps 5 --learning_rate 1e-3 --per_device_train_batch_size".split()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("two") / "r"
+    result = run_two(world, out, *FIVE, "1", "--save_steps", "3", "--beta", "0.01")
+    assert result.returncode == 0, result.stderr[-3000:]
+    return out
+
+
+def test_two_processes_train_like_one(two_ranks, world, tmp_path):
+    """Losses within 1e-5 and parameters within 1e-4 after 5 steps on the same questions."""
+    result = run_twgrpo(world, tmp_path / "one", *FIVE, "2", "--beta", "0.01")
+    assert result.returncode == 0, result.stderr[-3000:]
+    one, two = metrics(tmp_path / "one"), metrics(two_ranks)
+    assert [row["step"] for row in two] == [1, 2, 3, 4, 5]
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        for name in ("loss", "reward", "reward_std", "kl", "weight_mean", "completion_length"):
+            assert a[name] == pytest.approx(b[name], abs=1e-5), name
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+    ours, theirs = (
+        load_file(r / "checkpoint-5/model.safetensors") for r in (tmp_path / "one", two_ranks)
+    )
+    assert max((ours[name] - theirs[name]).abs().max() for name in ours) < 1e-4
+    assert json.loads((two_ranks / "config.json").read_text())["max_steps"] == 5
+
+
+def test_accumulation_changes_nothing(two_ranks, world, tmp_path):
+    accumulate = ["1", "--gradient_accumulation_steps", "2", "--beta", "0.01"]
+    result = run_twgrpo(world, tmp_path / "one", *FIVE, *accumulate)
+    assert result.returncode == 0, result.stderr[-3000:]
+    for a, b in zip(metrics(tmp_path / "one"), metrics(two_ranks), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+
+
+def test_one_process_goes_on_where_two_left_off(two_ranks, world):
+    """The trainer state is not tied to the number of ranks that wrote it."""
+    more = ["2", "--max_steps", "6", "--resume_from_checkpoint", "auto", "--beta", "0.01"]
+    result = run_twgrpo(world, two_ranks, *FIVE, *more)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "going on from" in result.stdout and (two_ranks / "checkpoint-6").exists()
+    assert [row["step"] for row in metrics(two_ranks)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_rank_whose_clips_are_broken_keeps_the_others_company(world, tmp_path):
+    """Also with a vision tower that trains: the idle rank takes part in every collective."""
+    rows = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()][:2]
+    data = (world / rows[0]["video"]).read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(data[: len(data) // 2])
+    rows[0]["video"] = str(tmp_path / "cut.mp4")
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--jsonl_path", str(tmp_path / "q.jsonl"), "--per_device_train_batch_size", "1"]
+    flags += ["--max_steps", "3", "--freeze_vision_modules", "false", "--beta", "0.01"]
+    result = run_two(world, tmp_path / "r", *flags)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert [row["skipped"] for row in metrics(tmp_path / "r")] == [1, 2, 3]
+    assert result.stderr.count("cut.mp4: cannot be decoded") <= 2  # once on each rank at most
+
+
+def test_a_nan_on_one_rank_skips_the_update_on_both(world, tmp_path):
+    flags = "--max_steps 4 --per_device_train_batch_size 1 --learning_rate 1e-3".split()
+    result = run_two(world, tmp_path / "r", *flags, fault=("nan", 1, 2))
+    assert result.returncode == 0, result.stderr[-3000:]
+    rows = metrics(tmp_path / "r")
+    assert [row["nonfinite"] for row in rows] == [0, 1, 1, 1]
+    assert "loss" not in rows[1] and "step 2: loss nan" in result.stderr
+    state = load_file(tmp_path / "r" / "checkpoint-4" / "model.safetensors")
+    assert all(value.isfinite().all() for value in state.values())
+
+
+def test_three_nans_in_a_row_end_the_run_with_a_checkpoint(world, tmp_path):
+    flags = "--max_steps 9 --per_device_train_batch_size 1".split()
+    result = run_two(world, tmp_path / "r", *flags, fault=("nan3", 0, 2))
+    assert result.returncode != 0
+    assert "error: 3 updates in a row were not finite" in result.stderr
+    assert (tmp_path / "r" / "checkpoint-4" / "trainer_state" / "counters.json").exists()
+
+
+def test_sigterm_to_one_rank_stops_both_and_saves(world, tmp_path):
+    flags = "--max_steps 50 --per_device_train_batch_size 1".split()
+    result = run_two(world, tmp_path / "r", *flags, fault=("sigterm", 1, 3))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "SIGTERM: finishing the step" in result.stderr
+    assert (tmp_path / "r" / "checkpoint-3").exists()
+
+
+def test_a_disk_that_fills_up_on_one_rank_is_an_error_on_both(world, tmp_path):
+    flags = "--max_steps 4 --save_steps 2 --per_device_train_batch_size 1".split()
+    result = run_two(world, tmp_path / "r", *flags, fault=("disk_full", 1, 3))
+    assert result.returncode != 0 and "No space left on device" in result.stderr
+    assert "checkpoint-4 could not be written" in result.stderr
+    assert (tmp_path / "r" / "checkpoint-2" / "trainer_state").exists()
+    assert not list((tmp_path / "r").glob(".*partial"))
+    assert not (tmp_path / "r" / "checkpoint-4").exists()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_train(world, tmp_path):
+    result = run_two(world, tmp_path / "r", *FIVE, "1", timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
