@@ -1,19 +1,20 @@
 #!/usr/bin/env bash
-# The paper's recipe: Qwen2.5-VL-7B-Instruct on CLEVRER counterfactual questions (official scripts/tw-grpo.sh).
-# Made for 2 x 80 GB. Training on several GPUs is not in place yet: this runs one process, on one GPU of 141 GB
-# (7.6 B parameters x 16 bytes = 122 GB for weights, gradients and AdamW, and activations).
+# The paper's recipe: Qwen2.5-VL-7B-Instruct on CLEVRER counterfactual questions, 2 x 80 GB
+# (official scripts/tw-grpo.sh). Not yet run on GPUs; add --dry_run true to see the memory plan.
 #
-#   MODEL=Qwen/Qwen2.5-VL-7B-Instruct DATA=clevrer_counterfactual_train.json VIDEOS=CLEVRER/videos bash train.sh
+#   DATA=clevrer_counterfactual_train.json VIDEOS=CLEVRER/videos bash train.sh --output_dir runs/7b
 #
-# The GRPO baseline of the paper (official scripts/grpo.sh) adds:
+# After a kill, the same command with --resume_from_checkpoint auto goes on.
+# The paper's GRPO baseline (official scripts/grpo.sh) adds:
 #   --loss_type grpo --alpha 1.0 --reward_funcs origin_accuracy format --freeze_vision_modules false
 # Longest published answer: 513 words, so 1,024 new tokens stand in for the official 4,096.
 set -euo pipefail
 : "${MODEL:=Qwen/Qwen2.5-VL-7B-Instruct}"
 : "${DATA:?set DATA to the training questions, a JSON list or JSONL}"
 : "${VIDEOS:?set VIDEOS to the directory their video paths start from}"
+: "${GPUS:=2}"
 
-python twgrpo.py \
+torchrun --standalone --nproc_per_node "$GPUS" twgrpo.py \
     --model_name_or_path "$MODEL" \
     --jsonl_path "$DATA" \
     --video_root "$VIDEOS" \
@@ -26,7 +27,9 @@ python twgrpo.py \
     --num_generations 8 \
     --max_completion_length 1024 \
     --temperature 1.0 \
-    --per_device_train_batch_size 2 \
+    --per_device_train_batch_size 1 \
+    --gradient_accumulation_steps 1 \
+    --gradient_checkpointing true \
     --max_steps 1000 \
     --learning_rate 1e-6 \
     --max_grad_norm 20 \

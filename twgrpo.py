@@ -192,7 +192,7 @@ def train(
     optimizer = make_optimizer(cfg, policy)
     step = go_on_from(resume, policy, optimizer, log) if resume else 0
     ahead = QuestionsAhead(cfg, records, prompter, log, step + 1)
-    failures, silent = 0, None if ranks.is_main() else True
+    failures, silent = 0, not ranks.is_main()
     bar = tqdm(
         range(step + 1, cfg.max_steps + 1), "training", cfg.max_steps, initial=step, disable=silent
     )

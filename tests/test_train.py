@@ -305,8 +305,8 @@ def test_toy_questions_have_one_to_four_answers_of_what_is_shown(tmp_path):
 
 def test_the_recipe_in_train_sh_is_made_of_real_flags():
     script = (PROJECT / "train.sh").read_text()
-    command = script[script.index("python twgrpo.py") :].replace("\\\n", " ")
-    flags = [word.strip('"') for word in command.split()[2:-1]]
+    command = script[script.index(" twgrpo.py") :].replace("\\\n", " ")
+    flags = [word.strip('"') for word in command.split()[1:-1]]
     cfg = parse_config(flags)
     assert (cfg.alpha, cfg.num_generations, cfg.learning_rate) == (1.7, 8, 1e-6)
     assert (cfg.max_grad_norm, cfg.beta, cfg.freeze_vision_modules) == (20.0, 0.0, True)
