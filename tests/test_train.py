@@ -8,12 +8,14 @@ import time
 
 import pytest
 import torch
-from conftest import PROJECT, run_twgrpo, twgrpo_command
+from conftest import PROJECT, TOY_FLAGS, run_twgrpo, twgrpo_command
 from safetensors.torch import load_file
 
 import toy
-from data import load_records
+import twgrpo
+from data import Prompter, load_records
 from policy import Policy
+from runlog import RunLog
 from twgrpo import Config, ConfigError, group_advantages, parse_config, rate
 
 TIMINGS = ("time/", "tokens_per_second", "peak_memory_gb")
@@ -141,6 +143,26 @@ def test_clipping_acts_with_several_iterations(world, tmp_path):
     flags = "--num_iterations 3 --learning_rate 5e-2 --max_grad_norm 100 --max_steps 2".split()
     finished(run_twgrpo(world, tmp_path / "r", *flags, "--per_device_train_batch_size", "4"))
     assert max(row["clip_ratio"] for row in metrics(tmp_path / "r")) > 0
+
+
+def test_the_ratio_is_always_to_the_weights_that_sampled(world, prompter, tmp_path, monkeypatch):
+    """Three iterations: on-policy first, then twice against the log-probs of the first."""
+    calls, head = [], twgrpo.tw_grpo_head
+
+    def spy(*args, **options):
+        output = head(*args, **options)
+        calls.append((options["old_logps_N"], output.logps_N))
+        return output
+
+    monkeypatch.setattr(twgrpo, "tw_grpo_head", spy)
+    flags = "--num_iterations 3 --max_steps 1 --per_device_train_batch_size 1 --num_generations 4"
+    model = ["--model_name_or_path", str(world / "model"), "--jsonl_path", "q"]
+    cfg = parse_config([*flags.split(), *TOY_FLAGS, *model, "--learning_rate", "1e-2"])
+    policy, records = Policy.load(world / "model"), load_records(world / "train.jsonl", world)
+    twgrpo.train(cfg, policy, records, prompter, RunLog(cfg, tmp_path))
+    (old_1, new_1), (old_2, new_2), (old_3, _) = calls
+    assert old_1 is None and old_2 is new_1 and old_3 is new_1
+    assert not torch.equal(new_1, new_2)
 
 
 def test_kl_to_the_reference_starts_at_nothing_and_grows(world, tmp_path):
@@ -330,10 +352,6 @@ def test_it_learns(tmp_path, capsys):
     The whole default run is the README's first command; this is the same path in half the
     time.
     """
-    import twgrpo
-    from data import Prompter
-    from runlog import RunLog
-
     train_path, _ = toy.write_clips(tmp_path, seed=0, train=192, test=1)
     records = load_records(train_path, tmp_path)
     tokenizer = toy.toy_tokenizer(records, seed=0)
