@@ -120,14 +120,18 @@ def packed_mask(segments_BL: Tensor) -> Tensor:
 
 
 def sample(
-    logits_RV: Tensor, temperature: float, uniform_R: Tensor, banned_V: Tensor
+    logits_RV: Tensor,
+    temperature: float,
+    uniform_R: Tensor,
+    banned_V: Tensor,
+    top_p: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """One token per row and its log-prob: ((R,) int64, (R,) float32). Temperature 0 takes the
     likeliest.
 
     Each row inverts its cumulative distribution at its own uniform number in [0, 1), so the draw
     depends on nothing but that row. No top-k and no top-p: the gradient assumes that the whole
-    softmax was sampled.
+    softmax was sampled. (Evaluation may set top_p: only the likeliest words that together hold it.)
     OFFICIAL: the checkpoint's generation_config slips in top_k = 50.
     """
     logits_RV = logits_RV.float() / (temperature or 1.0)
@@ -135,6 +139,12 @@ def sample(
     # Banned words keep their (vanishing) share in the log-prob, as they do when the completion is
     # scored.
     allowed_RV = logits_RV.masked_fill(banned_V, -torch.inf)
+    if top_p < 1:
+        sorted_RV, order_RV = allowed_RV.sort(dim=-1, descending=True)
+        share_RV = F.softmax(sorted_RV, dim=-1)
+        ahead_RV = share_RV.cumsum(-1) - share_RV  # what the likelier words hold
+        kept_RV = sorted_RV.masked_fill(ahead_RV >= top_p, -torch.inf)
+        allowed_RV = allowed_RV.scatter(-1, order_RV, kept_RV)
     if temperature == 0:
         tokens_R = allowed_RV.argmax(-1)
     else:
@@ -344,6 +354,7 @@ class Policy:
         max_completion_length: int,
         temperature: float,
         seeds: list[tuple[int, ...]],
+        top_p: float = 1.0,
     ) -> list[Group]:
         """G completions of each question, sampled together; `features` from `encode_videos`.
 
@@ -387,7 +398,7 @@ class Policy:
         with self.compute(), self._attention("group"):
             for t in range(T):
                 tokens_R, logps_R = sample(
-                    self.model.lm_head(hidden_RD), temperature, uniform_RT[:, t], banned_V
+                    self.model.lm_head(hidden_RD), temperature, uniform_RT[:, t], banned_V, top_p
                 )
                 tokens_TR.append(tokens_R)
                 logps_TR.append(logps_R)

@@ -6,6 +6,7 @@ The path of one clip:
     resize      F frames -> F frames whose sides are multiples of 28 within a pixel budget
     patchify    F frames -> S patches of 14 x 14 pixels x 2 frames, and their grid (t, h, w)
     mrope_positions   token ids + grid + seconds -> positions on three axes (time, height, width)
+`ClipReader` is read_clip in a process of its own, which a clip that hangs costs.
 
 Letters in shapes: F frames (even), H and W pixels, S patches = t h w, P prompt tokens. A video
 *token* is merge x merge patches (2 x 2), so a clip has t h w / 4 tokens.
@@ -18,6 +19,10 @@ Qwen2VLImageProcessor; of the positions: see `mrope_positions`.
 import importlib.util
 import math
 import os
+import pickle
+import subprocess
+import sys
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -85,13 +90,7 @@ def read_clip(path: str | os.PathLike, fps: float = FPS, max_frames: int = MAX_F
     for every video.
     OURS: the true spacing travels with the frames, which is what Qwen2.5-VL was trained to expect.
     """
-    path = os.fspath(path)
-    if not os.path.exists(path):
-        raise VideoError(f"{path}: no such video file")
-    if not os.path.isfile(path):
-        raise VideoError(f"{path}: not a regular file")
-    if os.path.getsize(path) == 0:
-        raise VideoError(f"{path}: the file is empty")
+    path = check_file(path)
     decode = _decode_decord if importlib.util.find_spec("decord") else _decode_av
     try:
         frames, indices, rate = decode(path, fps, max_frames)
@@ -103,6 +102,107 @@ def read_clip(path: str | os.PathLike, fps: float = FPS, max_frames: int = MAX_F
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise VideoError(f"{path}: cannot be decoded ({reason[0][:200]})") from error
     return Clip(frames, (indices[-1] - indices[0]) / (len(indices) - 1) / rate)
+
+
+def check_file(path: str | os.PathLike) -> str:
+    """The path as a string. Raises VideoError if it is no file that could hold a clip."""
+    path = os.fspath(path)
+    if not os.path.exists(path):
+        raise VideoError(f"{path}: no such video file")
+    if not os.path.isfile(path):
+        raise VideoError(f"{path}: not a regular file")
+    if os.path.getsize(path) == 0:
+        raise VideoError(f"{path}: the file is empty")
+    return path
+
+
+def repeat_frames(clip: Clip, count: int) -> Clip:
+    """Exactly `count` frames, evenly taken from those sampled, hence with repeats or gaps.
+
+    The official evaluators show 16 this way, because they set their variables after the reader has
+    read them. The seconds between frames become those of the new spacing, on average.
+    """
+    sampled = len(clip.frames)
+    indices = torch.linspace(0, sampled - 1, count).long()
+    return Clip(clip.frames[indices], clip.seconds * (sampled - 1) / (count - 1))
+
+
+class ClipReader:
+    """`read_clip` with a time limit: a process of its own decodes, and is killed if it takes longer.
+
+    A decoder that hangs cannot be stopped from inside its process. The process starts with the
+    first clip and serves all that follow; after a kill or a crash the next clip starts a new one.
+    """
+
+    def __init__(self, timeout: float = 60.0):
+        self.timeout = timeout  # seconds for one clip
+        self.process: subprocess.Popen | None = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self) -> None:
+        if self.process:
+            self.process.kill()
+            self.process.communicate()
+            self.process = None
+
+    def read_clip(
+        self, path: str | os.PathLike, fps: float = FPS, max_frames: int = MAX_FRAMES
+    ) -> Clip:
+        """As `read_clip`. A clip that takes too long, or crashes the decoder, is a VideoError."""
+        path = check_file(path)
+        if self.process is None:
+            self.process = subprocess.Popen(
+                [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+            if self._answer() != "ready":
+                self.close()
+                raise VideoError(f"{path}: the process that decodes clips does not start")
+        pickle.dump((path, fps, max_frames), self.process.stdin)
+        self.process.stdin.flush()
+        timed_out = threading.Event()
+        timer = threading.Timer(self.timeout, lambda: (timed_out.set(), self.process.kill()))
+        timer.start()
+        answer = self._answer()
+        timer.cancel()
+        if answer is None:
+            self.close()
+            reason = f"not decoded within {self.timeout:g} s" if timed_out.is_set() else "crashes"
+            raise VideoError(f"{path}: {reason}; the decoder was stopped")
+        if isinstance(answer, str):
+            raise VideoError(answer)
+        frames, seconds = answer
+        return Clip(torch.from_numpy(frames), seconds)
+
+    def _answer(self):
+        try:
+            return pickle.load(self.process.stdout)
+        except (EOFError, pickle.UnpicklingError):
+            return None
+
+
+def _serve() -> None:
+    """The other end of ClipReader: requests on stdin, answers on stdout, both pickled."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a decoder prints must not mix in
+    pickle.dump("ready", answers)
+    answers.flush()
+    while True:
+        try:
+            path, fps, max_frames = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        try:
+            clip = read_clip(path, fps, max_frames)
+            answer = (clip.frames.contiguous().numpy(), clip.seconds)
+        except VideoError as error:
+            answer = str(error)
+        pickle.dump(answer, answers)
+        answers.flush()
 
 
 def _decode_decord(path: str, fps: float, max_frames: int) -> tuple[Tensor, list[int], float]:
@@ -238,3 +338,7 @@ def mrope_positions(
     before = torch.arange(start).expand(3, -1)
     after = torch.arange(len(ids_P) - start - count).expand(3, -1) + video.max() + 1
     return torch.cat([before, video, after], dim=1)
+
+
+if __name__ == "__main__":
+    _serve()
