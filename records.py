@@ -6,7 +6,7 @@
 
 The formats, told apart by their keys (the places are where the text, the answer and the clip are):
     clevrer      problem with lettered lines, solution, video            TW-GRPO's training files
-    video-r1     problem, options [or none], solution, video or path     MMVU, MVBench, Video-MME ...
+    video-r1     problem, options [or none], solution, video or path     MMVU, MVBench and others
     nextgqa      question, options "(A) ..", answer "(C)", video         NExT-GQA as published
     star         question, options without letters, solution, video      cut from Video-R1-260k
     dvd          problem, solution with a number, video_filename         DVD-counting, JSONL
@@ -107,9 +107,7 @@ def _json_reason(error: Exception, in_line: bool = False) -> str:
     return short(str(error), 200)  # too deep, or an integer of thousands of digits
 
 
-def read_records(
-    path: str | Path, video_root: str | Path = ""
-) -> tuple[list[Record], list[str]]:
+def read_records(path: str | Path, video_root: str | Path = "") -> tuple[list[Record], list[str]]:
     """(the good records, a sentence for every bad row). Raises DataError if the file cannot be
     read at all."""
     path, root = Path(path), Path(video_root)

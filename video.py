@@ -128,7 +128,7 @@ def repeat_frames(clip: Clip, count: int) -> Clip:
 
 
 class ClipReader:
-    """`read_clip` with a time limit: a process of its own decodes, and is killed if it takes longer.
+    """`read_clip` with a time limit: a process of its own decodes, and is killed if it is late.
 
     A decoder that hangs cannot be stopped from inside its process. The process starts with the
     first clip and serves all that follow; after a kill or a crash the next clip starts a new one.
