@@ -41,10 +41,11 @@ STAR = {
         ("Which object was taken by the person?", "Which object wasn't taken by the person?"),
         ("Which object did he take?", "Which object didn't he take?"),
         ("Which object would he take next?", "Which object wouldn't he take next?"),
-        ("Which other object is possible to be held?", "Which other object isn't possible to be held?"),
+        ("Which other object is possible to be held?",
+         "Which other object isn't possible to be held?"),
         ("What else is the person able to do with the Bag?",
          "What else is the person unable to do with the Bag?"),
-        ("Which object is the person able to throw?", "Which object is the person unable to throw?"),
+        ("Which object is the man able to throw?", "Which object is the man unable to throw?"),
     ],
 )  # fmt: skip
 def test_negation_reads_fluently_and_keeps_case_and_blanks(question, negated):

@@ -85,6 +85,20 @@ def test_frame_indices(total, rate, count):
 
 
 @pytest.mark.parametrize(
+    "total, rate, indices",
+    [
+        (128, 25.0, [0, 14, 28, 42, 56, 71, 85, 99, 113, 127]),  # a CLEVRER clip
+        (240, 24.0, [0, 16, 32, 48, 64, 80, 96, 112, 127, 143, 159, 175, 191, 207, 223, 239]),
+        (8, 4.0, [0, 2, 5, 7]), (3, 30.0, [0, 2]), (6, 1.0, [0, 1, 2, 3, 4, 5]),
+        (100, 29.97, [0, 20, 40, 59, 79, 99]),
+    ],
+)  # fmt: skip
+def test_frame_indices_by_number(total, rate, indices):
+    """round(linspace(0, total - 1, count)), count the even number at or below 2 * seconds."""
+    assert frame_indices(total, rate) == indices
+
+
+@pytest.mark.parametrize(
     "height, width, expected",
     [
         (320, 480, (308, 476)), (360, 640, (280, 504)), (56, 56, (336, 336)),
@@ -196,3 +210,68 @@ def test_broken_files_are_named(kind, backend, tmp_path, world, monkeypatch):
     with pytest.raises(VideoError, match=f"{kind}.mp4: ") as error:
         read_clip(path)
     assert "\n" not in str(error.value) and len(str(error.value)) < 400 + len(str(path))
+
+
+# ------------------------------------------------------------------------------ the clip reader
+
+
+def test_the_clip_reader_returns_what_read_clip_does(world):
+    path = world / "clips/train_000.mp4"
+    expected = read_clip(path)
+    with video.ClipReader() as reader:
+        for _ in range(2):  # one process serves both
+            clip = reader.read_clip(path)
+            assert clip.seconds == expected.seconds and torch.equal(clip.frames, expected.frames)
+        with pytest.raises(VideoError, match="gone.mp4: no such video file"):
+            reader.read_clip(world / "gone.mp4")
+        with pytest.raises(VideoError, match="train.jsonl: cannot be decoded"):
+            reader.read_clip(world / "train.jsonl")
+        assert reader.process.poll() is None
+
+
+STUCK = """
+import os, sys, time
+sys.argv[0] = sys.path[0] = {project!r}
+import video
+real = video._decode_av
+
+def decode(path, fps, max_frames):
+    if path.endswith("hang.mp4"):
+        while True:
+            time.sleep(1)
+    if path.endswith("crash.mp4"):
+        os.abort()
+    return real(path, fps, max_frames)
+
+video._decode_av = video._decode_decord = decode
+video._serve()
+"""
+
+
+def test_a_clip_that_hangs_or_crashes_costs_itself_only(world, tmp_path, monkeypatch):
+    """The reader's process is replaced by one whose decoder hangs on some names and dies on others;
+    the clips before and after are read all the same."""
+    script = tmp_path / "stuck.py"
+    script.write_text(STUCK.format(project=os.path.dirname(os.path.abspath(video.__file__))))
+    monkeypatch.setattr(video, "__file__", str(script))
+    good = (world / "clips/train_000.mp4").read_bytes()
+    for name in ("good", "hang", "crash"):
+        (tmp_path / f"{name}.mp4").write_bytes(good)
+    with video.ClipReader(timeout=20) as reader:
+        reader.read_clip(tmp_path / "good.mp4")
+        reader.timeout = 0.5
+        with pytest.raises(VideoError, match="hang.mp4: not decoded within 0.5 s"):
+            reader.read_clip(tmp_path / "hang.mp4")
+        reader.timeout = 20
+        with pytest.raises(VideoError, match="crash.mp4: crashes"):
+            reader.read_clip(tmp_path / "crash.mp4")
+        assert len(reader.read_clip(tmp_path / "good.mp4").frames) == 4
+
+
+def test_repeated_frames_by_hand():
+    """10 frames as 16: linspace(0, 9, 16) cut to whole numbers; first and last stay."""
+    frames = torch.arange(10).view(10, 1, 1, 1)
+    clip = video.repeat_frames(video.Clip(frames, 0.5), 16)
+    shown = clip.frames.flatten().tolist()
+    assert shown == [0, 0, 1, 1, 2, 3, 3, 4, 4, 5, 6, 6, 7, 7, 8, 9]
+    assert clip.seconds == pytest.approx(0.5 * 9 / 15)
