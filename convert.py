@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from records import LETTERS, DataError, as_record, option_texts, read_rows, short
+from records import LETTERS, DataError, as_record, option_texts, read_rows
 from rewards import answer_set
 
 # ------------------------------------------------------------------------------------------ clevrer
@@ -61,7 +61,7 @@ def clevrer_rows(scenes: object) -> tuple[list[dict], Counter]:
                 as_record(rows[-1], "", Path())
         except (KeyError, TypeError, ValueError) as error:
             reason = f"needs {error}" if isinstance(error, KeyError) else str(error)
-            raise ValueError(f"scene {k}: {short(reason, 200)}") from None
+            raise ValueError(f"scene {k}: {reason[:200]}") from None
     counts["written"] = len(rows)
     return rows, counts
 

@@ -257,7 +257,7 @@ def run(args: argparse.Namespace) -> None:
         policy = load_policy(args)
         with video.ClipReader(args.timeout) as reader:
             prompter = make_prompter(args, policy, style, reader)
-            bar = tqdm(total=len(todo), desc=args.benchmark, disable=rank != 0)
+            bar = tqdm(total=len(todo), desc=args.benchmark, **({"disable": True} if rank else {}))
 
             def prepare(item):
                 k, record = item
@@ -278,7 +278,7 @@ def run(args: argparse.Namespace) -> None:
                 log.append(row)
                 hits.append(row["accuracy_score"] == 1.0)
                 bar.update()
-                bar.set_postfix(strict=f"{100 * np.mean(hits):.1f}")
+                bar.set_postfix(strict=f"{100 * np.mean(hits):.1f}", refresh=False)
             bar.close()
     print(f"rank {rank}: {len(hits)} questions answered, {len(skipped)} skipped", flush=True)
     if todo and not hits:
@@ -472,6 +472,10 @@ def main() -> None:
             print(scoring.markdown(scored) if args.markdown else "\n\n".join(texts))
     except (DataError, ModelError, VideoError) as error:
         raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(
+            "interrupted; a run goes on where it stopped if it is given again"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from test_policy import as_qwen2_vl
 import eval as evaluation
 import scoring
 import toy
+import twgrpo
+from data import STYLES
 from policy import ModelError, sample
 from records import DataError
 from rewards import number
@@ -151,7 +154,7 @@ ANYTHING = st.recursive(
     | st.sampled_from([tagged("A"), "A", "<answer>A,C</answer>", "Answer: B"]),
     lambda inner: st.lists(inner, max_size=3)
     | st.dictionaries(st.sampled_from(["problem_id", "solution", "video", "type", "x"]), inner),
-    max_leaves=6,
+    max_leaves=3,
 )  # fmt: skip
 LOG_KEYS = ["question", "ground_truth", "model_output", "extracted_answer", "accuracy_score"]
 LOG_ROWS = st.builds(
@@ -162,7 +165,7 @@ LOG_ROWS = st.builds(
 
 @settings(max_examples=2000, deadline=None, derandomize=True,
           suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
-@given(rows=st.lists(LOG_ROWS | LOG_ROWS | ANYTHING, max_size=4))
+@given(rows=st.lists(LOG_ROWS | LOG_ROWS | ANYTHING, max_size=3))
 def test_any_log_gives_numbers_or_a_data_error(rows, tmp_path):
     path = tmp_path / "fuzz.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
@@ -390,8 +393,6 @@ def test_mmvu_rows_about_a_real_clip_run_end_to_end(world, sample, tmp_path, mon
 def test_counting_trains_and_evaluates_with_qwen2_vl(world, policy, tmp_path, monkeypatch):
     """DVD-counting's form, integer answers, --reward_funcs accuracy format, on a tiny Qwen2-VL: the
     right number earns its reward in training, and the log of the trained model can be scored."""
-    import twgrpo
-
     base = as_qwen2_vl(policy)
     base.save(tmp_path / "qwen2_vl")
     clips = sorted((world / "clips").glob("train_*.mp4"))[:4]
@@ -463,3 +464,22 @@ def test_ask_about_a_missing_clip_is_one_sentence(world, tmp_path, monkeypatch):
     flags = ["ask", "--model", world / "model", "--video", tmp_path / "no.mp4", "--question", "?"]
     with pytest.raises(SystemExit, match="error: .*no.mp4: no such video file"):
         eval_py(monkeypatch, flags)
+
+
+# -------------------------------------------------------------------------------------------- docs
+
+
+def test_every_command_of_the_docs_is_one_the_parsers_take():
+    """docs/prompts.md: each line is parsed, and every style of data.py has its row."""
+    text = (PROJECT / "docs" / "prompts.md").read_text(encoding="utf-8")
+    block = text[text.index("```bash") : text.index("```\n", text.index("```bash") + 9)]
+    lines = [line.split("eval.py ", 1)[1] for line in block.splitlines() if "eval.py " in line]
+    assert len(lines) >= 9
+    for line in lines:
+        evaluation.check_flags(evaluation.parser().parse_args(line.split()))
+    for line in (line for line in block.splitlines() if "twgrpo.py " in line):
+        twgrpo.parse_config(line.split("twgrpo.py ", 1)[1].split())
+    assert all(f"| `{style}` |" in text for style in STYLES)
+    named = set(re.findall(r"`(--[a-z_]+)", text))
+    assert all(f'"{flag}"' in (PROJECT / "eval.py").read_text() or flag == "--question_type"
+               for flag in named)  # fmt: skip
