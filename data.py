@@ -1,37 +1,40 @@
-"""Questions about videos: records from JSON or JSONL, and the prompt a model sees for each.
+"""Questions about videos as a model reads them; and the command line that checks and makes files.
 
-    load_records    file -> [Record], every bad row reported with file, row and reason
-    Prompter        Record -> Question: prompt, token ids, position ids, patches of its clip
-    step_records    which records a training step uses, fixed by (seed, step) alone
+    select_records   which questions to train on
+    step_records     which of them a training step uses, fixed by (seed, step) alone
+    Prompter         Record -> Question: prompt, token ids, position ids, patches of its clip
 
-Letters in shapes: P prompt tokens, S patches of a clip.
+    python data.py check FILE --video_root DIR [--decode]     every fault of a file, by name
+    python data.py clevrer RAW.json OUT.json                  CLEVRER's own questions -> records
+    python data.py qai IN OUT --seed S [--p 0.5]              question-answer inversion
+
+The formats of the files are in records.py, the two conversions in convert.py.
+Letters in shapes: P prompt tokens, S patches of a clip, F frames.
 """
 
+import argparse
+import collections
 import json
-import re
+import os
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+import convert
 import video
+from loader import ClipReader
+from records import DataError, Record, load_records, option_letters, read_records
 from rewards import answer_set, tagged_answer
 
-
-class DataError(Exception):
-    """Data that cannot be used. The message names the file and row, or the record, and why."""
-
-
-@dataclass(frozen=True)
-class Record:
-    id: str  # its own "id", "question_id" or "problem_id", else the number of the row
-    problem: str  # the question with its lettered options
-    solution: str  # "<answer>A,C</answer>"
-    video: Path
+__all__ = ["DataError", "Record", "load_records", "option_letters"]  # of records.py, for the rest
 
 
 @dataclass
@@ -47,89 +50,7 @@ class Question:
     seconds: float  # between two frames
 
 
-# ------------------------------------------------------------------------------------------ records
-
-
-def load_records(path: str | Path, video_root: str | Path = "") -> list[Record]:
-    """Records of a JSON list or a JSONL file with the keys "problem", "solution" and "video".
-
-    Video paths are joined to `video_root`. Whether the clips can be read is found out when they
-    are; the rows themselves are all checked first, and DataError lists every bad one (the first ten
-    in full).
-    """
-    path = Path(path)
-    records, errors = [], []
-    for where, row in _rows(path, errors):
-        try:
-            records.append(_record(row, where, Path(video_root)))
-        except ValueError as error:
-            errors.append(f"{where}: {error}")
-    if errors:
-        more = f"\n  ... and {len(errors) - 10} more" if len(errors) > 10 else ""
-        raise DataError(f"{path}: {len(errors)} bad row(s):\n  " + "\n  ".join(errors[:10]) + more)
-    if not records:
-        raise DataError(f"{path}: holds no records")
-    return records
-
-
-def _rows(path: Path, errors: list[str]):
-    """Yields ("row 3", object); what is not JSON goes to `errors`."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DataError(
-            f"{path}: no such file; --jsonl_path wants a JSON list or JSONL of questions"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    if text.lstrip().startswith("["):
-        try:
-            rows = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise DataError(f"{path}: is not valid JSON ({error})") from None
-        yield from ((f"row {k}", row) for k, row in enumerate(rows, 1))
-        return
-    for k, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            yield f"line {k}", json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            errors.append(f"line {k}: is not valid JSON ({error})")
-
-
-def _record(row: object, where: str, video_root: Path) -> Record:
-    if not isinstance(row, dict):
-        raise ValueError(f"is {type(row).__name__}, not an object with problem, solution and video")
-    for key in ("problem", "solution", "video"):
-        if not isinstance(row.get(key), str) or not row[key].strip():
-            raise ValueError(f"needs {key!r}, a text that is not empty")
-    letters = option_letters(row["problem"], row.get("options"))
-    answers = answer_set(row["solution"])
-    if letters and not answers <= letters:
-        raise ValueError(
-            f"the answer {tagged_answer(row['solution'])!r} names no option; "
-            f"the options are {', '.join(sorted(letters))}"
-        )
-    row_id = next(
-        (str(row[key]) for key in ("id", "question_id", "problem_id") if key in row), where
-    )
-    return Record(row_id, row["problem"], row["solution"], video_root / row["video"])
-
-
-def option_letters(problem: str, options: object = None) -> set[str]:
-    """The letters a choice question offers: from its `options` list, else from lines "A. red", "A)
-    red" or "A red".
-
-    Empty when there are none (a question that asks for a number or a text). Lines count only if
-    they run A, B, C, ...
-    """
-    if isinstance(options, list):
-        return {chr(ord("A") + k) for k in range(len(options))}
-    found = re.findall(r"^[ \t]*\(?([A-Z])[.):]?[ \t]", problem, re.MULTILINE)
-    if len(found) >= 2 and found == [chr(ord("A") + k) for k in range(len(found))]:
-        return set(found)
-    return set()
+# ---------------------------------------------------------------------------------------- selection
 
 
 def select_records(
@@ -146,7 +67,7 @@ def select_records(
     if not records:
         raise DataError(f"--question_type {question_type} leaves no question to train on")
     if len(records) > train_samples:
-        order = np.random.default_rng(seed).permutation(len(records))
+        order = np.random.default_rng([seed, 0, 0, 4]).permutation(len(records))
         records = [records[k] for k in order[:train_samples]]
     return records
 
@@ -161,24 +82,89 @@ def step_records(records: list[Record], step: int, batch_size: int, seed: int) -
     for k in range(step * batch_size, (step + 1) * batch_size):
         epoch, place = divmod(k, len(records))
         chosen.append(
-            records[np.random.default_rng([seed, epoch]).permutation(len(records))[place]]
+            records[np.random.default_rng([seed, epoch, 0, 5]).permutation(len(records))[place]]
         )
     return chosen
 
 
 # ------------------------------------------------------------------------------------------ prompts
 
-# Official templates, double blank included (grpo.py, QUESTION_TEMPLATE).
-_TRAIN = (
+# What the prompt says after the question. Each is kept to the letter, blanks included; which row of
+# the paper each belongs to stands in docs/prompts.md.
+_THINK = (
     "{problem}  Output the thinking process in <think> </think> "
     "and final answer ({answer}) in <answer> </answer> tags."
 )
-TEMPLATES = {
-    "mixed": _TRAIN.replace("{answer}", "letters separated by , if multiple"),
-    "single": _TRAIN.replace("{answer}", "select one letter"),
-    "multiple": _TRAIN.replace("{answer}", "select letters separated by ,"),
+TEMPLATES = {  # training, by --question_type (grpo.py, QUESTION_TEMPLATE)
+    "mixed": _THINK.replace("{answer}", "letters separated by , if multiple"),
+    "single": _THINK.replace("{answer}", "select one letter"),
+    "multiple": _THINK.replace("{answer}", "select letters separated by ,"),
 }
+NUMBER_TEMPLATE = _THINK.replace("{answer}", "number")  # training on DVD-counting (Video-R1)
+STYLES = {  # evaluation; "think" is what the model was trained with, one of the above
+    "think": None,
+    "r1_system": (  # eval_clevrer.py
+        "{problem} Output the thinking process in <think> </think> and final answer "
+        "(letters separated by , if multiple) in <answer> </answer> tags. "
+    ),
+    "direct": (  # eval_clevrer_zeroshot.py
+        "{problem} Output the final answer (letters separated by , if multiple) "
+        "in <answer> </answer> tags directly. "
+    ),
+    "video_r1": (  # eval_general_videor1.py
+        "{problem} Please think about this question as if you were a human pondering deeply. "
+        "Engage in an internal dialogue using expressions such as 'let me think', 'wait', 'Hmm', "
+        "'oh, I see', 'let's break it down', etc, or other natural language thought expressions. "
+        "It's encouraged to include self-reflection or verification in the reasoning process. "
+        "Provide your detailed reasoning between the <think> and </think> tags, and then give "
+        "your final answer between the <answer> and </answer> tags."
+    ),
+    "direct_letter": (  # eval_general_zeroshot.py
+        "{problem} Answer with the option's letter from the given choices directly."
+    ),
+    "count": (  # Video-R1's evaluation of DVD-counting
+        "{problem} First output the thinking process in <think> </think> "
+        "and final answer (number) in <answer> </answer> tags."
+    ),
+}
+SYSTEM_PROMPT = (  # of the two CLEVRER evaluators, and of no other
+    "A conversation between User and Assistant. The user asks a question, and the Assistant solves "
+    "it. The assistant first thinks about the reasoning process in the mind and then provides the "
+    "user with the answer. The reasoning process and answer are enclosed within <think> </think> "
+    "and <answer> </answer> tags, respectively, i.e., <think> reasoning process here "
+    "</think><answer> answer here </answer>"
+)
+WITH_SYSTEM_PROMPT = ("r1_system", "direct")
+_A_NUMBER = (
+    " Please provide the numerical value (e.g., 42 or 3.14) within the <answer> </answer> tags."
+)
+KIND_SUFFIX = {  # of the two general evaluators, by problem_type
+    "multiple choice": " Please provide only the single option letter (e.g., A, B, C, D, etc.) "
+    "within the <answer> </answer> tags.",
+    "numerical": _A_NUMBER,
+    "regression": _A_NUMBER,
+    "OCR": " Please transcribe text from the image/video clearly and provide your text answer "
+    "within the <answer> </answer> tags.",
+    "free-form": " Please provide your text answer within the <answer> </answer> tags.",
+}
+WITH_KIND_SUFFIX = ("video_r1", "direct_letter")
 VIDEO_TOKEN = "<|video_pad|>"
+
+
+def question_text(record: Record, style: str = "think", question_type: str = "mixed") -> str:
+    """What the user says after the clip: the question, its options, and what to do.
+
+    With "think", a question that asks for a number gets the template of DVD-counting's training.
+    """
+    if style == "think":
+        template = NUMBER_TEMPLATE if record.is_number else TEMPLATES[question_type]
+    else:
+        template = STYLES[style]
+    problem = record.text
+    if style in WITH_KIND_SUFFIX:
+        problem += "" if record.options else "\n"  # as the general evaluators have it
+        template += KIND_SUFFIX[record.kind or "multiple choice"]
+    return template.replace("{problem}", problem)
 
 
 @dataclass
@@ -193,13 +179,20 @@ class Prompter:
     max_frames: int = video.MAX_FRAMES
     min_pixels: int = video.MIN_PIXELS
     max_pixels: int = video.MAX_PIXELS
+    style: str = "think"  # one of STYLES
+    seconds_per_patch: float | None = None  # what the model is told; None: the truth
+    repeat_frames: int = 0  # show exactly so many, sampled ones repeated; 0: those sampled
+    load_clip: Callable[..., video.Clip] = video.load_clip  # or a loader.ClipReader's
 
     def render(self, record: Record) -> str:
         """The prompt in the model's chat form: the clip's placeholder, then the question."""
-        question = TEMPLATES[self.question_type].replace("{problem}", record.problem)
-        content = [{"type": "video"}, {"type": "text", "text": question}]
+        text = question_text(record, self.style, self.question_type)
+        content = [{"type": "video"}, {"type": "text", "text": text}]
+        messages = [{"role": "user", "content": content}]
+        if self.style in WITH_SYSTEM_PROMPT:
+            messages.insert(0, {"role": "system", "content": SYSTEM_PROMPT})
         text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
+            messages,
             chat_template=self.chat_template,
             tokenize=False,
             add_generation_prompt=True,
@@ -217,22 +210,26 @@ class Prompter:
 
         Raises video.VideoError when the clip cannot be used.
         """
-        return self.question(record, video.load_clip(*self.clip_arguments(clip_of or record)))
+        return self.question(record, self.load_clip(*self.clip_arguments(clip_of or record)))
 
     def clip_arguments(self, record: Record) -> tuple:
-        """What video.load_clip needs to know, for a call here or in another process."""
+        """What load_clip needs to know, for a call here or in another process."""
         pixels = (self.min_pixels, self.max_pixels)
         return (str(record.video), self.fps, self.max_frames, *pixels, self.geometry.factor)
 
     def question(self, record: Record, clip: video.Clip) -> Question:
         """The question of `record` about frames that are decoded and resized already."""
+        if self.repeat_frames:
+            clip = video.repeat_frames(clip, self.repeat_frames)
         patches, grid = video.patchify(clip.frames, self.geometry)
         prompt = self.render(record)
         ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         video_id = self.tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
         place, tokens = ids.index(video_id), len(patches) // self.geometry.merge_size**2
         ids_P = torch.tensor(ids[:place] + [video_id] * tokens + ids[place + 1 :])
-        seconds_per_patch = clip.seconds * self.geometry.temporal_patch_size
+        seconds_per_patch = self.seconds_per_patch
+        if seconds_per_patch is None:
+            seconds_per_patch = clip.seconds * self.geometry.temporal_patch_size
         positions = video.mrope_positions(ids_P, video_id, grid, seconds_per_patch, self.geometry)
         return Question(record, prompt, ids_P, positions, patches, grid, clip.seconds)
 
@@ -250,3 +247,105 @@ def load_chat_template(model_name_or_path: str, tokenizer: PreTrainedTokenizerBa
             f"{model_name_or_path}: has no chat template; a Qwen-VL instruct checkpoint is needed"
         )
     return tokenizer.chat_template
+
+
+# ------------------------------------------------------------------------------------- command line
+
+
+def question_type_of(record: Record) -> str:
+    """ "single" or "multiple" for a choice question, else its kind."""
+    if record.kind != "multiple choice":
+        return record.kind
+    return "multiple" if len(answer_set(record.solution)) > 1 else "single"
+
+
+def check(path: str, video_root: str, decode: bool, timeout: float) -> bool:
+    """Prints what a file holds and every fault of it, rows and clips; True if there is none."""
+    records, errors = read_records(path, video_root)
+    print(f"{path}: {len(records)} records, {len(errors)} bad row(s)")
+    for title, values in {
+        "source": [r.source for r in records],
+        "question type": [question_type_of(r) for r in records],
+        "right answers": [len(answer_set(r.solution)) for r in records if is_choice(r)],
+    }.items():
+        counts = sorted(collections.Counter(values).items(), key=lambda item: str(item[0]))
+        print(f"  by {title}: " + ", ".join(f"{name} {count}" for name, count in counts))
+    clip_errors = check_clips(records, decode, timeout)
+    clips = len({r.video for r in records})
+    state = "decoded" if decode else "looked for, not decoded (--decode does)"
+    print(f"  clips: {clips}, {state}; {len(clip_errors)} with a fault")
+    for error in errors + clip_errors:
+        print(f"  {error}")
+    if not records and not errors:
+        print(f"  {path}: holds no records")
+    return bool(records) and not errors and not clip_errors
+
+
+def is_choice(record: Record) -> bool:
+    return record.kind == "multiple choice"
+
+
+def check_clips(records: list[Record], decode: bool, timeout: float) -> list[str]:
+    """A sentence for every clip that is missing, unreadable or too short, and for every file that
+    the records know under several names (a sign of two clips that collided, or of two roots)."""
+    names, errors = collections.defaultdict(set), []
+    for record in records:
+        names[os.path.realpath(record.video)].add(_given_name(record))
+    for path, given in names.items():
+        if len(given) > 1:
+            errors.append(f"{path}: known under {len(given)} names: {', '.join(sorted(given))}")
+    with ClipReader(timeout) as reader:
+        paths = list(dict.fromkeys(str(r.video) for r in records))
+        for path in tqdm(paths, desc="clips", leave=False, disable=None):
+            try:
+                if decode:
+                    reader.load_clip(path)
+                else:
+                    video.check_file(path)
+            except video.VideoError as error:
+                errors.append(str(error))
+    return errors
+
+
+def _given_name(record: Record) -> str:
+    keys = ("video", "path", "video_filename")
+    return next((record.row[k] for k in keys if isinstance(record.row.get(k), str)), "")
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = top.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("check", help="every fault of a file of questions, by name")
+    one.add_argument("file")
+    one.add_argument("--video_root", default="", help="directory the video paths start from")
+    one.add_argument("--decode", action="store_true", help="also read every clip")
+    one.add_argument("--timeout", type=float, default=60, help="seconds for a clip, at most")
+    one = commands.add_parser("clevrer", help="CLEVRER's own questions -> records")
+    one.add_argument("raw")
+    one.add_argument("out")
+    one = commands.add_parser("qai", help="question-answer inversion of NExT-GQA or STAR rows")
+    one.add_argument("file")
+    one.add_argument("out")
+    one.add_argument("--seed", type=int, default=42, help="the same seed gives the same bytes")
+    one.add_argument("--p", type=float, default=0.5, help="share of the questions to invert")
+    return top
+
+
+def main() -> None:
+    args = parser().parse_args()
+    try:
+        if args.command == "check":
+            sys.exit(0 if check(args.file, args.video_root, args.decode, args.timeout) else 1)
+        if args.command == "clevrer":
+            counts = convert.clevrer_file(args.raw, args.out)
+        else:
+            if not 0 <= args.p <= 1:
+                raise DataError("--p is a share of the questions: 0 to 1")
+            counts = convert.qai_file(args.file, args.out, args.seed, args.p)
+    except (DataError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+    print(f"{args.out}: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,18 +1,62 @@
-"""How good a policy's answers are on a set of questions: soft and exact accuracy, and the format.
+"""How good a policy's answers are: benchmarks, scores of their logs, and one question at a time.
 
-`evaluate` uses the policy's own rollout, so what is measured is what is trained.
+    python eval.py run --benchmark mmvu --model DIR --data FILE --video_root DIR --out LOG.jsonl
+    python eval.py score LOG...  [--markdown]
+    python eval.py ask --model DIR --video FILE --question "..." [--options A B C] [--weights]
+
+`run` answers every question with the policy's own rollout, so what is measured is what is trained.
+Each answer is one line of the log, in the official logs' form, written the moment it exists: a run
+killed at any point goes on where it stopped. Under torchrun each rank takes every n-th question,
+and all append to the one log. Scores are computed from logs, in scoring.py.
+
+Prompt styles are in data.py; which of them gives which row of the paper is in docs/prompts.md.
+Letters in shapes: B questions answered together, G completions of each, T positions.
 """
+
+import argparse
+import fcntl
+import json
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
 
-from data import Prompter, Record
-from policy import Policy
-from rewards import accuracy_reward, format_reward, origin_accuracy_reward
+import scoring
+import video
+from data import STYLES, Prompter, load_records
+from kernels import tw_grpo_head
+from loader import ClipReader
+from policy import Group, ModelError, Policy
+from records import LETTERS, DataError, Record
+from rewards import (
+    accuracy_reward,
+    compare_answers,
+    extract_answer,
+    format_reward,
+    origin_accuracy_reward,
+    strict_format_reward,
+    tagged_answer,
+)
 from video import VideoError
 
 MEASURES = {"soft": accuracy_reward, "exact": origin_accuracy_reward, "format": format_reward}
+BENCHMARKS = {  # the prompt style with which the paper evaluates its model on each
+    "clevrer": "r1_system",
+    "nextgqa": "video_r1",
+    "mmvu": "video_r1",
+    "mvbench": "video_r1",
+    "tempcompass": "video_r1",
+    "videomme": "video_r1",
+    "star": "video_r1",
+    "dvd": "count",
+}
 
 
 @torch.no_grad()
@@ -35,7 +79,9 @@ def evaluate(
     the clip of another one: what is left of the accuracy is what can be guessed from the text.
     Questions whose clip cannot be read are left out and counted in "skipped".
     """
-    others = np.random.default_rng([seed, 3]).permutation(len(records))
+    if wrong_video and len(records) < 2:
+        raise DataError("a wrong video needs a second question to take it from")
+    others = np.random.default_rng([seed, 0, 0, 3]).permutation(len(records))
     # The next one of a random cycle through all records: never the record itself.
     clip_of = {int(a): records[b] for a, b in zip(others, np.roll(others, 1), strict=True)}
     scores, skipped = [], 0
@@ -46,9 +92,10 @@ def evaluate(
         for k in range(start, min(start + batch_size, len(records))):
             try:
                 questions.append(prompter(records[k], clip_of[k] if wrong_video else None))
-                seeds.append((seed, k))
-            except VideoError:
+                seeds.append((seed, k, 0, 2))  # 2: no other stream ends so
+            except VideoError as error:
                 skipped += 1
+                tqdm.write(f"left out question {records[k].id}: {error}", file=sys.stderr)
         if not questions:
             continue
         G = num_generations if temperature > 0 else 1
@@ -59,5 +106,383 @@ def evaluate(
             scores += [
                 [measure(text, truth) for measure in MEASURES.values()] for text in group.texts
             ]
-    means = np.mean(scores, axis=0) if scores else np.full(len(MEASURES), np.nan)
+    if not scores:
+        raise DataError(f"none of the {len(records)} clips to evaluate on can be read")
+    means = np.mean(scores, axis=0)
     return dict(zip(MEASURES, means.tolist(), strict=True)) | {"skipped": skipped}
+
+
+# ----------------------------------------------------------------------------------------- eval run
+
+
+class RowLog:
+    """A JSONL log that several processes append to, and that survives kill -9.
+
+    A row is one write under a file lock. What a killed process left of a line is cut off by the
+    next one that opens the log.
+    """
+
+    def __init__(self, path: str, settings: dict):
+        self.path, self.settings = path, settings
+        try:
+            self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError as error:
+            raise DataError(f"--out {path}: cannot be written ({error.strerror})") from None
+        fcntl.flock(self.descriptor, fcntl.LOCK_EX)
+        try:
+            self._cut_torn_line()
+            self.done = self._read_done()
+        finally:
+            fcntl.flock(self.descriptor, fcntl.LOCK_UN)
+
+    def _cut_torn_line(self) -> None:
+        data = Path(self.path).read_bytes()
+        if data and not data.endswith(b"\n"):
+            os.ftruncate(self.descriptor, data.rfind(b"\n") + 1)
+
+    def _read_done(self) -> set[str]:
+        """Keys of the questions that are answered. Raises DataError if this is another log."""
+        if os.path.getsize(self.path) == 0:
+            return set()
+        errors, done = [], set()
+        for where, row in scoring.read_rows(Path(self.path), errors):
+            if not isinstance(row, dict) or "question" not in row:
+                errors.append(f"{where}: is no row of an evaluation")
+                continue
+            changed = [k for k, v in self.settings.items() if row.get("run", {}).get(k) != v]
+            if changed:
+                raise DataError(
+                    f"--out {self.path}: {where} was made with another {', '.join(changed)}; "
+                    "choose another file"
+                )
+            done.add(scoring.question_key(row["question"]))
+        if errors:
+            raise DataError(f"--out {self.path}: {errors[0]}; choose another file")
+        return done
+
+    def append(self, row: dict) -> None:
+        line = json.dumps(row | {"run": self.settings}, ensure_ascii=False) + "\n"
+        fcntl.flock(self.descriptor, fcntl.LOCK_EX)
+        try:
+            os.write(self.descriptor, line.encode())
+        except OSError as error:
+            raise DataError(f"--out {self.path}: cannot be written ({error.strerror})") from None
+        finally:
+            fcntl.flock(self.descriptor, fcntl.LOCK_UN)
+
+
+def ahead(items: Iterable, work: Callable, depth: int) -> Iterator:
+    """work(item) for every item in order, up to `depth` of them done ahead in one thread."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = deque()
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+
+
+def answered(
+    prepared: Iterable, generate: Callable[[list], list[Group]], batch_size: int
+) -> Iterator[Group]:
+    """Groups of all prepared questions, `batch_size` at a time, in order.
+
+    When a batch does not fit in memory, it is halved, and those after it stay as small. Raises
+    ModelError if one question alone does not fit.
+    """
+    source, waiting = iter(prepared), []
+    while True:
+        while len(waiting) < batch_size and (item := next(source, None)) is not None:
+            waiting.append(item)
+        if not waiting:
+            return
+        batch, failed = waiting[:batch_size], False
+        try:
+            groups = generate(batch)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            failed = True
+        if failed:  # outside the handler, which keeps the failed batch's tensors alive
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if len(batch) == 1:
+                raise ModelError(
+                    "one question alone does not fit in memory; lower --max_pixels, --max_frames "
+                    "or --max_completion_length"
+                )
+            batch_size = len(batch) // 2
+            tqdm.write(f"out of memory: {batch_size} questions at a time from here", sys.stderr)
+            continue
+        waiting = waiting[len(batch) :]
+        yield from groups
+
+
+def log_row(group: Group, style: str) -> dict:
+    """One line of the log, its first seven keys those of the official logs."""
+    record, output = group.question.record, group.texts[0]
+    # The general zero-shot evaluator compares the whole output, the others what they extract.
+    answer = output.strip() if style == "direct_letter" else extract_answer(output)
+    _, opening, rest = output.partition("<think>")
+    thought, closing, _ = rest.partition("</think>")
+    return {
+        "question": record.row,
+        "ground_truth": record.solution,
+        "model_output": output,
+        "extracted_answer": answer,
+        "think_content": thought.strip() if opening and closing else "",
+        "accuracy_score": compare_answers(answer, tagged_answer(record.solution)),
+        "format_score": strict_format_reward(output),
+        "tokens": len(group.completions[0]),
+        "finished": group.finished[0],
+        "prompt_tokens": len(group.question.ids_P),
+        "video_grid": list(group.question.grid),
+        "seconds_between_frames": round(group.question.seconds, 6),
+    }
+
+
+def run(args: argparse.Namespace) -> None:
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    style = args.prompt or BENCHMARKS[args.benchmark]
+    records = list({scoring.question_key(r.row): r for r in load_records(
+        args.data, args.video_root)}.values())[: args.limit]  # fmt: skip
+    settings = {"benchmark": args.benchmark, "model": args.model, "prompt": style}
+    settings |= {k: getattr(args, k) for k in DECIDES_ANSWERS}
+    log = RowLog(args.out, settings)
+    mine = [(k, r) for k, r in enumerate(records) if k % world == rank]
+    todo = [(k, r) for k, r in mine if scoring.question_key(r.row) not in log.done]
+    if len(todo) < len(mine):
+        print(f"{args.out}: {len(mine) - len(todo)} of {len(mine)} answered before", flush=True)
+    skipped, hits = [], []
+    if todo:
+        policy = load_policy(args)
+        with ClipReader(args.timeout) as reader:
+            prompter = make_prompter(args, policy, style, reader)
+            bar = tqdm(total=len(todo), desc=args.benchmark, **({"disable": True} if rank else {}))
+
+            def prepare(item):
+                k, record = item
+                try:
+                    return prompter(record), (args.seed, k)
+                except VideoError as error:
+                    skipped.append(record.id)
+                    tqdm.write(f"skipped question {record.id}: {error}", file=sys.stderr)
+                    bar.update()
+
+            def generate(batch):
+                questions, seeds = [q for q, _ in batch], [s for _, s in batch]
+                return rollout(policy, questions, seeds, args)
+
+            prepared = (p for p in ahead(todo, prepare, args.batch_size) if p is not None)
+            for group in answered(prepared, generate, args.batch_size):
+                row = log_row(group, style)
+                log.append(row)
+                hits.append(row["accuracy_score"] == 1.0)
+                bar.update()
+                bar.set_postfix(strict=f"{100 * np.mean(hits):.1f}", refresh=False)
+            bar.close()
+    print(f"rank {rank}: {len(hits)} questions answered, {len(skipped)} skipped", flush=True)
+    if todo and not hits:
+        raise DataError(f"{args.data}: none of the {len(todo)} clips can be read")
+    if world == 1:
+        scored = scoring.read_log(args.out)
+        print(scoring.report(scored, scoring.summarize(scored)))
+
+
+def load_policy(args: argparse.Namespace) -> Policy:
+    transformers_logging.disable_progress_bar()
+    device = "cpu"
+    if torch.cuda.is_available():
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    return Policy.load(args.model, device, freeze_vision_modules=True)
+
+
+def make_prompter(
+    args: argparse.Namespace, policy: Policy, style: str, reader: ClipReader
+) -> Prompter:
+    return Prompter(
+        policy.tokenizer, policy.chat_template, policy.geometry, "mixed",
+        args.fps, args.max_frames, args.min_pixels, args.max_pixels,
+        style=style,
+        seconds_per_patch=1.0 if args.timing == "fixed" else None,
+        repeat_frames=args.repeat_frames,
+        load_clip=reader.load_clip,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def rollout(policy: Policy, questions: list, seeds: list, args, G: int = 1) -> list[Group]:
+    features = policy.encode_videos(questions)
+    return policy.rollout(
+        questions, features, G, args.max_completion_length, args.temperature, seeds, args.top_p
+    )
+
+
+# ----------------------------------------------------------------------------------------- eval ask
+
+
+def ask(args: argparse.Namespace) -> None:
+    """One question about one clip, answered on the terminal."""
+    lines = [f"{a}. {option}" for a, option in zip(LETTERS, args.options, strict=False)]
+    kind = "multiple choice" if lines else "numerical" if args.prompt == "count" else "free-form"
+    problem = "\n".join([args.question, *lines])
+    record = Record("asked", problem, "", Path(args.video), kind=kind)
+    policy = load_policy(args)
+    with ClipReader(args.timeout) as reader:
+        question = make_prompter(args, policy, args.prompt, reader)(record)
+    t, h, w = question.grid
+    size = policy.geometry.patch_size
+    print(
+        f"{t * policy.geometry.temporal_patch_size} frames of {w * size} x {h * size} pixels, "
+        f"{question.seconds:.2f} s apart: {t * h * w // policy.geometry.merge_size**2} video "
+        f"tokens in a prompt of {len(question.ids_P)}"
+    )
+    groups = rollout(policy, [question], [(args.seed,)], args)
+    print(dimmed_think(groups[0].texts[0], sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+    end = "" if groups[0].finished[0] else ", cut off"
+    print(f"{len(groups[0].completions[0])} tokens{end}")
+    if args.weights:
+        args.temperature, args.top_p = args.temperature or 1.0, 1.0  # as in training
+        (group,) = rollout(policy, [question], [(args.seed, 1)], args, args.num_generations)
+        print(weights_table(policy, group, args.alpha, args.temperature))
+
+
+def dimmed_think(text: str, colours: bool) -> str:
+    """The text, its think part in dim letters; nothing in it that a terminal would obey."""
+    text = "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+    if not colours:
+        return text
+    before, opening, rest = text.partition("<think>")
+    thought, closing, after = rest.partition("</think>")
+    return f"{before}\x1b[2m{opening}{thought}{closing}\x1b[0m{after}"
+
+
+@torch.no_grad()
+def weights_table(policy: Policy, group: Group, alpha: float, temperature: float) -> str:
+    """The token weights of a group: a line for each position t with w_t, D_t (nats) and what each
+    completion says there ("." where it has ended)."""
+    features = policy.encode_videos([group.question])
+    (hidden_ND,) = policy.hidden_states([group], features)
+    device = hidden_ND.device
+    output = tw_grpo_head(
+        hidden_ND, policy.head_VD.to(hidden_ND.dtype), group.targets_N.to(device),
+        group.lengths_G.to(device), torch.zeros(len(group.completions), device=device),
+        alpha=alpha, temperature=temperature,
+    )  # fmt: skip
+    lines = [f"{'t':>4} {'w_t':>6} {'D_t':>10}  tokens of the {len(group.completions)} answers"]
+    for t, (weight, spread) in enumerate(
+        zip(output.weights_T.tolist(), output.divergence_T.tolist(), strict=True)
+    ):
+        words = [
+            scoring.one_line(policy.tokenizer.decode([int(c[t])]), 20) if t < len(c) else "."
+            for c in group.completions
+        ]
+        lines.append(f"{t:4} {weight:6.3f} {spread:10.4g}  {' | '.join(words)}")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------- command line
+
+DECIDES_ANSWERS = ("temperature", "top_p", "max_completion_length", "fps", "max_frames",
+                   "min_pixels", "max_pixels", "repeat_frames", "timing", "seed")  # fmt: skip
+
+
+def add_model_flags(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--model", required=True, help="Qwen2.5-VL or Qwen2-VL checkpoint")
+    add("--temperature", type=float, default=0.0, help="0: greedy; official: 0.1")
+    add("--top_p", type=float, default=1.0, help="official: 0.001")
+    add("--max_completion_length", type=int, default=1024, help="tokens; official: 4096")
+    add("--fps", type=float, default=video.FPS, help="frames sampled per second")
+    add("--max_frames", type=int, default=video.MAX_FRAMES, help="frames, at most")
+    add("--min_pixels", type=int, default=video.MIN_PIXELS, help="per frame, at least")
+    add("--max_pixels", type=int, default=video.MAX_PIXELS, help="per frame, at most")
+    add("--repeat_frames", type=int, default=0, help="exactly so many frames; official: 16")
+    told = "the seconds the model is told: the clip's, or 1 per temporal patch (official)"
+    add("--timing", choices=("true", "fixed"), default="true", help=told)
+    add("--timeout", type=float, default=60, help="seconds to decode a clip, at most")
+    add("--seed", type=int, default=42, help="of sampling")
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = top.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("run", help="answer the questions of a benchmark, into a log")
+    one.add_argument("--benchmark", required=True, choices=BENCHMARKS)
+    one.add_argument("--data", required=True, help="its questions, a JSON list or JSONL")
+    one.add_argument("--video_root", default="", help="directory the video paths start from")
+    one.add_argument("--out", required=True, help="log to append to; an existing one is resumed")
+    one.add_argument("--prompt", choices=STYLES, help="default: the paper's for the benchmark")
+    one.add_argument("--batch_size", type=int, default=16, help="questions together, at most")
+    one.add_argument("--limit", type=int, help="only the first so many questions")
+    add_model_flags(one)
+    one = commands.add_parser("score", help="accuracy of logs, this project's or the official ones")
+    one.add_argument("logs", nargs="+")
+    one.add_argument("--markdown", action="store_true", help="one table of all logs")
+    one.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
+    one = commands.add_parser("ask", help="one question about one clip")
+    one.add_argument("--video", required=True)
+    one.add_argument("--question", required=True)
+    one.add_argument("--options", nargs="*", default=[], help="texts, lettered A, B, C ...")
+    one.add_argument("--prompt", choices=STYLES, default="think")
+    one.add_argument("--weights", action="store_true", help="also sample G answers and weigh them")
+    one.add_argument("--num_generations", type=int, default=8, help="G, for --weights")
+    one.add_argument("--alpha", type=float, default=1.7, help="upper bound of the weights")
+    add_model_flags(one)
+    return top
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises DataError on a flag that makes no sense."""
+    rules = {
+        "--resamples must be at least 1": getattr(args, "resamples", 1) >= 1,
+        "--batch_size must be at least 1": getattr(args, "batch_size", 1) >= 1,
+        "--limit must be at least 1": (getattr(args, "limit", None) or 1) >= 1,
+        "--num_generations must be at least 2": getattr(args, "num_generations", 2) >= 2,
+        "--options takes at most 26": len(getattr(args, "options", [])) <= 26,
+        "--alpha must be at least 1": getattr(args, "alpha", 1) >= 1,
+    }
+    if args.command != "score":
+        rules |= {
+            "--temperature must be 0 or more": args.temperature >= 0,
+            "--top_p must be above 0 and at most 1": 0 < args.top_p <= 1,
+            "--max_completion_length must be at least 1": args.max_completion_length >= 1,
+            "--fps must be above 0": args.fps > 0,
+            "--max_frames must be at least 2": args.max_frames >= 2,
+            "--min_pixels must be in 1..max_pixels": 0 < args.min_pixels <= args.max_pixels,
+            "--repeat_frames must be 0 or an even number": args.repeat_frames in range(0, 9999, 2),
+            "--timeout must be above 0": args.timeout > 0,
+        }
+    for message, holds in rules.items():
+        if not holds:
+            raise DataError(message)
+
+
+def main() -> None:
+    args = parser().parse_args()
+    try:
+        check_flags(args)
+        if args.command == "run":
+            run(args)
+        elif args.command == "ask":
+            ask(args)
+        else:
+            logs = [scoring.read_log(path) for path in args.logs]
+            scored = [(log, scoring.summarize(log, args.resamples)) for log in logs]
+            texts = [scoring.report(*pair) for pair in scored]
+            print(scoring.markdown(scored) if args.markdown else "\n\n".join(texts))
+    except (DataError, ModelError, VideoError) as error:
+        raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(
+            "interrupted; a run goes on where it stopped if it is given again"
+        ) from None
+
+
+if __name__ == "__main__":
+    main()

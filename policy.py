@@ -329,6 +329,7 @@ class Policy:
         max_completion_length: int,
         temperature: float,
         seeds: list[tuple[int, ...]],
+        top_p: float = 1.0,
         capture: bool | None = None,
     ) -> list[Group]:
         """G completions of each question, sampled together; `features` from `encode_videos`.
@@ -374,6 +375,7 @@ class Policy:
                 following_B.repeat_interleave(G).to(device),
                 uniform_RT.to(device),
                 temperature,
+                top_p,
                 self.banned_V.to(device),
                 self.eos_ids.to(device),
             )

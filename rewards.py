@@ -1,10 +1,25 @@
 """Rewards on strings: what a completion says against what the record says is right.
 
-Each function takes one completion and one solution and returns a float in [0, 1]; none raises on
+    tagged_answer, answer_set     what training reads as the answer
+    extract_answer                what the evaluators read as the answer, which is not the same
+    accuracy_reward, origin_accuracy_reward, format_reward     training's rewards
+    strict_format_reward          the evaluators' form
+
+Each reward takes one completion and one solution and returns a float in [0, 1]; none raises on
 any string, and each takes time linear in its length (the official regular expressions do not: they
 are restated here with string search, and tests compare the two). Source: the official code at
-aa529ff, src/open_r1/grpo.py.
+aa529ff, src/open_r1/grpo.py, and src/eval/*.py for the evaluators' two.
 """
+
+import re
+from decimal import Decimal
+
+# A plain number: sign, digits (in groups of three, or not), decimals. Everything else is text.
+_NUMBER = re.compile(r"[+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+|(?=\.[0-9]))(?:\.[0-9]*)?")
+_LONGEST_NUMBER = 64  # characters; a longer one is text
+
+# Linear: neither "answer" nor a letter can be read as a blank, so no two parts of it compete.
+_NAMED_ANSWER = re.compile(r"(?:answer|Answer|ANSWER)[:\s]+([A-Z](?:\s*,\s*[A-Z])*)")
 
 
 def tagged_answer(text: str) -> str:
@@ -14,22 +29,58 @@ def tagged_answer(text: str) -> str:
     return (inside if opening and closing else text).strip()
 
 
-def answer_set(text: str) -> set[str]:
+def extract_answer(text: str) -> str:
+    """What the think-style evaluators take for the answer: the text inside the first
+    <answer>...</answer>, else the letters after the word "answer" ("Answer: A, C"), else "".
+
+    An untagged bare letter therefore earns credit in training (`tagged_answer`) and none here.
+    """
+    _, opening, rest = text.partition("<answer>")
+    inside, closing, _ = rest.partition("</answer>")
+    if opening and closing:
+        return inside.strip()
+    named = _NAMED_ANSWER.search(text)
+    return named.group(1) if named else ""
+
+
+def letter_set(answer: str) -> set[str]:
     """Blanks removed, split at commas: "A, C" -> {"A", "C"}; "" -> {""}; "CD" -> {"CD"}."""
-    return {part.strip() for part in tagged_answer(text).replace(" ", "").split(",")}
+    return {part.strip() for part in answer.replace(" ", "").split(",")}
+
+
+def answer_set(text: str) -> set[str]:
+    """`letter_set` of the tagged answer: "<answer>A, C</answer>" -> {"A", "C"}."""
+    return letter_set(tagged_answer(text))
+
+
+def number(text: str) -> Decimal | None:
+    """The value of a plain number: "3", "-0.50", "1,000"; None if the text is anything else."""
+    text = text.strip()
+    if len(text) > _LONGEST_NUMBER or not _NUMBER.fullmatch(text):
+        return None
+    return Decimal(text.replace(",", ""))
+
+
+def compare_answers(answer: str, truth: str) -> float:
+    """How right an answer is, both without tags: the share of the true letters that were found, 0
+    if anything wrong is among them; numbers are right if they are equal.
+
+    |answer| / |truth| if answer is a subset of truth, else 0. "A" against "A,C" earns 0.5; "A,B"
+    earns 0. "3.0" against "3" earns 1.
+    OFFICIAL: a symbolic check (math-verify) runs first, and the sets decide where it fails.
+    OURS: on letters that check never fired, and is left out; on plain numbers it comes down to
+    equal values, which is what is done here. The same set of letters is right in any case.
+    """
+    answers, truths = letter_set(answer), letter_set(truth)
+    value = number(truth)
+    if value is not None:
+        return float(answers == truths or number(answer) == value)
+    return len(answers) / len(truths) if answers <= truths else 0.0
 
 
 def accuracy_reward(completion: str, solution: str) -> float:
-    """The soft, multi-level reward: the share of the true answers that were found, 0 if anything
-    wrong is among them.
-
-    |answer| / |truth| if answer is a subset of truth, else 0. "A" against "A,C" earns 0.5; "A,B"
-    earns 0.
-    OFFICIAL: a symbolic check (math-verify) runs first; it never fired on letter answers, and is
-    left out here.
-    """
-    answer, truth = answer_set(completion), answer_set(solution)
-    return len(answer) / len(truth) if answer <= truth else 0.0
+    """The soft, multi-level reward: `compare_answers` of the two tagged answers."""
+    return compare_answers(tagged_answer(completion), tagged_answer(solution))
 
 
 def origin_accuracy_reward(completion: str, solution: str) -> float:
@@ -52,6 +103,18 @@ def format_reward(completion: str, solution: str = "") -> float:
     before, _, answer = completion[:end].partition("<answer>")
     _, _, thought = before.partition("<think>")
     return float(thought.rstrip().endswith("</think>") and answer.endswith("</answer>"))
+
+
+def strict_format_reward(completion: str, solution: str = "") -> float:
+    """The evaluators' form: 1 if the whole text, outer blanks aside, is <think>...</think> blanks
+    <answer>...</answer>, else 0.
+
+    Unlike `format_reward`, nothing may stand before <think> and no "!" after </answer>.
+    """
+    text = completion.strip()
+    if not (text.startswith("<think>") and text.endswith("</answer>")):
+        return 0.0
+    return format_reward(text)
 
 
 REWARDS = {

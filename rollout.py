@@ -83,19 +83,29 @@ AttentionInterface.register("group", group_attention)
 
 
 def sample(
-    logits_RV: Tensor, temperature: float, uniform_R: Tensor, banned_V: Tensor
+    logits_RV: Tensor,
+    temperature: float,
+    uniform_R: Tensor,
+    banned_V: Tensor,
+    top_p: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """One token per row and its log-prob: ((R,) int64, (R,) float32). Temperature 0 takes the best.
 
     Each row inverts its cumulative distribution at its own uniform number in [0, 1), so the draw
     depends on nothing but that row. No top-k and no top-p: the gradient assumes that the whole
-    softmax was sampled.
+    softmax was sampled. (Evaluation may set top_p: the likeliest words that together hold it.)
     OFFICIAL: transformers' default top_k = 50 slips in.
     """
     logits_RV = logits_RV.float() / (temperature or 1.0)
     logps_RV = F.log_softmax(logits_RV, dim=-1)
     # Banned words keep their (vanishing) share in the log-prob, as they do when it is scored.
     allowed_RV = logits_RV.masked_fill(banned_V, -torch.inf)
+    if top_p < 1:
+        sorted_RV, order_RV = allowed_RV.sort(dim=-1, descending=True)
+        share_RV = F.softmax(sorted_RV, dim=-1)
+        ahead_RV = share_RV.cumsum(-1) - share_RV  # what the likelier words hold
+        kept_RV = sorted_RV.masked_fill(ahead_RV >= top_p, -torch.inf)
+        allowed_RV = allowed_RV.scatter(-1, order_RV, kept_RV)
     if temperature == 0:
         tokens_R = allowed_RV.argmax(-1)
     else:
@@ -125,11 +135,12 @@ class Decoder:
 
     def __init__(
         self, text, lm_head, cache: GroupCache, hidden_RD: Tensor, following_R: Tensor,
-        uniform_RT: Tensor, temperature: float, banned_V: Tensor, eos_ids: Tensor,
+        uniform_RT: Tensor, temperature: float, top_p: float, banned_V: Tensor, eos_ids: Tensor,
     ):  # fmt: skip
         self.text, self.lm_head, self.cache = text, lm_head, cache
         self.following_R, self.uniform_RT = following_R, uniform_RT
-        self.temperature, self.banned_V, self.eos_ids = temperature, banned_V, eos_ids
+        self.temperature, self.top_p = temperature, top_p
+        self.banned_V, self.eos_ids = banned_V, eos_ids
         (R, T), device = uniform_RT.shape, hidden_RD.device
         self.t_1 = torch.zeros(1, dtype=torch.long, device=device)
         self.tokens_RT = torch.zeros(R, T, dtype=torch.long, device=device)
@@ -143,7 +154,9 @@ class Decoder:
         """Writes column t of tokens and log-probs from the hidden states that predict it."""
         uniform_R = self.uniform_RT.index_select(1, self.t_1)[:, 0]
         logits_RV = head_logits(hidden_RD, self.lm_head.weight)
-        tokens_R, logps_R = sample(logits_RV, self.temperature, uniform_R, self.banned_V)
+        tokens_R, logps_R = sample(
+            logits_RV, self.temperature, uniform_R, self.banned_V, self.top_p
+        )
         self.tokens_RT.index_copy_(1, self.t_1, tokens_R[:, None])
         self.logps_RT.index_copy_(1, self.t_1, logps_R[:, None])
         self.ended_R |= torch.isin(tokens_R, self.eos_ids)

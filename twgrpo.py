@@ -595,11 +595,15 @@ def measure(cfg: Config, policy: Policy, prompter: Prompter, records: list[Recor
     common = dict(max_completion_length=cfg.max_completion_length, seed=cfg.seed)
     sampled = dict(temperature=cfg.temperature, num_generations=cfg.num_generations, **common)
     with policy.gathered() as actor:
-        return {
+        measures = {
             "sampled": evaluate(actor, prompter, records, **sampled),
             "greedy": evaluate(actor, prompter, records, temperature=0.0, **common),
-            "wrong video": evaluate(actor, prompter, records, wrong_video=True, **sampled),
         }
+        if len(records) > 1:
+            measures["wrong video"] = evaluate(
+                actor, prompter, records, wrong_video=True, **sampled
+            )
+        return measures
 
 
 def write_measures(path: Path, measures: dict) -> None:

@@ -73,8 +73,8 @@ def test_a_rank_whose_clips_are_broken_keeps_the_others_company(world, tmp_path)
     """Also with a vision tower that trains: the idle rank takes part in every collective."""
     rows = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()][:2]
     data = (world / rows[0]["video"]).read_bytes()
-    (tmp_path / "cut.mp4").write_bytes(data[: len(data) // 2])
-    rows[0]["video"] = str(tmp_path / "cut.mp4")
+    (world / "clips" / "cut.mp4").write_bytes(data[: len(data) // 2])
+    rows[0]["video"] = "clips/cut.mp4"
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
     flags = ["--jsonl_path", str(tmp_path / "q.jsonl"), "--per_device_train_batch_size", "1"]
     flags += ["--max_steps", "3", "--freeze_vision_modules", "false", "--beta", "0.01"]

@@ -8,7 +8,16 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rewards import accuracy_reward, answer_set, format_reward, origin_accuracy_reward
+from rewards import (
+    accuracy_reward,
+    answer_set,
+    compare_answers,
+    extract_answer,
+    format_reward,
+    number,
+    origin_accuracy_reward,
+    strict_format_reward,
+)
 
 PIECES = [
     "<think>",
@@ -25,6 +34,8 @@ PIECES = [
     "\u2003",
     "<",
     "\x1c",
+    "Answer",
+    "answer:",
 ]
 COMPLETIONS = st.lists(st.sampled_from(PIECES), max_size=12).map("".join)
 
@@ -74,6 +85,92 @@ def test_format(text, reward):
     assert format_reward(text) == reward
 
 
+@pytest.mark.parametrize(
+    "answer, truth, reward",
+    [
+        ("3", " 3 ", 1), ("3.0", "3", 1), ("+3", "3", 1), ("03", "3", 1), ("4", "3", 0),
+        ("3,3", "3", 1), ("3,4", "3", 0), ("three", "3", 0), ("3 balls", "3", 0), ("", "3", 0),
+        ("3.14", "3.14", 1), ("3.140", "3.14", 1), (".5", "0.5", 1), ("3.141", "3.14", 0),
+        ("1000", "1,000", 1), ("1,000", "1000", 1), ("1", "1,000", 0), ("-2", "-2", 1),
+        ("2", "-2", 0), ("1e1", "10", 0), ("9" * 5000, "9", 0), ("٣", "3", 0),
+    ],
+)  # fmt: skip
+def test_numbers_are_right_if_they_are_equal(answer, truth, reward):
+    """DVD-counting's integers and MMVU's decimals."""
+    completion, solution = f"<answer>{answer}</answer>", f"<answer>{truth}</answer>"
+    assert accuracy_reward(completion, solution) == reward
+    assert origin_accuracy_reward(completion, solution) == reward
+
+
+@pytest.mark.parametrize("text", ["", ".", "+", "1,00", "1,0000", "1 000", "1.2.3", "A", "5%", "²"])
+def test_what_is_no_plain_number(text):
+    assert number(text) is None
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("<think>x</think><answer> A, C </answer>", "A, C"), ("Answer: A, C. And B", "A, C"),
+        ("the answer\n B", "B"), ("ANSWER:A", "A"), ("answerA", ""), ("aNSWER: A", ""), ("A", ""),
+        ("<answer>A", ""), ("<answer>A</answer><answer>B</answer>", "A"),
+        ("answer: B <answer>A</answer>", "A"), ("The answer is A", ""), ("answer: c", ""),
+    ],
+)  # fmt: skip
+def test_what_the_evaluators_take_for_the_answer(text, answer):
+    assert extract_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    "text, reward",
+    [
+        ("<think>a</think><answer>A</answer>", 1), (" <think>a</think>\n<answer>A</answer>\n", 1),
+        ("so: <think>a</think><answer>A</answer>", 0), ("<think>a</think><answer>A</answer>!", 0),
+        ("<think>a</think>b<answer>A</answer>", 0), ("<answer>A</answer>", 0), ("", 0),
+    ],
+)  # fmt: skip
+def test_strict_format(text, reward):
+    assert strict_format_reward(text) == reward
+
+
+def official_strict_format(text: str) -> float:
+    """aa529ff src/eval/*.py, check_format."""
+    pattern = (
+        r"^(?!.*<think>.*<think>)(?!.*<answer>.*<answer>)<think>.*?</think>\s*<answer>.*?</answer>$"
+    )
+    return float(bool(re.match(pattern, text.strip(), re.DOTALL)))
+
+
+def official_extraction(text: str) -> str:
+    """aa529ff src/eval/*.py, extract_answer."""
+    tagged = re.search(r"<answer>(.*?)</answer>", text, re.DOTALL)
+    if tagged:
+        return tagged.group(1).strip()
+    named = re.search(r"(?:answer|Answer|ANSWER)[:\s]+([A-Z](?:\s*,\s*[A-Z])*)", text)
+    return named.group(1).strip() if named else ""
+
+
+@settings(max_examples=2000, deadline=None, derandomize=True)
+@given(COMPLETIONS)
+@example("<think></think><answer></answer></answer>")
+@example("<think><answer></think><answer></answer>")
+def test_the_evaluators_rules_equal_the_official_expressions(text):
+    assert strict_format_reward(text) == official_strict_format(text)
+    assert extract_answer(text) == official_extraction(text)
+
+
+NASTY = st.text() | st.binary().map(lambda b: b.decode("utf-8", "surrogateescape"))
+NUMBERS = st.from_regex(r"[-+]?[0-9,]{0,6}\.?[0-9]{0,3}", fullmatch=True)
+
+
+@settings(max_examples=2000, deadline=None, derandomize=True)
+@given(NASTY | COMPLETIONS | NUMBERS, NASTY | COMPLETIONS | NUMBERS)
+def test_any_two_strings_get_a_reward_between_0_and_1(text, solution):
+    for reward in (accuracy_reward, origin_accuracy_reward, format_reward, strict_format_reward):
+        assert 0.0 <= reward(text, solution) <= 1.0
+    assert 0.0 <= compare_answers(extract_answer(text), solution) <= 1.0
+    assert accuracy_reward(solution, solution) == 1.0  # the truth itself is right
+
+
 def official_format(text: str) -> float:
     """aa529ff grpo.py: duplicate tags fail, then a search of the stripped text."""
     if text.count("<think>") > 1 or text.count("<answer>") > 1:
@@ -116,11 +213,16 @@ def test_published_completions_earn_their_logged_format_reward(sample):
 
 
 @pytest.mark.parametrize(
-    "piece", ["<think>", "<answer>", "</answer>", "! ", "<think></think>", ",", " "]
-)
+    "piece",
+    ["<think>", "<answer>", "</answer>", "! ", "<think></think>", ",", " ", "A,", "9", "9,",
+     "answer", "answer:", "answer A", "answer " + " " * 500, "answer A , ", "ANSWER\n\n"],
+)  # fmt: skip
 def test_a_megabyte_takes_no_time(piece):
+    """Under 0.2 s for each text, all rewards and both readings of the answer together."""
     text = piece * (2**20 // len(piece))
-    start = time.perf_counter()
-    for attack in (text, text + "x", f"<think>{text}</think><answer>{text}x"):
+    for attack in (text, text + "x", f"<think>{text}</think><answer>{text}x", f"answer {text}"):
+        start = time.process_time()
         accuracy_reward(attack, "<answer>A</answer>"), format_reward(attack)
-    assert time.perf_counter() - start < 0.6  # three texts, two rewards: under 0.2 s a text
+        accuracy_reward(attack, "<answer>3</answer>"), strict_format_reward(attack)
+        extract_answer(attack)
+        assert time.process_time() - start < 0.2

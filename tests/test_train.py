@@ -218,8 +218,8 @@ def test_bad_clips_are_skipped_counted_and_never_replaced(short_run, world, tmp_
     """A missing and a truncated clip: the rest of every step is sampled exactly as before."""
     rows = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()]
     good = (world / rows[0]["video"]).read_bytes()
-    (tmp_path / "cut.mp4").write_bytes(good[: len(good) // 2])
-    rows[0]["video"], rows[1]["video"] = str(tmp_path / "cut.mp4"), "clips/missing.mp4"
+    (world / "clips" / "cut.mp4").write_bytes(good[: len(good) // 2])
+    rows[0]["video"], rows[1]["video"] = "clips/cut.mp4", "clips/missing.mp4"
     (tmp_path / "bad.jsonl").write_text("\n".join(map(json.dumps, rows)))
     flags = "--max_steps 12 --seed 3 --learning_rate 1e-12".split()
     result = finished(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import loader
 import toy
 import video
 from video import Geometry, VideoError, frame_indices, mrope_positions, read_clip, resized_shape
@@ -82,6 +83,20 @@ def test_frame_indices(total, rate, count):
     assert len(indices) == count
     assert (indices[0], indices[-1]) == (0, total - 1)
     assert all(a < b for a, b in zip(indices, indices[1:], strict=False))
+
+
+@pytest.mark.parametrize(
+    "total, rate, indices",
+    [
+        (128, 25.0, [0, 14, 28, 42, 56, 71, 85, 99, 113, 127]),  # a CLEVRER clip
+        (240, 24.0, [0, 16, 32, 48, 64, 80, 96, 112, 127, 143, 159, 175, 191, 207, 223, 239]),
+        (8, 4.0, [0, 2, 5, 7]), (3, 30.0, [0, 2]), (6, 1.0, [0, 1, 2, 3, 4, 5]),
+        (100, 29.97, [0, 20, 40, 59, 79, 99]),
+    ],
+)  # fmt: skip
+def test_frame_indices_by_number(total, rate, indices):
+    """round(linspace(0, total - 1, count)), count the even number at or below 2 * seconds."""
+    assert frame_indices(total, rate) == indices
 
 
 @pytest.mark.parametrize(
@@ -196,3 +211,86 @@ def test_broken_files_are_named(kind, backend, tmp_path, world, monkeypatch):
     with pytest.raises(VideoError, match=f"{kind}.mp4: ") as error:
         read_clip(path)
     assert "\n" not in str(error.value) and len(str(error.value)) < 400 + len(str(path))
+
+
+# ------------------------------------------------------------------------------ the clip reader
+
+
+def test_the_clip_reader_returns_what_read_clip_does(world):
+    path = world / "clips/train_000.mp4"
+    expected = video.load_clip(path)
+    with loader.ClipReader() as reader:
+        for _ in range(2):  # one process serves both
+            clip = reader.load_clip(path)
+            assert clip.seconds == expected.seconds and torch.equal(clip.frames, expected.frames)
+        with pytest.raises(VideoError, match="gone.mp4: no such video file"):
+            reader.load_clip(world / "gone.mp4")
+        with pytest.raises(VideoError, match="train.jsonl: cannot be decoded"):
+            reader.load_clip(world / "train.jsonl")
+        assert reader.process.poll() is None
+
+
+STUCK = """
+import os, sys, time
+sys.argv[0] = sys.path[0] = {project!r}
+import loader
+import video
+real = video._decode_av
+
+def decode(path, fps, max_frames):
+    if path.endswith("hang.mp4"):
+        time.sleep(15)
+    if path.endswith("crash.mp4"):
+        os.abort()
+    return real(path, fps, max_frames)
+
+video._decode_av = video._decode_decord = decode
+loader.serve()
+"""
+
+
+@pytest.fixture
+def stuck(world, tmp_path, monkeypatch):
+    """Clips good, hang and crash, and a decoder that hangs on one name and dies on another."""
+    script = tmp_path / "stuck.py"
+    script.write_text(STUCK.format(project=os.path.dirname(os.path.abspath(video.__file__))))
+    monkeypatch.setattr(loader, "__file__", str(script))
+    good = (world / "clips/train_000.mp4").read_bytes()
+    for name in ("good", "hang", "crash"):
+        (tmp_path / f"{name}.mp4").write_bytes(good)
+    return tmp_path
+
+
+def test_a_clip_that_hangs_or_crashes_costs_itself_only(stuck):
+    """The clips before and after are read all the same, by a new process."""
+    with loader.ClipReader(timeout=20) as reader:
+        reader.load_clip(stuck / "good.mp4")
+        reader.timeout = 0.5
+        with pytest.raises(VideoError, match="hang.mp4: not decoded within 0.5 s"):
+            reader.load_clip(stuck / "hang.mp4")
+        reader.timeout = 20
+        with pytest.raises(VideoError, match="crash.mp4: the decoder crashed"):
+            reader.load_clip(stuck / "crash.mp4")
+        assert len(reader.load_clip(stuck / "good.mp4").frames) == 4
+
+
+def test_workers_go_on_after_a_clip_that_crashes_and_close_on_one_that_hangs(stuck):
+    workers = loader.ClipWorkers(1, timeout=60)
+    names = ("good", "crash", "good", "hang")
+    good, crash, again, _ = [workers.submit(stuck / f"{name}.mp4") for name in names]
+    assert len(good.result(60).frames) == 4
+    with pytest.raises(VideoError, match="crash.mp4: the decoder crashed"):
+        crash.result(60)
+    assert len(again.result(60).frames) == 4
+    process = workers.readers[0].process
+    workers.close()
+    process.wait(10)  # killed, though its clip would have taken longer
+
+
+def test_repeated_frames_by_hand():
+    """10 frames as 16: linspace(0, 9, 16) cut to whole numbers; first and last stay."""
+    frames = torch.arange(10).view(10, 1, 1, 1)
+    clip = video.repeat_frames(video.Clip(frames, 0.5), 16)
+    shown = clip.frames.flatten().tolist()
+    assert shown == [0, 0, 1, 1, 2, 3, 3, 4, 4, 5, 6, 6, 7, 7, 8, 9]
+    assert clip.seconds == pytest.approx(0.5 * 9 / 15)

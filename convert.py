@@ -1,0 +1,218 @@
+"""From a dataset's own files to training records: CLEVRER's scenes, and question-answer inversion.
+
+    clevrer_rows    scenes with choices -> rows with lettered options; no right choice: left out
+    negate          a question -> its negation, or the reason why it cannot be negated
+    invert          a single-choice question -> a multi-answer one with its negation
+    qai_rows        rows of NExT-GQA or STAR -> rows, a share p of them inverted
+
+Question-answer inversion (paper, "QAI"): "What did she take?" with one right option becomes "What
+didn't she take?", where every wrong option is right and the right one wrong. Only 1 to k of the now
+right options are kept, drawn anew for each question, so that "all but one" is no strategy.
+
+OFFICIAL (data/question_answer_inverse/*.py): what cannot be negated keeps its question but has its
+answers inverted all the same (22 of 1,668 NExT-GQA rows); no seed; everything is lower-cased; STAR
+rows get paths of NExT-QA.
+OURS: what cannot be negated is kept whole and counted; one seed, one result; case and paths stay.
+"""
+
+import json
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from records import LETTERS, DataError, as_record, option_texts, read_rows
+from rewards import answer_set
+
+# ------------------------------------------------------------------------------------------ clevrer
+
+
+def clevrer_rows(scenes: object) -> tuple[list[dict], Counter]:
+    """Counterfactual questions of CLEVRER's own file as training rows, and what was left out.
+
+    A question may have several right choices; one with none is left out, as in the official file
+    (9,238 remain in validation). Raises ValueError naming the scene that is not of this form.
+    """
+    rows, counts = [], Counter(written=0)
+    for k, scene in enumerate(scenes, 1):
+        try:
+            for question in scene["questions"]:
+                if question["question_type"] != "counterfactual":
+                    counts["of another type"] += 1
+                    continue
+                choices = [(c["choice"], c["answer"]) for c in question["choices"]]
+                right = [a for a, (_, answer) in zip(LETTERS, choices, strict=False)
+                         if answer == "correct"]  # fmt: skip
+                if not right:
+                    counts["left out, without a correct choice"] += 1
+                    continue
+                lines = [f"{a}. {text}" for a, (text, _) in zip(LETTERS, choices, strict=False)]
+                rows.append(
+                    {
+                        "id": f"{scene['scene_index']}-{question['question_id']}",
+                        "problem": "\n".join([question["question"], *lines]),
+                        "solution": f"<answer>{','.join(right)}</answer>",
+                        "video": scene["video_filename"],
+                        "question_type": "counterfactual",
+                    }
+                )
+                as_record(rows[-1], "", Path())
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"needs {error}" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"scene {k}: {reason[:200]}") from None
+    counts["written"] = len(rows)
+    return rows, counts
+
+
+def clevrer_file(raw: str, out: str) -> Counter:
+    """RAW.json, CLEVRER's questions as published -> OUT, a JSON list (or .jsonl) of records."""
+    errors: list[str] = []
+    scenes = [scene for _, scene in read_rows(Path(raw), errors)]
+    try:
+        if errors:
+            raise ValueError(errors[0])
+        rows, counts = clevrer_rows(scenes)
+    except ValueError as error:
+        raise DataError(
+            f"{raw}: {error}; this wants CLEVRER's own question file, a list of scenes"
+        ) from None
+    write_rows(rows, out)
+    return counts
+
+
+# --------------------------------------------------------------------------------------------- QAI
+
+# An auxiliary that negation is added to: right after the question word ("why did", NExT-GQA), or
+# after "which object", "which other object", "what else" (STAR's templates).
+_QUESTION = re.compile(
+    r"(?P<start>\s*(?:what|which|who|whom|why|how|where|when)(?:\s+(?:other\s+)?object|\s+else)?\s+)"
+    r"(?P<word>did|does|do|is|are|was|were|would|will|happened|happens)(?![\w'’])",
+    re.IGNORECASE,
+)
+_NEGATED = {"will": "won't", "happened": "didn't happen", "happens": "doesn't happen"}
+_NEGATION = re.compile(r"\b(?:not|never|cannot|unable|no|nobody|nothing|none)\b|n['’]t\b", re.I)
+
+
+def negate(question: str) -> str | None:
+    """The question with its first auxiliary negated, every other letter as it was; None where this
+    does not give a question that means the opposite.
+
+    "what did" -> "what didn't", "What will" -> "What won't", "What happened" -> "What didn't
+    happen", "is the person able to" -> "is the person unable to". None for yes/no questions, for
+    questions without one of these words in place ("why the man bend down"), and for questions that
+    hold a negation already ("why did the boy not jump").
+    """
+    found = _QUESTION.match(question)
+    if not found or _NEGATION.search(question):
+        return None
+    start, word, rest = found["start"], found["word"], question[found.end() :]
+    able = re.match(r"[^.?!]*?\bable(?= to\b)", rest)
+    if word.lower() in ("is", "are", "was", "were") and able:
+        end = able.end() - len("able")
+        return start + word + rest[:end] + "un" + rest[end:]
+    negated = _NEGATED.get(word.lower(), word.lower() + "n't")
+    if word.isupper():
+        negated = negated.upper()
+    elif word[0].isupper():
+        negated = negated.capitalize()
+    return start + negated + rest
+
+
+def invert(
+    question: str, options: list[str], right: int, rng: np.random.Generator
+) -> tuple[str, list[str], list[int]]:
+    """(negated question, kept options, places of the right ones among them).
+
+    The formerly right option stays and is wrong; of the others, which are right now, a random
+    number of at least one stays; their order is random. An option that occurs twice is kept once.
+    Raises ValueError with the reason if there is nothing to invert.
+    """
+    negated = negate(question)
+    if negated is None:
+        raise ValueError("cannot be negated")
+    same = [_plain(o) for o in options]
+    if same.count(same[right]) > 1:
+        raise ValueError("right option occurs twice")
+    others = [k for k in range(len(options)) if k != right and same.index(same[k]) == k]
+    if not others:
+        raise ValueError("no other option")
+    kept = rng.permutation(others)[: rng.integers(1, len(others) + 1)]
+    order = [int(k) for k in rng.permutation([right, *kept])]
+    return negated, [options[k] for k in order], [i for i, k in enumerate(order) if k != right]
+
+
+def _plain(option: str) -> str:
+    return " ".join(option.casefold().split()).rstrip(".")
+
+
+def qai_rows(rows: list[dict], seed: int, p: float = 0.5) -> tuple[list[dict], Counter]:
+    """Rows of NExT-GQA or STAR with "problem", "solution" and "is_negated"; a share p inverted.
+
+    Each row draws from (seed, its place), so none depends on another. A row that was drawn but
+    cannot be inverted is kept as it was and counted by reason.
+    """
+    out, counts = [], Counter(rows=len(rows), inverted=0)
+    for k, row in enumerate(rows):
+        record = as_record(row, f"row {k + 1}", Path())
+        question = row["question"] if isinstance(row.get("question"), str) else record.problem
+        options = option_texts(row.get("options"))
+        right = sorted(LETTERS.index(a) for a in answer_set(record.solution) if a in LETTERS)
+        rng = np.random.default_rng([seed, k])
+        inverted = bool(rng.random() < p)
+        if inverted:
+            try:
+                if len(right) != 1 or right[0] >= len(options):
+                    raise ValueError("not a single-choice question with options")
+                question, options, right = invert(question, options, right[0], rng)
+            except ValueError as reason:
+                counts[f"kept ({reason})"] += 1
+                inverted = False
+        counts["inverted"] += inverted
+        out.append(_qai_row(row, record.solution, question, options, right, inverted))
+    return out, counts
+
+
+def _qai_row(row: dict, solution: str, question, options, right, inverted: bool) -> dict:
+    """The row in the official converter's form: problem with lines "A unwrap it", solution,
+    options "(A) unwrap it", and answer "(A),(C)" where the row had one."""
+    letters = [LETTERS[i] for i in right]
+    lines = [f"{a} {text}" for a, text in zip(LETTERS, options, strict=False)]
+    new = dict(row, question=question, problem="\n".join([question, *lines]))
+    new["options"] = [f"({a}) {text}" for a, text in zip(LETTERS, options, strict=False)]
+    new["solution"] = f"<answer>{','.join(letters)}</answer>" if inverted else solution
+    if inverted and "answer" in row:
+        new["answer"] = ",".join(f"({a})" for a in letters)
+    return dict(new, is_negated=inverted)
+
+
+def qai_file(path: str, out: str, seed: int, p: float = 0.5) -> Counter:
+    """A file of NExT-GQA or STAR rows -> OUT. Raises DataError naming every bad row of it."""
+    errors: list[str] = []
+    rows = []
+    for where, row in read_rows(Path(path), errors):
+        try:
+            as_record(row, where, Path())
+            rows.append(row)
+        except ValueError as error:
+            errors.append(f"{where}: {error}")
+    if errors or not rows:
+        listed = "\n  ".join(errors) or "holds no records"
+        raise DataError(f"{path}: {len(errors)} bad row(s):\n  {listed}", errors)
+    made, counts = qai_rows(rows, seed, p)
+    write_rows(made, out)
+    return counts
+
+
+def write_rows(rows: list[dict], out: str) -> None:
+    """A JSON list, or JSONL if the name ends so; written beside, then renamed."""
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    is_jsonl = out.endswith(".jsonl")
+    text = "\n".join(lines) if is_jsonl else "[\n" + ",\n".join(lines) + "\n]"
+    partial = f"{out}.partial"
+    try:
+        Path(partial).write_text(text + "\n", encoding="utf-8", errors="surrogatepass")
+        os.replace(partial, out)
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written ({error.strerror})") from None

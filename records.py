@@ -1,0 +1,309 @@
+"""Questions about videos as datasets hold them: one record type, read from six formats.
+
+    read_rows      a JSON list or JSONL file -> its rows, with their places
+    as_record      one row -> Record, or the reason why not
+    load_records   file -> [Record], every bad row reported with file, row and reason
+
+The formats, told apart by their keys (the places are where the text, the answer and the clip are):
+    clevrer      problem with lettered lines, solution, video            TW-GRPO's training files
+    video-r1     problem, options [or none], solution, video or path     MMVU, MVBench and others
+    nextgqa      question, options "(A) ..", answer "(C)", video         NExT-GQA as published
+    star         question, options without letters, solution, video      cut from Video-R1-260k
+    dvd          problem, solution with a number, video_filename         DVD-counting, JSONL
+    clevrer raw  scenes with questions and choices                       only for `data.py clevrer`
+
+Everything in a file is untrusted: a bad row costs a sentence, never a traceback.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rewards import answer_set, number, tagged_answer
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+MAX_TEXT = 100_000  # characters of a question, options included; no prompt is as long
+MAX_PATH = 4096  # characters, as in POSIX
+TEXT_KINDS = ("OCR", "free-form")  # Video-R1's problem types whose answer is neither letter ...
+NUMBER_KINDS = ("numerical", "regression")  # ... nor number; and those that ask for a number
+
+
+class DataError(Exception):
+    """Data that cannot be used. The message names the file and row, or the record, and why.
+
+    `errors` holds every bad row's sentence; the message shows the first ten.
+    """
+
+    def __init__(self, message: str, errors: list[str] | None = None):
+        super().__init__(message)
+        self.errors = errors or []
+
+
+@dataclass(frozen=True)
+class Record:
+    id: str  # its own "id", "question_id" or "problem_id", else the number of the row
+    problem: str  # the question, with its lettered options if the file has them in the text
+    solution: str  # "<answer>A,C</answer>"
+    video: Path
+    options: tuple[str, ...] = ()  # lettered ("A. red"), if they are not in `problem`
+    kind: str = ""  # "multiple choice", "numerical", "free-form", "OCR" or "regression"
+    source: str = ""  # the dataset's name if the row tells, else the format's
+    row: dict = field(default_factory=dict, compare=False, repr=False)  # as it stood in the file
+
+    @property
+    def text(self) -> str:
+        """The question as every prompt shows it: options that stand apart follow the problem.
+
+        In the form of the general benchmarks' evaluators (eval_general_videor1.py): no line break
+        before "Options:", one after each option.
+        """
+        if not self.options:
+            return self.problem
+        return self.problem + "Options:\n" + "".join(option + "\n" for option in self.options)
+
+    @property
+    def is_number(self) -> bool:
+        """Whether the question asks for a number (and so not for letters)."""
+        return self.kind in NUMBER_KINDS
+
+
+# -------------------------------------------------------------------------------------------- files
+
+
+def read_rows(path: Path, errors: list[str]) -> Iterator[tuple[str, object]]:
+    """Yields ("row 3", object) of a JSON list, ("line 3", object) of JSONL.
+
+    A line that is not JSON goes to `errors`; a file that is not a list raises DataError.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; a JSON list or JSONL of questions is due") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    if text.lstrip().startswith("["):
+        try:
+            rows = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}: is not valid JSON ({_json_reason(error)})") from None
+        yield from ((f"row {k}", row) for k, row in enumerate(rows, 1))
+        return
+    for k, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            yield f"line {k}", json.loads(line)
+        except (ValueError, RecursionError) as error:
+            errors.append(f"line {k}: is not valid JSON ({_json_reason(error, in_line=True)})")
+
+
+def _json_reason(error: Exception, in_line: bool = False) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        place = f"column {error.colno}" if in_line else f"line {error.lineno} column {error.colno}"
+        return f"{error.msg} at {place}"
+    return short(str(error), 200)  # too deep, or an integer of thousands of digits
+
+
+def read_records(path: str | Path, video_root: str | Path = "") -> tuple[list[Record], list[str]]:
+    """(the good records, a sentence for every bad row). Raises DataError if the file cannot be
+    read at all."""
+    path, root = Path(path), Path(video_root)
+    real_root, records, errors = os.path.realpath(root), [], []
+    for where, row in read_rows(path, errors):
+        try:
+            records.append(as_record(row, where, root, real_root))
+        except ValueError as error:
+            errors.append(f"{where}: {error}")
+    return records, errors
+
+
+def load_records(path: str | Path, video_root: str | Path = "") -> list[Record]:
+    """All records of a file, their video paths joined to `video_root`.
+
+    Whether the clips can be read is found out when they are (or by `python data.py check`); the
+    rows themselves are all checked first, and DataError lists every bad one (the first ten in its
+    message, all in its `errors`).
+    """
+    records, errors = read_records(path, video_root)
+    if errors:
+        more = f"\n  ... and {len(errors) - 10} more" if len(errors) > 10 else ""
+        message = f"{path}: {len(errors)} bad row(s):\n  " + "\n  ".join(errors[:10]) + more
+        raise DataError(message, errors)
+    if not records:
+        raise DataError(f"{path}: holds no records")
+    return records
+
+
+# --------------------------------------------------------------------------------------------- rows
+
+
+def as_record(row: object, where: str, root: Path, real_root: str | None = None) -> Record:
+    """One row of any format. Raises ValueError saying what is wrong with it."""
+    if not isinstance(row, dict):
+        raise ValueError(f"is {type(row).__name__}, not an object with problem, solution and video")
+    if isinstance(row.get("questions"), list):
+        raise ValueError("is a raw CLEVRER scene; convert the file with: python data.py clevrer")
+    if row.get("data_type", "video") not in ("video", "frame"):  # "frame": TV-QA in MVBench
+        raise ValueError(f"is about a {short(row['data_type'])}; only videos can be shown")
+    problem, solution = _problem(row), _solution(row)
+    video = join_video(root, _text(row, "video", "path", "video_filename"), real_root)
+    texts = option_texts(row.get("options"))
+    if len(problem) + sum(map(len, texts)) > MAX_TEXT:
+        raise ValueError(f"has a question of more than {MAX_TEXT:,} characters")
+    in_problem = option_letters(problem)
+    options = tuple(
+        given if given.startswith(f"{a}.") else f"{a}. {text}"
+        for a, given, text in zip(LETTERS, row.get("options") or [], texts, strict=False)
+    )
+    kind = _kind(row, solution, bool(options or in_problem))
+    letters = set(LETTERS[: len(options)]) or in_problem
+    if kind == "multiple choice" and letters and not answer_set(solution) <= letters:
+        raise ValueError(
+            f"the answer {short(tagged_answer(solution))} names no option; "
+            f"the options are {', '.join(sorted(letters))}"
+        )
+    row_id = next(
+        (str(row[k])[:200] for k in ("id", "question_id", "problem_id") if k in row), where
+    )
+    apart = options if len(in_problem) != len(options) else ()
+    return Record(row_id, problem, solution, video, apart, kind, _source(row), row)
+
+
+def _text(row: dict, *keys: str) -> str:
+    """The first of `keys` that the row has, which must be a text with something in it."""
+    key = next((k for k in keys if row.get(k) is not None), keys[0])
+    value = row.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"needs {key!r}, a text that is not empty")
+    if len(value) > MAX_TEXT:
+        raise ValueError(f"has {len(value):,} characters of {key!r}; at most {MAX_TEXT:,} are read")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"has half a character (a lone surrogate) in {key!r}") from None
+    return value
+
+
+def _problem(row: dict) -> str:
+    return _text(row, "problem", "question")
+
+
+def _solution(row: dict) -> str:
+    """ "<answer>A,C</answer>"; NExT-GQA's "(A),(C)" is brought into that form."""
+    if row.get("solution") is not None or "problem" in row:
+        return _text(row, "solution")
+    answer = _text(row, "solution", "answer")
+    if re.fullmatch(r"\([A-Z]\)(,\([A-Z]\))*", answer.strip()):
+        answer = re.sub("[() ]", "", answer)
+    return f"<answer>{answer}</answer>"
+
+
+def option_texts(options: object) -> list[str]:
+    """The options without their letters: ["(A) red", "(B) blue"], ["A. red", "B. blue"] and ["red",
+    "blue"] all give ["red", "blue"].
+
+    Raises ValueError if they are not a list of texts. Letters count only if they run A, B, C, ...
+    """
+    if options is None:
+        return []
+    if not isinstance(options, list) or len(options) > len(LETTERS):
+        raise ValueError("has 'options' that are not a list of at most 26 texts")
+    for option in options:
+        _text({"options": option}, "options")
+    lettered = [re.match(r"\s*(?:\(([A-Z])\)|([A-Z])[.):])(?:\s+|$)", o) for o in options]
+    found = [m and (m[1] or m[2]) for m in lettered]
+    if found == list(LETTERS[: len(options)]):
+        return [o[m.end() :] for o, m in zip(options, lettered, strict=True)]
+    return list(options)
+
+
+def option_letters(problem: str, options: object = None) -> set[str]:
+    """The letters a choice question offers: from its `options` list, else from lines "A. red", "A)
+    red" or "A red".
+
+    Empty when there are none (a question that asks for a number or a text). Lines count only if
+    they run A, B, C, ...
+    """
+    if isinstance(options, list):
+        return set(LETTERS[: len(options)])
+    found = re.findall(r"^[ \t]*\(?([A-Z])[.):]?[ \t]", problem, re.MULTILINE)
+    if len(found) >= 2 and found == list(LETTERS[: len(found)]):
+        return set(found)
+    return set()
+
+
+def _kind(row: dict, solution: str, has_options: bool) -> str:
+    """The row's own problem type, else what its options and its answer tell."""
+    kind = row.get("problem_type")
+    if kind is not None and kind != "":
+        known = ("multiple choice", *NUMBER_KINDS, *TEXT_KINDS)
+        if kind not in known:
+            raise ValueError(f"has problem_type {short(kind)}; known are {', '.join(known)}")
+        return kind
+    if has_options:
+        return "multiple choice"
+    if number(tagged_answer(solution)) is not None:
+        return "numerical"
+    is_letters = all(len(part) == 1 and part in LETTERS for part in answer_set(solution))
+    return "multiple choice" if is_letters else "free-form"
+
+
+def _source(row: dict) -> str:
+    """The dataset, for counts: its name where the row has one, else the name of the format."""
+    name = row.get("data_source")
+    if isinstance(name, str) and name.strip() and "://" not in name:
+        return name[:40]
+    if "video_filename" in row:
+        return "dvd"
+    if "problem" not in row:
+        return "star" if row.get("solution") is not None else "nextgqa"
+    return "video-r1" if "problem_type" in row else "nextgqa" if "options" in row else "clevrer"
+
+
+def task_of(row: dict) -> str:
+    """What a row asks about, for tables: its task type where it has one, else the directory of its
+    clip (MVBench and MMVU keep one for each task or subject)."""
+    for key in ("task_type", "type", "dim", "question_type", "original_question_type"):
+        value = row.get(key)
+        if isinstance(value, str) and value.strip() and "choice" not in value:
+            return value[:40]
+    video = next((row[k] for k in ("video", "path") if isinstance(row.get(k), str)), "")
+    return os.path.basename(os.path.dirname(video[:MAX_PATH]))[:40]
+
+
+# -------------------------------------------------------------------------------------------- paths
+
+
+def join_video(root: Path, name: str, real_root: str | None = None) -> Path:
+    """root/name, leading "/" and "./" of `name` stripped.
+
+    Raises ValueError if the result lies outside the root, by ".." or by a symbolic link: a dataset
+    must not choose which files of this machine are read.
+    """
+    if "\0" in name or len(name) > MAX_PATH:
+        raise ValueError("has a video path that no file can have")
+    stripped = name.strip()
+    while stripped.startswith(("/", "./")):
+        stripped = stripped.lstrip("/")
+        stripped = stripped[2:] if stripped.startswith("./") else stripped
+    if not stripped or stripped == ".":
+        raise ValueError(f"has the video path {short(name)}, which names no file")
+    if os.path.normpath(stripped).split(os.sep)[0] == "..":
+        raise ValueError(f"has the video path {short(name)}, which leaves --video_root")
+    path = root / stripped
+    real_root = os.path.realpath(root) if real_root is None else real_root
+    if os.path.commonpath([real_root, os.path.realpath(path)]) != real_root:
+        raise ValueError(
+            f"has the video path {short(name)}, a symbolic link out of --video_root; "
+            "give the directory it points to as --video_root"
+        )
+    return path
+
+
+def short(value: object, length: int = 80) -> str:
+    """A value for a message: its repr, cut to `length` characters, on one line."""
+    text = value if isinstance(value, str) else str(type(value).__name__)
+    return repr(text if len(text) <= length else text[:length] + "...")

@@ -1,0 +1,253 @@
+"""Accuracy from evaluation logs, this project's and the official ones: every number recomputed.
+
+    read_log     JSONL of answered questions -> Log: one Answer a question, duplicates set aside
+    summarize    Log -> accuracy with its 95 % interval: overall, single, multi, by task
+    report, markdown    the same as text, and as one table of several logs
+
+A row is {"question": {the dataset's row}, "ground_truth", "model_output", ...}. Its accuracy is
+recomputed from model_output, and compared with the log's own where it has one. Soft accuracy is
+`rewards.compare_answers`; strict counts only what is fully right.
+
+OFFICIAL (src/eval/*.py): the CLEVRER evaluator's "overall" covers its last batch only; a resumed
+run repeats rows (the Video-MME zero-shot log holds 2,748 for 2,700 questions).
+OURS: all rows, each question once, the first of its rows counted.
+
+Letters in shapes: Q questions, R resamples.
+"""
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from records import DataError, read_rows, task_of
+from rewards import compare_answers, extract_answer, number, strict_format_reward, tagged_answer
+
+_LETTERS = re.compile(r"[A-Z](?:\s*,\s*[A-Z])*,?")
+MANY_TASKS = 40  # more are no breakdown anyone reads
+
+
+@dataclass
+class Answer:
+    """One question of a log, scored."""
+
+    name: str  # its id
+    soft: float
+    form: float  # the strict format
+    answer: str
+    is_multi: bool  # several right answers, by the comma in the truth, as in the official code
+    task: str
+    fits: bool  # the answer is of a form that could be right
+    agrees: bool  # with the log's own score, or the log has none
+
+
+@dataclass
+class Log:
+    path: Path
+    answers: list[Answer]
+    duplicates: list[str] = field(default_factory=list)  # ids, one for every row set aside
+    errors: list[str] = field(default_factory=list)  # a sentence for every bad row
+
+
+def question_key(row: object) -> str:
+    """What makes two rows the same question: the dataset's whole row."""
+    return json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
+
+
+def read_log(path: str | Path) -> Log:
+    """Raises DataError if no row of the file can be scored."""
+    path = Path(path)
+    log, seen = Log(path, []), set()
+    for where, row in read_rows(path, log.errors):
+        try:
+            answer, key = score_row(row, where)
+        except ValueError as error:
+            log.errors.append(f"{where}: {error}")
+            continue
+        if key in seen:
+            log.duplicates.append(answer.name)
+        else:
+            seen.add(key)
+            log.answers.append(answer)
+    if not log.answers:
+        first = f"; {log.errors[0]}" if log.errors else ""
+        raise DataError(
+            f"{path}: holds no row that can be scored; an evaluation log is due, JSONL of "
+            f'{{"question", "ground_truth", "model_output"}}{first}'
+        )
+    return log
+
+
+def score_row(row: object, where: str) -> tuple[Answer, str]:
+    """(the answer of one row, scored; its question's key). Raises ValueError if it has none."""
+    if not isinstance(row, dict) or not isinstance(row.get("model_output"), str):
+        raise ValueError("needs 'model_output', a text")
+    question = row.get("question")
+    facts = question if isinstance(question, dict) else {}
+    truth = row.get("ground_truth", facts.get("solution"))
+    if not isinstance(truth, str) or not truth.strip():
+        raise ValueError("needs 'ground_truth', a text that is not empty")
+    truth = tagged_answer(truth)
+    answer = answer_of(row)
+    soft = compare_answers(answer, truth)
+    logged = row.get("accuracy_score")
+    ids = (facts.get(k) for k in ("id", "question_id", "problem_id"))
+    name = next((str(i)[:80] for i in ids if i is not None), where)
+    is_number = number(truth) is not None
+    is_choice = not is_number and _LETTERS.fullmatch(truth) is not None
+    fits = bool(answer)
+    if is_choice or is_number:
+        fits = (number(answer) if is_number else _LETTERS.fullmatch(answer)) is not None
+    scored = Answer(
+        name=name,
+        soft=soft,
+        form=strict_format_reward(row["model_output"]),
+        answer=answer,
+        is_multi=is_choice and "," in truth,
+        task=task_of(facts),
+        fits=fits,
+        agrees=not isinstance(logged, int | float) or abs(logged - soft) < 1e-6,
+    )
+    return scored, question_key(question if question is not None else [where])
+
+
+def answer_of(row: dict) -> str:
+    """The answer by the rule of the evaluator that wrote the row.
+
+    The general zero-shot script compares the whole output; all others extract (REFERENCE of the
+    rule: rewards.extract_answer). Which it was shows in the logged "extracted_answer".
+    """
+    output = row["model_output"]
+    extracted, whole = extract_answer(output), output.strip()
+    return whole if row.get("extracted_answer") == whole else extracted
+
+
+# ------------------------------------------------------------------------------------------ numbers
+
+
+@dataclass
+class Share:
+    """An accuracy in percent and its 95 % bootstrap interval."""
+
+    questions: int
+    strict: float
+    soft: float
+    strict_interval: tuple[float, float]
+    soft_interval: tuple[float, float]
+
+
+@dataclass
+class Summary:
+    shares: dict[str, Share]  # "overall", "single", "multi", then tasks
+    form: float  # percent of the outputs in the strict format
+    unfit: Counter  # answers of a form that cannot be right -> how often
+    disagreements: int  # rows whose logged score is another
+
+
+def interval(scores_Q: np.ndarray, resamples: int, seed: int) -> tuple[float, float]:
+    """95 % percentile bootstrap of the mean, in percent: Q questions drawn anew, R times.
+
+    Only how often each value occurs matters, so a resample is one multinomial draw over the
+    distinct values: the same distribution, thousands of times faster than drawing questions.
+    """
+    values, counts = np.unique(scores_Q, return_counts=True)
+    total = len(scores_Q)
+    draws = np.random.default_rng(seed).multinomial(total, counts / total, size=resamples)
+    low, high = np.percentile(draws @ values / total, [2.5, 97.5]) * 100
+    return float(low), float(high)
+
+
+def share(answers: list[Answer], resamples: int, seed: int) -> Share:
+    soft_Q = np.array([a.soft for a in answers])
+    strict_Q = (soft_Q == 1.0).astype(float)
+    return Share(
+        len(answers),
+        100 * float(strict_Q.mean()),
+        100 * float(soft_Q.mean()),
+        interval(strict_Q, resamples, seed),
+        interval(soft_Q, resamples, seed),
+    )
+
+
+def summarize(log: Log, resamples: int = 1000, seed: int = 0) -> Summary:
+    groups = {
+        "overall": log.answers,
+        "single": [a for a in log.answers if not a.is_multi],
+        "multi": [a for a in log.answers if a.is_multi],
+    }
+    tasks = sorted({a.task for a in log.answers if a.task})
+    if 2 <= len(tasks) <= MANY_TASKS:
+        groups |= {f"task {t}": [a for a in log.answers if a.task == t] for t in tasks}
+    return Summary(
+        {name: share(group, resamples, seed) for name, group in groups.items() if group},
+        100 * float(np.mean([a.form for a in log.answers])),
+        Counter(a.answer for a in log.answers if not a.fits),
+        sum(not a.agrees for a in log.answers),
+    )
+
+
+# --------------------------------------------------------------------------------------------- text
+
+
+def report(log: Log, summary: Summary) -> str:
+    lines = [f"{log.path.name}: {len(log.answers)} questions"]
+    lines.append(f"{'':32} questions   strict [95 %]           soft [95 %]")
+    for name, s in summary.shares.items():
+        lines.append(
+            f"  {one_line(name, 30):30} {s.questions:9}   "
+            f"{s.strict:6.2f} [{s.strict_interval[0]:5.1f}, {s.strict_interval[1]:5.1f}]   "
+            f"{s.soft:6.2f} [{s.soft_interval[0]:5.1f}, {s.soft_interval[1]:5.1f}]"
+        )
+    unfit = sum(summary.unfit.values())
+    examples = ", ".join(repr(one_line(a, 30)) for a, _ in summary.unfit.most_common(5))
+    lines.append(f"  format rate {summary.form:.2f}")
+    lines.append(f"  answers that fit no rule: {unfit}" + (f" ({examples})" if unfit else ""))
+    names = ", ".join(one_line(n, 40) for n in log.duplicates[:10])
+    more = ", ..." if len(log.duplicates) > 10 else ""
+    lines.append(
+        f"  duplicate rows, counted once: {len(log.duplicates)}"
+        + (f" (questions {names}{more})" if names else "")
+    )
+    if summary.disagreements:
+        lines.append(f"  rows whose logged accuracy_score is another: {summary.disagreements}")
+    lines += [f"  bad row, not counted: {one_line(error, 200)}" for error in log.errors[:10]]
+    if len(log.errors) > 10:
+        lines.append(f"  ... and {len(log.errors) - 10} more bad rows")
+    return "\n".join(lines)
+
+
+def markdown(logs: list[tuple[Log, Summary]]) -> str:
+    """One table, a line for each log; intervals are of the strict accuracy."""
+    lines = [
+        "| log | questions | strict | 95 % | soft | single | multi strict | multi soft | format "
+        "| fit no rule | duplicates |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for log, summary in logs:
+        overall = summary.shares["overall"]
+        single, multi = summary.shares.get("single"), summary.shares.get("multi")
+        low, high = overall.strict_interval
+        cells = [
+            one_line(log.path.stem, 80).replace("|", "\\|"),
+            str(overall.questions),
+            f"{overall.strict:.2f}",
+            f"{low:.1f} to {high:.1f}",
+            f"{overall.soft:.2f}",
+            f"{single.strict:.2f}" if single else "-",
+            f"{multi.strict:.2f}" if multi else "-",
+            f"{multi.soft:.2f}" if multi else "-",
+            f"{summary.form:.1f}",
+            str(sum(summary.unfit.values())),
+            str(len(log.duplicates)),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def one_line(text: str, length: int) -> str:
+    """Untrusted text for a terminal: printable characters only, on one line, cut to `length`."""
+    text = text[:length] + ("..." if len(text) > length else "")
+    return "".join(c if c.isprintable() else " " for c in text)

@@ -1,0 +1,235 @@
+"""Question-answer inversion and CLEVRER's conversion: what the official converters get wrong."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+
+from convert import clevrer_file, clevrer_rows, invert, negate, qai_file, qai_rows
+from records import LETTERS, DataError, load_records, option_texts
+from rewards import answer_set
+
+NEXT = {
+    "id": "1_1",
+    "video": "1104/48.mp4",
+    "question": "why did the Boy run",
+    "options": ["(A) late", "(B) happy", "(C) chased", "(D) bored", "(E) cold"],
+    "answer": "(C)",
+    "type": "CW",
+}
+STAR = {
+    "id": "7",
+    "video": "/STAR/a.mp4",
+    "question": "What did the person do with the Clothes?",
+    "options": ["Lied on.", "Took.", "Put down.", "Washed."],
+    "solution": "<answer>C</answer>",
+}
+
+
+@pytest.mark.parametrize(
+    "question, negated",
+    [
+        ("why did the boy run", "why didn't the boy run"),
+        ("How Does Anna know?", "How Doesn't Anna know?"),
+        ("what are they doing", "what aren't they doing"),
+        ("who is near  the dog ", "who isn't near  the dog "),
+        ("WHAT DID he do", "WHAT DIDN'T he do"),
+        ("What will the person do next?", "What won't the person do next?"),
+        ("What happened after he sat?", "What didn't happen after he sat?"),
+        ("what happens to the ball", "what doesn't happen to the ball"),
+        ("Which object was taken by the person?", "Which object wasn't taken by the person?"),
+        ("Which object did he take?", "Which object didn't he take?"),
+        ("Which object would he take next?", "Which object wouldn't he take next?"),
+        ("Which other object is possible to be held?",
+         "Which other object isn't possible to be held?"),
+        ("What else is the person able to do with the Bag?",
+         "What else is the person unable to do with the Bag?"),
+        ("Which object is the man able to throw?", "Which object is the man unable to throw?"),
+    ],
+)  # fmt: skip
+def test_negation_reads_fluently_and_keeps_case_and_blanks(question, negated):
+    assert negate(question) == negated
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "why the man bend down", "does the dog bite", "why deos the man walk", "", "did", "why",
+        "what activity is the child doing", "why did the boy not jump", "why didn't he jump",
+        "what didnt he do", "how did she make sure the boy does not fall", "why isn’t it red",
+        "how can the babies move", "what is the person unable to do", "whydid he",
+    ],
+)  # fmt: skip
+def test_what_cannot_be_negated_is_refused(question):
+    assert negate(question) is None
+
+
+def violations(before: dict, after: dict) -> list[str]:
+    """The rules of the inversion that a row breaks, told from the two rows alone."""
+    old, new = option_texts(before["options"]), option_texts(after["options"])
+    (right,) = answer_set(before.get("solution") or before["answer"].strip("()"))
+    original = old[LETTERS.index(right)]
+    now_right = {new[LETTERS.index(a)] for a in answer_set(after["solution"])}
+    broken = {
+        "an option twice": len(set(new)) < len(new),
+        "an option that was not there": not set(new) <= set(old),
+        "no right option": not now_right,
+        "original answer gone": original not in new,
+        "original answer right": original in now_right,
+        "right set is not the complement": now_right != set(new) - {original},
+        "question as before": after["question"] == before["question"],
+        "more than one word changed": len(
+            set(before["question"].split()) - set(after["question"].split())
+        )
+        > 1,
+        "problem does not show it": after["problem"].split("\n")
+        != [after["question"], *(f"{a} {t}" for a, t in zip(LETTERS, new, strict=False))],
+        "path changed": after["video"] != before["video"],
+    }
+    return [name for name, is_broken in broken.items() if is_broken]
+
+
+def generated(count: int) -> list[dict]:
+    """Rows of both kinds with 2 to 6 options, some of them twice, some questions not negatable."""
+    rng = random.Random(0)
+    words = "ran Sat took the Ball a dog slowly home Red".split()
+    starts = ["why did", "What does", "how is", "What will", "Which object was", "why the", "did"]
+    rows = []
+    for k in range(count):
+        options = [
+            " ".join(rng.choices(words, k=rng.randint(1, 3))) for _ in range(rng.randint(2, 6))
+        ]
+        question = f"{rng.choice(starts)} the {rng.choice(words)} {rng.choice(words)}"
+        right = rng.randrange(len(options))
+        if k % 2:
+            lettered = [f"({a}) {o}" for a, o in zip(LETTERS, options, strict=False)]
+            row = dict(NEXT, question=question, options=lettered, answer=f"({LETTERS[right]})")
+        else:
+            row = dict(STAR, question=question, options=options,
+                       solution=f"<answer>{LETTERS[right]}</answer>")  # fmt: skip
+        rows.append(row)
+    return rows
+
+
+def check_rules(rows: list[dict]) -> tuple[int, dict]:
+    made, counts = qai_rows(rows, seed=3)
+    inverted = [(a, b) for a, b in zip(rows, made, strict=True) if b["is_negated"]]
+    assert [v for pair in inverted for v in violations(*pair)] == []
+    kept = [(a, b) for a, b in zip(rows, made, strict=True) if not b["is_negated"]]
+    assert all(b["question"] == a["question"] for a, b in kept)
+    assert all(option_texts(b["options"]) == option_texts(a["options"]) for a, b in kept)
+    assert counts["inverted"] == len(inverted)
+    assert sum(v for k, v in counts.items() if k.startswith("kept")) + len(inverted) <= len(rows)
+    return len(inverted), counts
+
+
+def test_ten_thousand_generated_rows_break_no_rule():
+    inverted, counts = check_rules(generated(10_000))
+    assert 2500 < inverted < 4500
+    assert counts["kept (cannot be negated)"] > 900
+    assert counts["kept (right option occurs twice)"] > 100
+
+
+def test_all_real_nextgqa_rows_break_no_rule(sample):
+    rows = json.loads(sample("nextgqa_raw_head.json").read_text())
+    inverted, counts = check_rules(rows)
+    assert 120 < inverted < 180 and counts["rows"] == 300
+
+
+def test_the_number_of_right_options_varies():
+    """So that neither "all but one" nor "all" can be learned: 1 to 4 right of 2 to 5."""
+    rights = []
+    for k in range(2000):
+        rng = np.random.default_rng(k)
+        _, options, right = invert("why did he go", list("abcde"), 2, rng)
+        assert len(options) == len(right) + 1
+        rights.append((len(right), right[0] == 0))
+    shares = [sum(n == k for n, _ in rights) / 2000 for k in (1, 2, 3, 4)]
+    assert all(abs(share - 0.25) < 0.04 for share in shares)
+    assert 0.3 < sum(first for _, first in rights) / 2000 < 0.9  # shuffled
+
+
+def test_the_same_seed_gives_the_same_bytes(tmp_path):
+    source = tmp_path / "in.json"
+    source.write_text(json.dumps(generated(200)))
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        qai_file(str(source), str(tmp_path / f"{name}.json"), seed)
+    a, b, c = ((tmp_path / f"{n}.json").read_bytes() for n in "abc")
+    assert a == b != c
+
+
+def test_rows_do_not_depend_on_each_other():
+    rows = generated(50)
+    assert qai_rows(rows, 1)[0][:20] == qai_rows(rows[:20], 1)[0]
+
+
+def test_p_is_the_share_that_is_inverted():
+    assert qai_rows([NEXT] * 20, 0, p=0.0)[1]["inverted"] == 0
+    assert qai_rows([NEXT] * 20, 0, p=1.0)[1]["inverted"] == 20
+
+
+def test_inverted_rows_load_as_records(tmp_path):
+    (tmp_path / "in.jsonl").write_text("\n".join(json.dumps(r) for r in (NEXT, STAR)))
+    qai_file(str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), 0, p=1.0)
+    records = load_records(tmp_path / "out.jsonl", tmp_path)
+    assert records[0].problem.startswith("why didn't the Boy run\nA ")
+    assert records[1].problem.startswith("What didn't the person do with the Clothes?\nA ")
+    assert all(r.options == () for r in records)  # they stand in the problem already
+
+
+def test_a_row_with_several_answers_or_none_to_negate_is_kept_and_counted():
+    rows = [dict(NEXT, answer="(A),(B)"), dict(NEXT, question="why the boy run")]
+    made, counts = qai_rows(rows, 0, p=1.0)
+    assert [r["is_negated"] for r in made] == [False, False]
+    assert made[0]["solution"] == "<answer>A,B</answer>" and made[0]["answer"] == "(A),(B)"
+    assert counts["kept (not a single-choice question with options)"] == 1
+    assert counts["kept (cannot be negated)"] == 1
+
+
+def test_bad_rows_are_all_named_and_nothing_is_written(tmp_path):
+    (tmp_path / "in.json").write_text(json.dumps([NEXT, 5, dict(NEXT, answer="(Z)")]))
+    with pytest.raises(DataError, match=r"(?s)2 bad row.*row 2: .*row 3: "):
+        qai_file(str(tmp_path / "in.json"), str(tmp_path / "out.json"), 0)
+    assert not (tmp_path / "out.json").exists()
+
+
+# ------------------------------------------------------------------------------------------ clevrer
+
+SCENE = {
+    "video_filename": "video_10000.mp4",
+    "scene_index": 10000,
+    "questions": [
+        {"question_id": 0, "question": "What colour?", "question_type": "descriptive",
+         "answer": "red"},
+        {"question_id": 11, "question": "Without the ball, what will not happen?",
+         "question_type": "counterfactual", "choices": [
+            {"choice_id": 0, "choice": "red hits blue", "answer": "correct"},
+            {"choice_id": 1, "choice": "blue hits red", "answer": "wrong"},
+            {"choice_id": 2, "choice": "both leave", "answer": "correct"}]},
+        {"question_id": 12, "question": "Without the cube?", "question_type": "counterfactual",
+         "choices": [{"choice_id": 0, "choice": "nothing", "answer": "wrong"}]},
+    ],
+}  # fmt: skip
+
+
+def test_clevrer_scenes_become_records(tmp_path):
+    (tmp_path / "raw.json").write_text(json.dumps([SCENE]))
+    counts = clevrer_file(str(tmp_path / "raw.json"), str(tmp_path / "out.json"))
+    assert counts == {"written": 1, "of another type": 1, "left out, without a correct choice": 1}
+    (record,) = load_records(tmp_path / "out.json", "clips")
+    assert record.id == "10000-11" and record.solution == "<answer>A,C</answer>"
+    assert str(record.video) == "clips/video_10000.mp4"
+    assert record.problem == (
+        "Without the ball, what will not happen?\nA. red hits blue\nB. blue hits red\nC. both leave"
+    )
+
+
+@pytest.mark.parametrize("scene", [5, {}, {"questions": 3}, {"questions": [{}]}, {"questions": [
+    {"question_type": "counterfactual", "choices": [{"choice": 1}]}]}])  # fmt: skip
+def test_a_file_that_is_not_clevrers_is_named(scene, tmp_path):
+    with pytest.raises(ValueError, match="scene 2: "):
+        clevrer_rows([SCENE, scene])
+    (tmp_path / "raw.json").write_text(json.dumps([SCENE, scene]))
+    with pytest.raises(DataError, match="raw.json: scene 2: .*CLEVRER's own question file"):
+        clevrer_file(str(tmp_path / "raw.json"), str(tmp_path / "out.json"))
