@@ -157,7 +157,10 @@ class ClipReader:
         path = check_file(path)
         if self.process is None:
             self.process = subprocess.Popen(
-                [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+                [sys.executable, __file__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,  # Ctrl-C is for us; it ends when its stdin does
             )
             if self._answer() != "ready":
                 self.close()
