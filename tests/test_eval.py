@@ -455,7 +455,7 @@ def toy_flags():
 
 
 def test_ask_answers_on_the_terminal(world, monkeypatch, capsys):
-    clip = sorted((world / "clips").iterdir())[0]
+    clip = world / "clips" / "train_000.mp4"
     flags = ["ask", "--model", world / "model", "--video", clip, "--question", "Which colours?"]
     flags += ["--options", "red", "blue", "green", *SMALL, "--weights", "--num_generations", "3"]
     eval_py(monkeypatch, flags)
