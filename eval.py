@@ -14,6 +14,7 @@ Letters in shapes: B questions answered together, G completions of each, T posit
 """
 
 import argparse
+import contextlib
 import fcntl
 import json
 import os
@@ -173,14 +174,16 @@ class RowLog:
 
 def ahead(items: Iterable, work: Callable, depth: int) -> Iterator:
     """work(item) for every item in order, up to `depth` of them done ahead in one thread."""
-    with ThreadPoolExecutor(1) as pool:
-        waiting = deque()
+    pool, waiting = ThreadPoolExecutor(1), deque()
+    try:
         for item in items:
             waiting.append(pool.submit(work, item))
             if len(waiting) > depth:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # whoever stops early does not wait for the rest
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -269,7 +272,7 @@ def run(args: argparse.Namespace) -> None:
                 k, record = item
                 try:
                     return prompter(record), (args.seed, k)
-                except VideoError as error:
+                except (VideoError, DataError) as error:
                     skipped.append(record.id)
                     tqdm.write(f"skipped question {record.id}: {error}", file=sys.stderr)
                     bar.update()
@@ -278,17 +281,18 @@ def run(args: argparse.Namespace) -> None:
                 questions, seeds = [q for q, _ in batch], [s for _, s in batch]
                 return rollout(policy, questions, seeds, args)
 
-            prepared = (p for p in ahead(todo, prepare, args.batch_size) if p is not None)
-            for group in answered(prepared, generate, args.batch_size):
-                row = log_row(group, style)
-                log.append(row)
-                hits.append(row["accuracy_score"] == 1.0)
-                bar.update()
-                bar.set_postfix(strict=f"{100 * np.mean(hits):.1f}", refresh=False)
+            with contextlib.closing(ahead(todo, prepare, args.batch_size)) as prepared:
+                readable = (question for question in prepared if question is not None)
+                for group in answered(readable, generate, args.batch_size):
+                    row = log_row(group, style)
+                    log.append(row)
+                    hits.append(row["accuracy_score"] == 1.0)
+                    bar.update()
+                    bar.set_postfix(strict=f"{100 * np.mean(hits):.1f}", refresh=False)
             bar.close()
     print(f"rank {rank}: {len(hits)} questions answered, {len(skipped)} skipped", flush=True)
-    if todo and not hits:
-        raise DataError(f"{args.data}: none of the {len(todo)} clips can be read")
+    if not hits and not log.done:
+        raise DataError(f"{args.data}: none of its {len(todo)} questions could be shown")
     if world == 1:
         scored = scoring.read_log(args.out)
         print(scoring.report(scored, scoring.summarize(scored)))

@@ -1,5 +1,6 @@
 """Benchmarks, the scores of their logs, and one question at a time."""
 
+import contextlib
 import json
 import multiprocessing
 import random
@@ -21,11 +22,25 @@ import eval as evaluation
 import scoring
 import toy
 import twgrpo
+import video
 from data import STYLES
 from policy import ModelError
 from records import DataError
 from rewards import number
 from rollout import sample
+
+
+@pytest.fixture(scope="module")
+def reader():
+    with video.ClipReader() as reader:
+        yield reader
+
+
+@pytest.fixture(autouse=True)
+def one_reader(reader, monkeypatch):
+    """One decoding process for all runs here: starting it takes longer than what it does."""
+    monkeypatch.setattr(video, "ClipReader", lambda timeout: contextlib.nullcontext(reader))
+
 
 # ------------------------------------------------------------------------------------------- score
 
@@ -288,9 +303,10 @@ def test_processes_that_write_at_once_do_not_tear_each_others_rows(tmp_path):
 
 
 def test_unreadable_clips_are_skipped_counted_and_tried_again(world, tmp_path, monkeypatch, capfd):
-    rows = read_rows(world / "train.jsonl")[:3]
+    rows = read_rows(world / "train.jsonl")[:4]
+    rows[3]["problem"] = "What is <|video_pad|>?"  # a question no prompt can hold
     (tmp_path / "clips").mkdir()
-    for row_ in rows[:2]:
+    for row_ in (*rows[:2], rows[3]):
         (tmp_path / row_["video"]).write_bytes((world / row_["video"]).read_bytes())
     (tmp_path / rows[1]["video"]).write_bytes(b"no video")
     (tmp_path / "q.json").write_text(json.dumps(rows))
@@ -298,14 +314,16 @@ def test_unreadable_clips_are_skipped_counted_and_tried_again(world, tmp_path, m
     places = ("--data", tmp_path / "q.json", "--video_root", tmp_path)
     eval_py(monkeypatch, run_flags(world, out, *places))
     text, errors = capfd.readouterr()
-    assert "1 questions answered, 2 skipped" in text
+    assert "1 questions answered, 3 skipped" in text
+    assert "skipped question train-3: record train-3: its prompt holds 2 <|video_pad|>" in errors
     assert "skipped question train-1: " in errors and "train_002.mp4: no such video" in errors
     (tmp_path / rows[2]["video"]).write_bytes((world / rows[2]["video"]).read_bytes())
     eval_py(monkeypatch, run_flags(world, out, *places))
-    assert "1 questions answered, 1 skipped" in capfd.readouterr().out
+    assert "1 questions answered, 2 skipped" in capfd.readouterr().out
     assert set(answers_of(out)) == {"train-0", "train-2"}
-    with pytest.raises(SystemExit, match="none of the 1 clips can be read"):
-        eval_py(monkeypatch, run_flags(world, out, *places))
+    (tmp_path / "q.json").write_text(json.dumps(rows[1:2]))
+    with pytest.raises(SystemExit, match="none of its 1 questions could be shown"):
+        eval_py(monkeypatch, run_flags(world, tmp_path / "other.jsonl", *places))
 
 
 def test_out_of_memory_halves_the_batch_and_loses_nothing(capfd):
@@ -438,7 +456,7 @@ def toy_flags():
 
 
 def test_ask_answers_on_the_terminal(world, monkeypatch, capsys):
-    clip = sorted((world / "clips").iterdir())[0]
+    clip = world / "clips" / "train_000.mp4"
     flags = ["ask", "--model", world / "model", "--video", clip, "--question", "Which colours?"]
     flags += ["--options", "red", "blue", "green", *SMALL, "--weights", "--num_generations", "3"]
     eval_py(monkeypatch, flags)
