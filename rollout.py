@@ -25,7 +25,10 @@ class GroupCache:
     """
 
     def __init__(self, layers: int, num_generations: int, length: int, real_BP: Tensor):
-        self.num_generations, self.length, self.real_BP = num_generations, length, real_BP
+        self.num_generations, self.length = num_generations, length
+        # Added to scores: 0 where there is something to see, -inf where there is not.
+        self.unreal_B11P = torch.zeros_like(real_BP, dtype=torch.float32)
+        self.unreal_B11P = self.unreal_B11P.masked_fill(~real_BP, -torch.inf)[:, None, None]
         self.prompt: list[tuple[Tensor, Tensor] | None] = [None] * layers  # (B, heads, P, d)
         self.own: list[tuple[Tensor, Tensor] | None] = [None] * layers  # (R, heads, length, d)
         self.t_1 = None  # (1,) int64, the position whose keys are being written; None: prefill
@@ -37,6 +40,11 @@ class GroupCache:
             B, heads, _, d = key.shape
             shape = (B * self.num_generations, heads, self.length, d)
             self.own[layer] = (key.new_zeros(shape), key.new_zeros(shape))
+
+    def unwritten_W(self) -> Tensor:
+        """-inf at the positions of the own cache that are read but not yet written, else 0."""
+        position_W = torch.arange(self.width, device=self.t_1.device)
+        return torch.where(position_W <= self.t_1, 0.0, -torch.inf)
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         if self.t_1 is None:
@@ -62,20 +70,18 @@ def group_attention(module, query, key, value, attention_mask, *, scaling, group
     query, key, value, prompt_key, prompt_value = (
         x.float() for x in (query, key, value, prompt_key, prompt_value)
     )
+
+    def by_question(x: Tensor) -> Tensor:  # (R, heads, shared, n) -> (B, heads, G * shared, n)
+        return x.view(B, G, heads, shared, -1).transpose(1, 2).reshape(B, heads, G * shared, -1)
+
+    def by_row(x: Tensor) -> Tensor:  # and back
+        return x.reshape(B, heads, G, shared, -1).transpose(1, 2).reshape(R, heads, shared, -1)
+
     q_own = query.view(R, heads, shared, d) * scaling
-    q_prompt = q_own.view(B, G, heads, shared, d).transpose(1, 2).reshape(B, heads, G * shared, d)
-
-    to_prompt = q_prompt @ prompt_key.mT  # (B, heads, G * shared, P)
-    to_prompt = to_prompt.masked_fill(~group_cache.real_BP[:, None, None], -torch.inf)
-    to_prompt = to_prompt.view(B, heads, G, shared, P).transpose(1, 2).reshape(R, heads, shared, P)
-    to_own = q_own @ key.mT  # (R, heads, shared, W)
-    written_W = torch.arange(W, device=key.device) <= group_cache.t_1
-    to_own = to_own.masked_fill(~written_W, -torch.inf)
+    to_prompt = by_question(q_own) @ prompt_key.mT + group_cache.unreal_B11P
+    to_own = by_question(q_own @ key.mT + group_cache.unwritten_W())
     p_prompt, p_own = torch.cat([to_prompt, to_own], -1).softmax(-1).split([P, W], -1)
-
-    p_prompt = p_prompt.view(B, G, heads, shared, P).transpose(1, 2).reshape(B, heads, -1, P)
-    from_prompt = (p_prompt @ prompt_value).view(B, heads, G, shared, d).transpose(1, 2)
-    out = from_prompt.reshape(R, heads, shared, d) + p_own @ value
+    out = by_row(p_prompt @ prompt_value) + by_row(p_own) @ value
     return out.reshape(R, 1, H, d).to(dtype), None
 
 

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from test_policy import as_qwen2_vl
 
 import eval as evaluation
+import loader
 import scoring
 import toy
 import twgrpo
-import video
 from data import STYLES
 from policy import ModelError
 from records import DataError
@@ -32,14 +32,14 @@ from rollout import sample
 
 @pytest.fixture(scope="module")
 def reader():
-    with video.ClipReader() as reader:
+    with loader.ClipReader() as reader:
         yield reader
 
 
 @pytest.fixture(autouse=True)
 def one_reader(reader, monkeypatch):
     """One decoding process for all runs here: starting it takes longer than what it does."""
-    monkeypatch.setattr(video, "ClipReader", lambda timeout: contextlib.nullcontext(reader))
+    monkeypatch.setattr(evaluation, "ClipReader", lambda _: contextlib.nullcontext(reader))
 
 
 # ------------------------------------------------------------------------------------------- score
