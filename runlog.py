@@ -1,7 +1,7 @@
 """The files a run leaves behind, apart from its checkpoints.
 
     config.json         the flags
-    metrics.jsonl       one line every logging_steps, the mean over them
+    metrics.jsonl       one line every logging_steps and at each checkpoint: means since the last
     completions.jsonl   one group every logging_steps, with rewards, advantages and token weights
 
 Metric names follow TRL where it has one. Letters as in twgrpo.py: B questions, G completions, K
@@ -41,7 +41,7 @@ class RunLog:
         self.seconds: dict[str, float] = defaultdict(float)
         self.tokens = self.steps = 0
         self.asked = self.skipped = self.trained = self.nonfinite = 0  # since the start, all ranks
-        self.latest: dict[str, float] = {}
+        self.this_step: dict[str, list[float]] = {}  # of this step, for the progress bar
         self.named: set[str] = set()
         self.report = make_reporter(cfg, directory) if ranks.is_main() else None
         if ranks.is_main():
@@ -66,7 +66,7 @@ class RunLog:
 
     def add(self, weight: float = 1.0, **values) -> None:
         for name, value in values.items():
-            self.latest[name] = float(value)
+            self.this_step.setdefault(name, []).append(float(value))
             self.sums[name] += weight * float(value)
             self.weights[name] += weight
 
@@ -108,14 +108,14 @@ class RunLog:
     def end_step(self, step: int, bar: tqdm) -> None:
         """Shows the step (counted from 1) and, every logging_steps, writes the line."""
         self.steps += 1
-        if "reward" in self.latest:
-            reward, std, length = (
-                self.latest[name] for name in ("reward", "reward_std", "completion_length")
-            )
+        if "reward" in self.this_step:
+            names = ("reward", "reward_std", "completion_length")
+            reward, std, length = (mean(self.this_step[name]) for name in names)
             phases = " ".join(f"{name} {s / self.steps:.2f}" for name, s in self.seconds.items())
             bar.set_postfix_str(
                 f"reward {reward:.2f} std {std:.2f} length {length:.0f}, s: {phases}", refresh=False
             )
+        self.this_step.clear()
         if step % self.cfg.logging_steps == 0:
             self.write(step)
 
