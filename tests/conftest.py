@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+# Two test processes share the cores (pyproject.toml), so each computes in one thread; before torch.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
