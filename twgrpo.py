@@ -633,7 +633,8 @@ def run(cfg: Config) -> Path:
 
     records, held_out = training_records(cfg), held_out_records(cfg)
     if cfg.dry_run:
-        plan.show(cfg, records)
+        if ranks.is_main():
+            plan.show(cfg, records)
         return directory
     resume = None
     if cfg.resume_from_checkpoint:
@@ -672,10 +673,10 @@ def run(cfg: Config) -> Path:
 def main() -> None:
     try:
         run(parse_config())
-    except (ConfigError, DataError, ModelError, RunError, CheckpointError, ImportError) as error:
+    except (ConfigError, DataError, ModelError, RunError, CheckpointError) as error:
         raise SystemExit(f"error: {error}") from None
-    except OSError as error:
-        raise SystemExit(f"error: {error.filename}: {error.strerror}") from None
+    except (video.VideoError, ImportError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit("interrupted; what was written so far is whole") from None
     finally:

@@ -95,9 +95,9 @@ def read_clip(path: str | os.PathLike, fps: float = FPS, max_frames: int = MAX_F
         frames, indices, rate = decode(path, fps, max_frames)
     except VideoError:
         raise
-    except (
-        Exception
-    ) as error:  # decord and PyAV raise many types of their own; each means this file is unreadable
+    except TooShort as error:
+        raise VideoError(f"{path}: {error}") from None
+    except Exception as error:  # decord and PyAV have many types of their own for unreadable files
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise VideoError(f"{path}: cannot be decoded ({reason[0][:200]})") from error
     return Clip(frames, (indices[-1] - indices[0]) / (len(indices) - 1) / rate)

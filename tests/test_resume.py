@@ -140,4 +140,4 @@ def test_dry_run_names_what_is_wrong(world, tmp_path):
     flags = ["--jsonl_path", str(tmp_path / "q.json"), "--dry_run", "true"]
     result = run_twgrpo(world, tmp_path / "r", *flags)
     assert result.returncode == 1 and "no.mp4: no such video file" in result.stdout
-    assert "none of the first" in result.stderr
+    assert "error: none of the first" in result.stderr and "Traceback" not in result.stderr
