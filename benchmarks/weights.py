@@ -15,7 +15,7 @@ Toy: `twgrpo.py` itself, one untrained step at a time (the learning rate is too 
 float32 weight), once per form. Seeds fix the questions and the samples, so the runs look at the
 same groups, and what differs in completions.jsonl is the weight alone.
 
-The figure and every number of docs/equations.md's table come from the JSON this writes.
+The figure and docs/equations.md's table come from the JSON this writes (benchmarks/weights.json).
 """
 
 import argparse
@@ -178,6 +178,24 @@ def plot(result: dict, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def table(result: dict) -> str:
+    """The summary as docs/equations.md shows it."""
+    lines = [
+        "| rows | form of D_t | w, all alive: mean | largest | w, half or fewer alive: mean | largest "
+        "| w, last position | D, half or fewer / all alive |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    blocks = [(f"synthetic, scale {s}", b) for s, b in result["synthetic"]["summary"].items()]
+    blocks += [("toy completions", result["toy"]["summary"])] if "toy" in result else []
+    for label, block in blocks:
+        for name, x in block.items():
+            w = [x["all_alive_mean"], x["all_alive_max"], x["half_or_fewer_mean"],
+                 x["half_or_fewer_max"], x["last_position_mean"]]  # fmt: skip
+            cells = [*(f"{value:.3f}" for value in w), f"{x['divergence_ratio']:.2f}"]
+            lines.append(f"| {label} | {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def rounded(value, digits: int = 5):
     if isinstance(value, dict):
         return {k: rounded(v, digits) for k, v in value.items()}
@@ -227,10 +245,7 @@ def main() -> None:
         Path(args.json).write_text(json.dumps(rounded(result)) + "\n", encoding="utf-8")
     result = json.loads(Path(args.json).read_text(encoding="utf-8"))
     plot(result, Path(args.plot))
-    scales = result["synthetic"]["summary"]
-    for label, block in [*scales.items(), ("toy", result.get("toy", {}).get("summary"))]:
-        for name, values in (block or {}).items():
-            print(label, name, values)
+    print(table(result))
 
 
 if __name__ == "__main__":
