@@ -173,7 +173,8 @@ def plot(result: dict, path: Path) -> None:
         lower.grid(alpha=0.3)
     axes[0, 0].set_ylabel("token weight w_t")
     axes[1, 0].set_ylabel("alive")
-    axes[0, 0].legend(fontsize=8, loc="upper left")
+    lines, names = axes[0, 0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside upper center", ncols=len(names), fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
@@ -181,8 +182,8 @@ def plot(result: dict, path: Path) -> None:
 def table(result: dict) -> str:
     """The summary as docs/equations.md shows it."""
     lines = [
-        "| rows | form of D_t | w, all alive: mean | largest | w, half or fewer alive: mean | largest "
-        "| w, last position | D, half or fewer / all alive |",
+        "| rows | form of D_t | w, all alive: mean | largest | w, half or fewer alive: mean "
+        "| largest | w, last position | D, half or fewer / all alive |",
         "|---|---|---|---|---|---|---|---|",
     ]
     blocks = [(f"synthetic, scale {s}", b) for s, b in result["synthetic"]["summary"].items()]

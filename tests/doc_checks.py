@@ -1,7 +1,7 @@
 """Checks of what the documents say against what is there. Each returns a list of sentences, one a
-fault; an empty list is a pass. `test_docs.py` feeds them the documents, and lies to see them fail.
+fault; an empty list is a pass. `test_docs.py` feeds them the documents, and lies to be caught.
 
-Marks a document may carry, each an HTML comment on a line of its own, right before what it is about:
+Marks a document may carry, each an HTML comment on its own line, right before what it is about:
 
     <!-- figures: benchmarks/NAME.json -->   the numbers of the next table stand in that file
     <!-- computed: tests/x.py::test_y -->    the numbers of the next table are recomputed there
@@ -30,7 +30,7 @@ def relative(path: Path) -> str:
     return str(path.relative_to(PROJECT))
 
 
-# ------------------------------------------------------------------------------------- what there is
+# ------------------------------------------------------------------------------------ what there is
 
 
 @cache
@@ -106,7 +106,7 @@ def tests_of(file: str) -> frozenset[str]:
     return frozenset(n for n in names_in(path) if n.startswith("test_")) if path.exists() else ()
 
 
-# -------------------------------------------------------------------------------- parts of documents
+# ------------------------------------------------------------------------------- parts of documents
 
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -171,7 +171,7 @@ def spans(text: str) -> list[str]:
     return re.findall(r"`([^`\n]+)`", prose(text))
 
 
-# --------------------------------------------------------------------------------------------- flags
+# -------------------------------------------------------------------------------------------- flags
 
 
 def wrong_flags(text: str, not_ours: frozenset[str] = frozenset()) -> list[str]:
@@ -195,7 +195,7 @@ def wrong_flags(text: str, not_ours: frozenset[str] = frozenset()) -> list[str]:
     return faults
 
 
-# --------------------------------------------------------------------------------- links, paths, names
+# ------------------------------------------------------------------------------ links, paths, names
 
 
 def broken_links(text: str, folder: Path) -> list[str]:
@@ -260,7 +260,7 @@ def wrong_names(text: str, folder: Path, not_ours: frozenset[str] = frozenset())
     return faults
 
 
-# --------------------------------------------------------------------------------------------- tests
+# -------------------------------------------------------------------------------------------- tests
 
 
 def missing_tests(text: str) -> list[str]:
@@ -283,7 +283,7 @@ def missing_tests(text: str) -> list[str]:
     return faults
 
 
-# ----------------------------------------------------------------------------------------- equations
+# ---------------------------------------------------------------------------------------- equations
 
 
 def tags(text: str) -> list[int]:
@@ -335,7 +335,7 @@ def dangling_equations(text: str, known: set[int]) -> list[str]:
     return faults
 
 
-# ------------------------------------------------------------------------------------------- figures
+# ------------------------------------------------------------------------------------------ figures
 
 
 def numbers_in(cell: str) -> list[str]:
@@ -399,7 +399,7 @@ def unfounded_figures(text: str, exempt: dict[str, str]) -> list[str]:
     return faults
 
 
-# ------------------------------------------------------------------------------------ official lines
+# ----------------------------------------------------------------------------------- official lines
 
 
 OFFICIAL = re.compile(r"`((?:[\w.-]+/)*[\w.-]+\.(?:py|sh|md|json)):(\d+)(?:-(\d+))?`")
@@ -424,7 +424,7 @@ def official_faults(text: str, words: dict[str, str], checkout: Path | None) -> 
     return faults
 
 
-# -------------------------------------------------------------------------------------- running them
+# ------------------------------------------------------------------------------------- running them
 
 
 def tracked_files() -> list[str]:
