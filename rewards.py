@@ -9,6 +9,7 @@ Each reward takes one completion and one solution and returns a float in [0, 1];
 any string, and each takes time linear in its length (the official regular expressions do not: they
 are restated here with string search, and tests compare the two). Source: the official code at
 aa529ff, src/open_r1/grpo.py, and src/eval/*.py for the evaluators' two.
+Equations by number: docs/equations.md.
 """
 
 import re
@@ -79,18 +80,18 @@ def compare_answers(answer: str, truth: str) -> float:
 
 
 def accuracy_reward(completion: str, solution: str) -> float:
-    """The soft, multi-level reward: `compare_answers` of the two tagged answers."""
+    """Eq. 1, the soft, multi-level reward: `compare_answers` of the two tagged answers."""
     return compare_answers(tagged_answer(completion), tagged_answer(solution))
 
 
 def origin_accuracy_reward(completion: str, solution: str) -> float:
-    """The binary reward of the baselines: 1 if the answer is exactly the truth, else 0."""
+    """Eq. 2, the binary reward of the baselines: 1 if the answer is exactly the truth, else 0."""
     return float(accuracy_reward(completion, solution) == 1.0)
 
 
 def format_reward(completion: str, solution: str = "") -> float:
-    """1 if the text ends in <think>...</think> <answer>...</answer>, else 0; the solution plays no
-    part.
+    """Eq. 3: 1 if the text ends in <think>...</think> <answer>...</answer>, else 0; the solution
+    plays no part.
 
     Text may stand before <think>, blanks and "!" after </answer>; a second <think> or <answer>
     anywhere fails.

@@ -12,7 +12,7 @@ Letters in shapes: F frames (even), H and W pixels, S patches = t h w, P prompt 
 
 Source of the sampling and resizing rules: the official code at aa529ff,
 qwen-vl-utils/src/qwen_vl_utils/ vision_process.py; of the patches: transformers'
-Qwen2VLImageProcessor; of the positions: see `mrope_positions`.
+Qwen2VLImageProcessor; of the positions: see `mrope_positions`. Equations: docs/equations.md.
 """
 
 import importlib.util
@@ -69,8 +69,8 @@ class Geometry:
 def frame_indices(
     total: int, rate: float, fps: float = FPS, max_frames: int = MAX_FRAMES
 ) -> list[int]:
-    """Which of `total` frames, shot at `rate` a second, to show: about `fps` a second, evenly
-    spaced, an even number.
+    """Eq. 27: which of `total` frames, shot at `rate` a second, to show: about `fps` a second,
+    evenly spaced, an even number.
 
     At least 4 (or all there are) and at most `max_frames`; first and last frame always included.
     """
@@ -174,8 +174,8 @@ def resized_shape(
     max_pixels: int = MAX_PIXELS,
     factor: int = 28,
 ) -> tuple[int, int]:
-    """(height, width) in multiples of `factor`, about the same aspect, holding min_pixels to
-    max_pixels unless the sides are too unequal for that."""
+    """Eq. 28: (height, width) in multiples of `factor`, about the same aspect, holding min_pixels
+    to max_pixels unless the sides are too unequal for that."""
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise ValueError(
             f"is {width} x {height} pixels; more than {MAX_ASPECT} times longer than wide"
@@ -243,8 +243,8 @@ def mrope_positions(
     seconds_per_patch: float,
     geometry: Geometry,
 ) -> Tensor:
-    """Position ids of a prompt with one video, for multimodal rotary embedding: (3, P) int64, axes
-    time, height, width.
+    """Eq. 29: position ids of a prompt with one video, for multimodal rotary embedding: (3, P)
+    int64, axes time, height, width.
 
     Text counts up by one on all three axes at once. The token of the video at temporal patch k, row
     y, column x stands at s + (floor(k * seconds_per_patch * tokens_per_second), y, x), where s is

@@ -2,7 +2,7 @@
 once more.
 
 With the log-sum-exp and the coefficients c_n = dLoss/dlogp_n known, the gradient of a logit needs
-nothing but itself:
+nothing but itself (eqs. 25, 26 of docs/equations.md, where they are derived):
     g_n(v) = c_n (1[v = y_n] - p_n(v)) / temperature,      dH += g W_slice,      dW_slice = gᵀ H.
 Slices of the vocabulary write disjoint rows of dW and are added to dH in order: no atomics, the
 same bits every time. Letters as in `kernels/reference.py`.

@@ -20,7 +20,7 @@ def row_kernel(
     logits_ptr, target_ptr, order_ptr, logp_ptr, peak_ptr, log_sum_ptr,
     V, inverse_temperature, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp and target log-prob of one row: `reference.vocab_logps` at the target.
+    """Eqs. 8, 21: log-sum-exp and target log-prob of a row, `reference.vocab_logps` at the target.
 
     The log-sum-exp is kept in two parts, the row's peak m and log Σ e^(x-m): their sum would be
     rounded to the peak's last digit, 4e-6 at 60, and with it every probability of the row.
@@ -50,7 +50,7 @@ def group_kernel(
     TEXTBOOK: tl.constexpr, UNIFORM: tl.constexpr,
     SLICES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One slice of the vocabulary of D_t: `reference.group_divergence`.
+    """Eqs. 14, 15: one slice of the vocabulary of D_t, `reference.group_divergence`.
 
     Grid: positions of the chunk x slices. The alive rows of position t are neighbours, rows
     start[t] to start[t+1] of the position-major order.

@@ -77,7 +77,7 @@ def log_sum_exp_kernel(
     N, V, D, inverse_temperature, slice_tiles,
     WORDS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, EVEN_D: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp of a slice of the vocabulary, and the target's logit: `reference.vocab_logps`.
+    """Eq. 21: log-sum-exp of a slice of the vocabulary, and the target's logit.
 
     Grid: token tiles x slices; programs that run together read the same words. Here tokens lie on
     the tile's first axis, as the running statistics are few then: two tokens to a thread.
@@ -112,7 +112,7 @@ def divergence_kernel(
     TEXTBOOK: tl.constexpr, UNIFORM: tl.constexpr, ROWS: tl.constexpr,
     WORDS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, EVEN_D: tl.constexpr,
 ):  # fmt: skip
-    """One slice of the vocabulary of D_t for POSITIONS positions: `reference.group_divergence`.
+    """Eqs. 14, 15: one slice of the vocabulary of D_t for POSITIONS positions.
 
     Grid: position tiles x slices. Column j is row j // POSITIONS of position j % POSITIONS.
     """

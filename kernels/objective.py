@@ -1,5 +1,5 @@
-"""Weights, ratio, clip, k3, loss and the loss's derivative by each log-prob: one small Triton
-kernel.
+"""Weights, ratio, clip, k3, loss and the loss's derivative by each log-prob (eqs. 9 to 11, 16 to 19
+and 24 of docs/equations.md): one small Triton kernel.
 
 Letters as in `kernels/reference.py`. Reference: `token_weights`, `clipped_objective`, `k3_kl`,
 `token_coefficients`.

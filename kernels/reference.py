@@ -13,6 +13,7 @@ Tokens are stored completion by completion: all of c_1, then all of c_2, and so 
 
 Source of the formulas: the official code at aa529ff, src/open_r1/trainer/grpo_trainer.py
 (`compute_loss` and `compute_token_importance_kl_logs_uniform`), and the paper, arXiv 2505.24718.
+"Eq. 14" is number 14 of docs/equations.md, which says of each equation what it leaves unsaid.
 """
 
 import math
@@ -38,7 +39,7 @@ class HeadOutput:
 
 
 def vocab_logps(hidden_ND: Tensor, weight_VD: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax(h W^T / temperature), nats: (N, V), in float32 or wider.
+    """Eq. 8: log softmax(h W^T / temperature), nats: (N, V), in float32 or wider.
 
     bf16 inputs are widened first: rounding the logits to bf16 moves D_t by 3.5e-3 relative
     (measured at V = 152064).
@@ -53,7 +54,7 @@ def vocab_logps(hidden_ND: Tensor, weight_VD: Tensor, temperature: float = 1.0) 
 
 
 def positions_of_tokens(lengths_G: Tensor) -> tuple[Tensor, Tensor]:
-    """(completion_N, position_N): the completion each token belongs to, and the t it stands at."""
+    """Eq. 6: (completion_N, position_N), the completion each token belongs to, and its t."""
     completion_N = torch.repeat_interleave(
         torch.arange(len(lengths_G), device=lengths_G.device), lengths_G
     )
@@ -65,7 +66,7 @@ def positions_of_tokens(lengths_G: Tensor) -> tuple[Tensor, Tensor]:
 def group_divergence(
     logps_GTV: Tensor, lengths_G: Tensor, form: str = "official", ended_rows: str = "uniform"
 ) -> Tensor:
-    """D_t: how much the G next-token distributions at position t disagree, in nats: (T,).
+    """Eqs. 12 to 15. D_t: how much the G next-token distributions at t disagree, in nats: (T,).
 
     With l_i = logps_GTV[i, t], a distribution over V words, and all means over the group:
 
@@ -105,7 +106,7 @@ def group_divergence(
 
 
 def token_weights(divergence_T: Tensor, alpha: float) -> Tensor:
-    """w_t = 1 + (alpha - 1) (D_t - min D) / (max D - min D + 1e-8), in [1, alpha]: (T,).
+    """Eqs. 16, 17. w_t = 1 + (alpha-1) (D_t - min D) / (max D - min D + 1e-8), in [1, alpha]: (T,).
 
     Minimum and maximum run over all T positions of the group; the weight of a position is shared by
     its completions.
@@ -117,8 +118,8 @@ def token_weights(divergence_T: Tensor, alpha: float) -> Tensor:
 def clipped_objective(
     logps_N: Tensor, old_logps_N: Tensor, advantages_N: Tensor, eps_low: float, eps_high: float
 ) -> tuple[Tensor, Tensor]:
-    """min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A) with rho = exp(logp - old_logp): (N,), and
-    where it clipped.
+    """Eqs. 9, 10: min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A) with rho = exp(logp - old_logp):
+    (N,), and where it clipped.
 
     A token counts as clipped where the constant branch is the smaller one, that is where its
     gradient is zero.
@@ -132,7 +133,7 @@ def clipped_objective(
 
 
 def k3_kl(logps_N: Tensor, ref_logps_N: Tensor) -> Tensor:
-    """k3 = exp(d) - d - 1 with d = clamp(ref_logp - logp, -11, 11): (N,).
+    """Eq. 11: k3 = exp(d) - d - 1 with d = clamp(ref_logp - logp, -11, 11): (N,).
 
     An estimate of KL(policy || reference), nats.
     """
@@ -141,7 +142,7 @@ def k3_kl(logps_N: Tensor, ref_logps_N: Tensor) -> Tensor:
 
 
 def token_coefficients(lengths_G: Tensor, weights_T: Tensor, loss_type: str) -> Tensor:
-    """The factor of each token's loss in the total: (N,).
+    """Eqs. 18, 19: the factor of each token's loss in the total: (N,).
 
     - "tw_grpo":  w_t / N, one weighted mean over all tokens of the group. With alpha = 1 this is
       token-normalised GRPO.
@@ -159,7 +160,7 @@ def tw_grpo(
     hidden_ND, weight_VD, targets_N, lengths_G, advantages_G, *, old_logps_N, ref_logps_N,
     alpha, eps_low, eps_high, beta, temperature, loss_type, divergence, ended_rows, detach_weights,
 ) -> HeadOutput:  # fmt: skip
-    """The whole loss of one question, equation by equation. Arguments: `kernels.tw_grpo_head`."""
+    """The whole loss of one question, eqs. 8 to 19 in order. Arguments: `kernels.tw_grpo_head`."""
     completion_N, position_N = positions_of_tokens(lengths_G)
 
     logps_NV = vocab_logps(hidden_ND, weight_VD, temperature)

@@ -20,7 +20,7 @@ def clamp_log_ratio(d):
 
 @triton.jit
 def k3_series(d):
-    """exp(d) - d - 1 for abs(d) < 1/2; the first omitted term is 8e-7 of the result there."""
+    """Eq. 22: exp(d) - d - 1 for abs(d) < 1/2; the first omitted term is 8e-7 of the result."""
     # e^d - d - 1 = d² (1/2! + d/3! + d²/4! + ...)
     series = 1 / 720 + d * (1 / 5040)
     series = 1 / 24 + d * (1 / 120 + d * series)
@@ -38,7 +38,7 @@ def k3(d):
 
 @triton.jit
 def kl_integrand(p, q, d):
-    """p log(p/q) + q - p for d = log q - log p; q - p adds nothing in the mean over the group.
+    """Eq. 23: p log(p/q) + q - p for d = log q - log p; q - p adds nothing in the group's mean.
 
     It equals p k3(d), is never negative, and keeps its digits where p and q are nearly equal.
     """
@@ -49,7 +49,7 @@ def kl_integrand(p, q, d):
 def group_spread(
     logp, alive, alive_count, ended, log_V, TEXTBOOK: tl.constexpr, AXIS: tl.constexpr
 ):
-    """The integrand of D_t at each word: `reference.group_divergence` before its sum over V.
+    """Eqs. 12 to 15, D_t at each word: the integrand of `reference.group_divergence`.
 
     logp         float32 tile of log-probs, the rows of a group along AXIS
     alive        which of those rows exist; what the others hold is never read

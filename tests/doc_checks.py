@@ -174,6 +174,9 @@ def spans(text: str) -> list[str]:
 # -------------------------------------------------------------------------------------------- flags
 
 
+PROGRAM = re.compile(r"(?<![\w/])((?:\w+/)*\w+\.py)\b|-m ((?:kernels|benchmarks)\.\w+)")
+
+
 def wrong_flags(text: str, not_ours: frozenset[str] = frozenset()) -> list[str]:
     """Flags no parser knows, and flags given to a program that does not know them."""
     faults = []
@@ -183,8 +186,8 @@ def wrong_flags(text: str, not_ours: frozenset[str] = frozenset()) -> list[str]:
     joined = text.replace("\\\n", " ")
     for line in joined.splitlines():
         line = line.split(" # ")[0]
-        program = re.search(r"\b(\w+\.py)\b|-m ((?:kernels|benchmarks)\.\w+)", line)
-        if not program or not re.search(r"\b(?:python|torchrun)\b", line):
+        program = PROGRAM.search(line)
+        if not program or "pytest" in line or not re.search(r"\b(?:python|torchrun)\b", line):
             continue
         file = program[1] or program[2].replace(".", "/") + ".py"
         given = re.findall(r"(?<![\w-])--([a-z][a-z_]+)", line[program.end() :])
@@ -222,11 +225,9 @@ def missing_paths(text: str, folder: Path, run: Path, not_ours: frozenset[str]) 
         path = span.split("::")[0]
         if not PATH.fullmatch(path) or path in not_ours:
             continue
-        path = re.sub(r"checkpoint-N\b", "checkpoint-*", path)
-        bare = path.removeprefix("runs/toy/") or "."
-        if not any(
-            any(base.glob(bare if base == run else path)) for base in (PROJECT, folder, run)
-        ):
+        path = path.rstrip("/").replace("checkpoint-N", "checkpoint-*")
+        bases = (PROJECT, folder, run, run.parent.parent)  # the last is where runs/toy starts from
+        if not any(any(base.glob(path)) for base in bases):
             faults.append(f"`{span}`: no such file")
     return faults
 
@@ -418,7 +419,9 @@ def official_faults(text: str, words: dict[str, str], checkout: Path | None) -> 
         if key not in words:
             faults.append(f"{key}: tests/golden/official_lines.json does not know it")
         elif checkout:
-            lines = (checkout / path).read_text(encoding="utf-8").splitlines()
+            file = checkout / path  # or, by its name alone, wherever it is
+            file = file if file.exists() else next(checkout.rglob(path))
+            lines = file.read_text(encoding="utf-8").splitlines()
             if words[key] not in "\n".join(lines[first - 1 : last]):
                 faults.append(f"{key}: does not hold {words[key]!r}")
     return faults
