@@ -95,8 +95,8 @@ def sample(
     banned_V: Tensor,
     top_p: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Eq. 5: one token per row and its log-prob, ((R,) int64, (R,) float32). Temperature 0 takes the
-    best.
+    """Eq. 5: one token per row and its log-prob, ((R,) int64, (R,) float32). Temperature 0 takes
+    the best.
 
     Each row inverts its cumulative distribution at its own uniform number in [0, 1), so the draw
     depends on nothing but that row. No top-k and no top-p: the gradient assumes that the whole

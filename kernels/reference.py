@@ -118,8 +118,8 @@ def token_weights(divergence_T: Tensor, alpha: float) -> Tensor:
 def clipped_objective(
     logps_N: Tensor, old_logps_N: Tensor, advantages_N: Tensor, eps_low: float, eps_high: float
 ) -> tuple[Tensor, Tensor]:
-    """Eqs. 9, 10: min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A) with rho = exp(logp - old_logp):
-    (N,), and where it clipped.
+    """Eqs. 9, 10: min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A) with
+    rho = exp(logp - old_logp): (N,), and where it clipped.
 
     A token counts as clipped where the constant branch is the smaller one, that is where its
     gradient is zero.

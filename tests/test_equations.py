@@ -113,6 +113,40 @@ def test_the_textbook_integrand_is_k3_weighted_by_p(seed):
     assert_close(code, right)
 
 
+@pytest.mark.parametrize("scale, ratio, reach", [(3.0, "1.72", "16"), (5.0, "27", "23")])
+def test_what_the_clamp_takes_away(scale, ratio, reach):
+    """Eq. 14 with and without it, on the rows and with the numbers the page names."""
+    rows = weights.synthetic_rows(20 if scale == 3 else 5, 8, 152064, scale, seed=0).double()
+    d = rows.mean(0) - rows
+    without = (torch.expm1(d) - d).sum(-1).mean()
+    clamped = group_divergence(rows[:, None], torch.ones(8, dtype=torch.int64))[0]
+    assert shown(float(without / clamped), ratio) and shown(float(d.abs().max()), reach)
+    assert f"{ratio} times" in PAGE and f"reach {reach}" in PAGE
+
+
+def test_what_bf16_logits_cost():
+    """Eq. 8: D_t from logits rounded to bf16 against D_t from them in float32."""
+    for scale in (1.0, 2.0, 3.0):
+        logits = weights.synthetic_rows(5, 8, 152064, scale, seed=0)
+        ones = torch.ones(8, dtype=torch.int64)
+        exact = group_divergence(logits.double().log_softmax(-1)[:, None], ones)[0]
+        wide = group_divergence(logits.log_softmax(-1)[:, None], ones)[0]
+        half = group_divergence(logits.bfloat16().float().log_softmax(-1)[:, None], ones)[0]
+        assert abs(wide / exact - 1) < 1e-5 and 1e-4 < abs(half / exact - 1) < 2e-3
+
+
+@pytest.mark.parametrize("size, D, percent", [(1e-3, "0.076", "0.4"), (3e-4, "0.0068", "14")])
+def test_the_literal_integrand_loses_the_digits_of_a_small_divergence(size, D, percent):
+    """Eq. 22 in float32, term by term as written and as the code has it, against float64."""
+    d = torch.randn(8, 152064, generator=torch.Generator().manual_seed(0)) * size
+    exact = (torch.expm1(d.double()) - d.double()).sum(-1).mean()
+    literal = (torch.exp(d) - d - 1).sum(-1).mean()
+    ours = (torch.expm1(d) - d).sum(-1).mean()
+    assert shown(float(exact), D) and shown(100 * abs(float(literal / exact) - 1), percent)
+    assert abs(float(ours / exact) - 1) < 1e-5
+    assert D in PAGE and f"{percent} % off" in PAGE
+
+
 # ------------------------------------------------------------------ what the weight really measures
 
 
