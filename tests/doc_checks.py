@@ -182,7 +182,7 @@ def wrong_flags(text: str, not_ours: frozenset[str] = frozenset()) -> list[str]:
     faults = []
     known = all_flags() | not_ours
     for flag in sorted(set(re.findall(r"(?<![\w-])--([a-z][a-z_]+)", text)) - known):
-        faults.append(f"--{flag}: no parser knows it")
+        faults.append(f"--{flag}: no parser knows it (not ours? FLAGS_NOT_OURS)")
     joined = text.replace("\\\n", " ")
     for line in joined.splitlines():
         line = line.split(" # ")[0]
@@ -228,7 +228,7 @@ def missing_paths(text: str, folder: Path, run: Path, not_ours: frozenset[str]) 
         path = path.rstrip("/").replace("checkpoint-N", "checkpoint-*")
         bases = (PROJECT, folder, run, run.parent.parent)  # the last is where runs/toy starts from
         if not any(any(base.glob(path)) for base in bases):
-            faults.append(f"`{span}`: no such file")
+            faults.append(f"`{span}`: no such file (not ours? PATHS_NOT_OURS)")
     return faults
 
 
@@ -257,7 +257,7 @@ def wrong_names(text: str, folder: Path, not_ours: frozenset[str] = frozenset())
             if classes and not any(span in names_in(p) for p in classes):
                 faults.append(f"`{span}`: {first} has no {rest}")
         elif "_" in span.strip("_") and span not in words_of_the_code():
-            faults.append(f"`{span}`: stands nowhere in the code")
+            faults.append(f"`{span}`: stands nowhere in the code (not ours? NAMES_NOT_OURS)")
     return faults
 
 
@@ -396,7 +396,10 @@ def unfounded_figures(text: str, exempt: dict[str, str]) -> list[str]:
             if not re.fullmatch(r"tests/\w+\.py::test_\w+", source):
                 faults.append(f"{title}: 'computed' names no test")
         elif is_measured(table) and table.header[0] not in exempt:
-            faults.append(f"{title}: numbers without <!-- figures: FILE.json --> before it")
+            faults.append(
+                f"{title}: numbers without <!-- figures: FILE.json --> before "
+                "it (TABLES_WITHOUT_FIGURES says why, if it must be)"
+            )
     return faults
 
 
