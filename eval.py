@@ -34,7 +34,8 @@ import video
 from data import STYLES, Prompter, load_records
 from kernels import tw_grpo_head
 from loader import ClipReader
-from policy import Group, ModelError, Policy
+from packing import Group
+from policy import ModelError, Policy
 from records import LETTERS, DataError, Record
 from rewards import (
     accuracy_reward,

@@ -8,12 +8,12 @@ import re
 import pytest
 from conftest import PROJECT, run_twgrpo
 
-from twgrpo import Config
+from config import Config
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 MODULES = (
-    "twgrpo policy rollout rewards data video loader eval toy runlog checkpoint plan ranks viz "
-    "kernels kernels.reference"
+    "twgrpo config questions packing policy rollout rewards data video loader eval toy runlog "
+    "checkpoint plan ranks viz kernels kernels.reference"
 ).split()
 FLAGS = {field.name for field in dataclasses.fields(Config)}
 
