@@ -340,8 +340,7 @@ def load_policy(cfg: Config, freeze_all: bool = False) -> Policy:
 
 
 def measure(cfg: Config, policy: Policy, prompter: Prompter, records: list[Record]) -> dict:
-    """Sampled and greedy accuracy, and sampled with the wrong video as a control. Every rank
-    measures everything: none has to wait for another."""
+    """Sampled and greedy accuracy, and sampled with the wrong video as a control."""
     common = dict(max_completion_length=cfg.max_completion_length, seed=cfg.seed)
     sampled = dict(temperature=cfg.temperature, num_generations=cfg.num_generations, **common)
     with policy.gathered() as actor:
