@@ -29,12 +29,14 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
+import ranks
 import scoring
 import video
 from data import STYLES, Prompter, load_records
 from kernels import tw_grpo_head
 from loader import ClipReader
-from policy import Group, ModelError, Policy
+from packing import Group
+from policy import ModelError, Policy
 from records import LETTERS, DataError, Record
 from rewards import (
     accuracy_reward,
@@ -78,19 +80,22 @@ def evaluate(
 
     temperature 0 is greedy (num_generations is then 1). With wrong_video every question is shown
     the clip of another one: what is left of the accuracy is what can be guessed from the text.
-    Questions whose clip cannot be read are left out and counted in "skipped".
+    Questions whose clip cannot be read are left out and counted in "skipped". Under torchrun every
+    rank takes its share of the questions, and all return the mean over all of them.
     """
     if wrong_video and len(records) < 2:
         raise DataError("a wrong video needs a second question to take it from")
     others = np.random.default_rng([seed, 0, 0, 3]).permutation(len(records))
     # The next one of a random cycle through all records: never the record itself.
     clip_of = {int(a): records[b] for a, b in zip(others, np.roll(others, 1), strict=True)}
-    scores, skipped = [], 0
+    mine, scores, skipped = range(ranks.rank(), len(records), ranks.world()), [], 0
     label = ("greedy" if temperature == 0 else "sampled") + (", wrong video" if wrong_video else "")
-    starts = range(0, len(records), batch_size)
-    for start in tqdm(starts, desc=f"evaluating ({label})", leave=False):
+    bar = range(0, len(mine), batch_size)
+    if ranks.is_main():
+        bar = tqdm(bar, desc=f"evaluating ({label})", leave=False)
+    for start in bar:
         questions, seeds = [], []
-        for k in range(start, min(start + batch_size, len(records))):
+        for k in mine[start : start + batch_size]:
             try:
                 questions.append(prompter(records[k], clip_of[k] if wrong_video else None))
                 seeds.append((seed, k, 0, 2))  # 2: no other stream ends so
@@ -107,6 +112,8 @@ def evaluate(
             scores += [
                 [measure(text, truth) for measure in MEASURES.values()] for text in group.texts
             ]
+    everyones, skips = zip(*ranks.gather((scores, skipped)), strict=True)
+    scores, skipped = [row for rows in everyones for row in rows], sum(skips)
     if not scores:
         raise DataError(f"none of the {len(records)} clips to evaluate on can be read")
     means = np.mean(scores, axis=0)

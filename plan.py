@@ -17,7 +17,7 @@ QUESTIONS = 3
 
 
 def show(cfg, records: list[Record]) -> None:
-    """Prints the plan of a run with `cfg`, a twgrpo.Config. Raises VideoError on a bad clip."""
+    """Prints the plan of a run with `cfg`, a config.Config. Raises VideoError on a bad clip."""
     name = cfg.model_name_or_path
     try:
         config = AutoConfig.from_pretrained(name)

@@ -19,7 +19,6 @@ import contextlib
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +40,7 @@ from transformers.utils import cached_file
 
 import ranks
 from data import Question, Record, load_chat_template
+from packing import ATTENTION, Group, pack, packed_mask
 from rollout import Decoder, GroupCache
 from video import Geometry, mrope_positions
 
@@ -57,78 +57,6 @@ PROCESSOR_FILES = (  # not needed here, but saved checkpoints carry them along f
 
 class ModelError(Exception):
     """A checkpoint that cannot be used. The message names it and says what is wrong."""
-
-
-@dataclass
-class Group:
-    """One question and the G completions sampled for it."""
-
-    question: Question
-    completions: list[Tensor]  # G vectors of int64 token ids, the end token included where one came
-    finished: list[bool]  # G; False: cut off at the length limit
-    texts: list[str]  # G, decoded without special tokens
-    sampled_logps_N: Tensor | None = None  # (N,) log-probs at the time of sampling
-    features: Tensor | None = None  # (video tokens, D), kept where the vision tower is frozen
-    rewards_GK: Tensor | None = None  # of K reward functions
-    advantages_G: Tensor | None = None
-    old_logps_N: Tensor | None = None  # of the weights that sampled; None before the first update
-    ref_logps_N: Tensor | None = None  # of the reference model; None without one
-
-    @property
-    def lengths_G(self) -> Tensor:
-        return torch.tensor([len(c) for c in self.completions])
-
-    @property
-    def targets_N(self) -> Tensor:
-        return torch.cat(self.completions)
-
-
-def pack(groups: list[Group], pad_id: int) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """One row [prompt | c_1 | c_2 | ... | c_G] per question, right-padded to the longest row.
-
-    Returns ids_BL, positions_3BL, segments_BL and, for each question, rows_N: the places in its row
-    whose hidden states predict its completion tokens. Every completion's positions go on from the
-    prompt's end, as if it stood there alone. Segments are 0 for the prompt, i for c_i, -1 for
-    padding. The last token of a completion predicts nothing and is left out; the first is predicted
-    by the prompt's last row, which all G completions share.
-    """
-    rows_ids, rows_positions, rows_segments, rows_N = [], [], [], []
-    for group in groups:
-        question = group.question
-        ids, positions, segments = (
-            [question.ids_P],
-            [question.positions_3P],
-            [torch.zeros_like(question.ids_P)],
-        )
-        start, following = len(question.ids_P), question.positions_3P.max() + 1
-        predictors = []
-        for i, completion in enumerate(group.completions, 1):
-            body = completion[:-1]
-            ids.append(body)
-            positions.append((following + torch.arange(len(body))).expand(3, -1))
-            segments.append(torch.full_like(body, i))
-            predictors.append(torch.tensor([len(question.ids_P) - 1]))
-            predictors.append(torch.arange(start, start + len(body)))
-            start += len(body)
-        rows_ids.append(torch.cat(ids))
-        rows_positions.append(torch.cat(positions, dim=1))
-        rows_segments.append(torch.cat(segments))
-        rows_N.append(torch.cat(predictors))
-    L = max(len(ids) for ids in rows_ids)
-    return (
-        torch.stack([F.pad(x, (0, L - len(x)), value=pad_id) for x in rows_ids]),
-        torch.stack([F.pad(x, (0, L - x.shape[1])) for x in rows_positions], dim=1),
-        torch.stack([F.pad(x, (0, L - len(x)), value=-1) for x in rows_segments]),
-        rows_N,
-    )
-
-
-def packed_mask(segments_BL: Tensor) -> Tensor:
-    """Who sees whom: (B, 1, L, L) bool. A token sees the prompt and its segment, up to itself."""
-    L = segments_BL.shape[1]
-    key, query = segments_BL[:, None, :], segments_BL[:, :, None]
-    causal = torch.ones(L, L, dtype=torch.bool, device=segments_BL.device).tril()
-    return (causal & ((key == 0) | (key == query)))[:, None]
 
 
 class Root(nn.Module):
@@ -154,6 +82,7 @@ class Policy:
         self.root: Root | None = None  # when sharded
         self.gradient_checkpointing = False
         self.save_dtype = torch.float32
+        self.packed_mask = packed_mask  # what `attend_with` may replace
         config, vision = model.config, model.config.vision_config
         self.geometry = Geometry(
             vision.patch_size,
@@ -178,6 +107,7 @@ class Policy:
         model_name_or_path: str | os.PathLike,
         device: torch.device | str = "cpu",
         freeze_vision_modules: bool = False,
+        attn_implementation: str = "sdpa",
     ):
         """A checkpoint directory or hub name, in float32. Raises ModelError if it is no Qwen-VL."""
         name = os.fspath(model_name_or_path)
@@ -214,6 +144,7 @@ class Policy:
         policy = cls(model.to(device).eval(), tokenizer, load_chat_template(name, tokenizer))
         policy.save_dtype = config.dtype or torch.float32
         policy.vision.requires_grad_(not freeze_vision_modules)
+        policy.attend_with(attn_implementation)
         return policy
 
     @property
@@ -265,7 +196,7 @@ class Policy:
         actor.tie_weights()  # the lm_head of small models is their embedding
         actor.generation_config = self.model.generation_config
         policy = Policy(actor.eval(), self.tokenizer, self.chat_template)
-        policy.eos_ids = self.eos_ids
+        policy.eos_ids, policy.packed_mask = self.eos_ids, self.packed_mask
         yield policy
 
     def save(self, directory: Path, processor_from: str | None = None) -> None:
@@ -356,7 +287,7 @@ class Policy:
         mask = (causal_PP & real_BP[:, None, :] | itself_PP)[:, None]
         cache = GroupCache(len(self.text.layers), G, T, real_BP)
         self.text.eval()
-        with self.compute():
+        with self.compute(), self.attention("sdpa"):
             hidden_BD = self.text(
                 inputs_embeds=self._embed(ids_BP.to(device), features),
                 position_ids=positions_3BP.to(device),
@@ -366,7 +297,7 @@ class Policy:
 
         # Decode: R = B G rows side by side.
         following_B = torch.stack([q.positions_3P.max() + 1 for q in questions])
-        with self.compute(), self._attention("group"):
+        with self.compute(), self.attention("group"):
             decoder = Decoder(
                 self.text,
                 self.model.lm_head,
@@ -385,8 +316,13 @@ class Policy:
         )
         return self._groups(questions, tokens_RT, logps_RT, G)
 
+    def attend_with(self, attn_implementation: str) -> None:
+        """How packed rows are scored: a key of packing.ATTENTION. It stays so until the gradient is
+        taken, since a checkpointed layer is computed once more then."""
+        self.text.config._attn_implementation, self.packed_mask = ATTENTION[attn_implementation]
+
     @contextlib.contextmanager
-    def _attention(self, name: str):
+    def attention(self, name: str):
         """Another attention function in the language model, for a while."""
         config = self.text.config
         before, config._attn_implementation = config._attn_implementation, name
@@ -436,7 +372,7 @@ class Policy:
             hidden_BLD = self.text(
                 inputs_embeds=self._embed(ids_BL.to(device), features),
                 position_ids=positions_3BL.to(device),
-                attention_mask={"full_attention": packed_mask(segments_BL.to(device))},
+                attention_mask={"full_attention": self.packed_mask(segments_BL.to(device))},
                 use_cache=False,
             ).last_hidden_state
         return [hidden_BLD[b, rows.to(device)] for b, rows in enumerate(rows_N)]

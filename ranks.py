@@ -5,9 +5,12 @@ reads the same. Nothing here is called by one rank only: each call is met by all
 """
 
 import os
+import signal
+import sys
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 
 def start() -> torch.device:
@@ -59,3 +62,22 @@ def agree(flag: bool) -> bool:
 
 def barrier() -> None:
     gather(None)
+
+
+class StopSignal:
+    """Ctrl-C or SIGTERM: finish the step, save and leave the loop. A second one acts at once."""
+
+    def __enter__(self):
+        self.requested = False
+        self.before = {n: signal.signal(n, self._receive) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number, frame):
+        self.requested = True
+        self.__exit__()
+        name = signal.Signals(number).name
+        tqdm.write(f"{name}: finishing the step, then saving; Ctrl-C to stop now", file=sys.stderr)

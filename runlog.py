@@ -24,13 +24,13 @@ from tqdm import tqdm
 
 import ranks
 from kernels import HeadOutput
-from policy import Group
+from packing import Group
 
 
 class RunLog:
     """Collects the measurements of a run on every rank; the first rank writes them.
 
-    `cfg` is a twgrpo.Config. What a rank measures counts by the questions it is about, so a rank
+    `cfg` is a config.Config. What a rank measures counts by the questions it is about, so a rank
     that was left with fewer of them does not distort the mean.
     """
 

@@ -32,7 +32,8 @@ from transformers import (
 
 from data import TEMPLATES, Prompter, Question, Record, load_records
 from kernels import reference
-from policy import Group, Policy
+from packing import Group
+from policy import Policy
 
 # Where the toy's training differs from the recipe of a 7B model (the defaults of twgrpo.Config),
 # and nowhere else.

@@ -18,154 +18,43 @@ tokens of a question, D hidden size.
 """
 
 import contextlib
-import dataclasses
 import json
 import math
-import shutil
-import signal
-import sys
-from collections import deque
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
 import checkpoint
 import plan
 import ranks
-import toy
-import video
 import viz
 from checkpoint import CheckpointError
-from data import DataError, Prompter, Question, Record, load_records, select_records, step_records
+from config import (
+    Config,
+    ConfigError,
+    check_attention,
+    held_out_records,
+    make_output_dir,
+    parse_config,
+    prepare_toy,
+    training_records,
+)
+from data import DataError, Prompter, Question, Record
 from eval import evaluate
 from kernels import HeadOutput, token_logps, tw_grpo_head
-from loader import ClipWorkers
-from policy import Group, ModelError, Policy
+from packing import Group
+from policy import ModelError, Policy
+from questions import QuestionsAhead
 from rewards import REWARDS
 from runlog import RunLog
+from video import VideoError
 
 
 class RunError(Exception):
     """A run that cannot go on. The message says why and what was saved."""
-
-
-class ConfigError(Exception):
-    """Flags that make no sense. The message names the flag and what it should be."""
-
-
-def flag(default, text: str):
-    if isinstance(default, list):
-        return field(default_factory=default.copy, metadata={"help": text})
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass
-class Config:
-    """Every setting of a run. The defaults are the paper's recipe (official scripts/tw-grpo.sh)."""
-
-    # What to train, on what
-    model_name_or_path: str | None = flag(None, "Qwen2.5-VL or Qwen2-VL checkpoint; none: the toy")
-    jsonl_path: str | None = flag(None, "training questions, a JSON list or JSONL")
-    video_root: str = flag("", "directory the records' video paths start from")
-    eval_jsonl_path: str | None = flag(None, "questions to evaluate on before and after training")
-    output_dir: str | None = flag(None, "where the run is written; none: a new one under runs/")
-    question_type: Literal["mixed", "single", "multiple"] = flag("mixed", "questions, and prompt")
-    train_samples: int = flag(2000, "at most this many questions, chosen by the seed")
-    # How a clip is shown to the model
-    fps: float = flag(video.FPS, "frames sampled per second")
-    max_frames: int = flag(video.MAX_FRAMES, "frames, at most")
-    min_pixels: int = flag(video.MIN_PIXELS, "pixels per frame after resizing, at least")
-    max_pixels: int = flag(video.MAX_PIXELS, "pixels per frame after resizing, at most")
-    # The objective
-    loss_type: Literal["tw_grpo", "grpo"] = flag(
-        "tw_grpo", "tw_grpo: weighted mean over tokens; grpo: mean over sequences of their means"
-    )
-    alpha: float = flag(1.7, "upper bound of the token weights; 1: all weights are 1")
-    divergence: Literal["official", "textbook"] = flag("official", "what the weights measure")
-    ended_rows: Literal["uniform", "exclude"] = flag("uniform", "completions past their end")
-    epsilon: float = flag(0.2, "ratios are clipped below 1 - epsilon")
-    epsilon_high: float = flag(0.28, "ratios are clipped above 1 + epsilon_high")
-    beta: float = flag(0.0, "weight of the KL to the initial model; 0: no reference model")
-    reward_funcs: list[str] = flag(["accuracy", "format"], f"summed, of: {', '.join(REWARDS)}")
-    num_generations: int = flag(8, "G, completions per question")
-    max_completion_length: int = flag(1024, "tokens per completion, at most")
-    temperature: float = flag(1.0, "of sampling, and of the log-probs in the loss")
-    num_iterations: int = flag(1, "optimizer steps on the same completions")
-    # Optimization
-    learning_rate: float = flag(1e-6, "peak; decays linearly to 0 at max_steps")
-    warmup_steps: int = flag(0, "steps of linear warm-up")
-    adam_beta1: float = flag(0.9, "of AdamW")
-    adam_beta2: float = flag(0.999, "of AdamW")
-    weight_decay: float = flag(0.0, "of AdamW")
-    max_grad_norm: float = flag(20.0, "the gradient is scaled down to this norm")
-    max_steps: int = flag(1000, "training steps")
-    per_device_train_batch_size: int = flag(1, "B, questions scored at once on each rank")
-    gradient_accumulation_steps: int = flag(1, "B x this many questions a rank and step")
-    freeze_vision_modules: bool = flag(True, "leave the vision tower as it is")
-    gradient_checkpointing: bool = flag(True, "trade time for memory in the decoder layers")
-    # Bookkeeping
-    seed: int = flag(42, "of data order, sampling and the toy")
-    save_steps: int = flag(100, "steps between checkpoints")
-    logging_steps: int = flag(1, "steps between lines of metrics.jsonl")
-    report_to: Literal["none", "tensorboard", "wandb"] = flag("none", "metrics also go there")
-    save_only_model: bool = flag(False, "checkpoints without what resuming needs")
-    resume_from_checkpoint: str | None = flag(None, "a checkpoint, or auto: the run's newest")
-    dataloader_num_workers: int = flag(4, "processes that decode clips ahead; 0: decode in line")
-    clip_timeout: float = flag(60.0, "seconds after which a clip counts as unreadable")
-    max_skip_fraction: float = flag(0.05, "more unreadable clips than this end the run")
-    dry_run: bool = flag(False, "show prompt, clips, memory and schedule; train nothing")
-
-    def check(self) -> None:
-        """Raises ConfigError on a setting that makes no sense."""
-        rules = {
-            "--alpha is the upper bound of the token weights: at least 1": self.alpha >= 1,
-            "--num_generations must be at least 2, to compare": self.num_generations >= 2,
-            "--epsilon must be in [0, 1)": 0 <= self.epsilon < 1,
-            "--epsilon_high must be 0 or more": self.epsilon_high >= 0,
-            "--beta must be 0 or more": self.beta >= 0,
-            "--temperature must be above 0, or all completions are the same": self.temperature > 0,
-            "--learning_rate must be above 0": self.learning_rate > 0,
-            "--max_grad_norm must be above 0": self.max_grad_norm > 0,
-            "--warmup_steps must be 0 or more": self.warmup_steps >= 0,
-            "--weight_decay must be 0 or more": self.weight_decay >= 0,
-            "--adam_beta1 and --adam_beta2 must be in [0, 1)": (
-                0 <= self.adam_beta1 < 1 and 0 <= self.adam_beta2 < 1
-            ),
-            "--seed must be 0 or more": self.seed >= 0,
-            "--dataloader_num_workers must be 0 or more": self.dataloader_num_workers >= 0,
-            "--clip_timeout must be above 0": self.clip_timeout > 0,
-            "--max_skip_fraction must be in [0, 1]": 0 <= self.max_skip_fraction <= 1,
-            "--fps must be above 0": self.fps > 0,
-            "--max_frames must be at least 2, one temporal patch": self.max_frames >= 2,
-            "--min_pixels must be in 1..max_pixels": 0 < self.min_pixels <= self.max_pixels,
-            "--reward_funcs needs at least one reward": len(self.reward_funcs) > 0,
-            "--reward_funcs names a reward twice": (
-                len(set(self.reward_funcs)) == len(self.reward_funcs)
-            ),
-            "--model_name_or_path and --jsonl_path go together; neither means the toy": (
-                (self.model_name_or_path is None) == (self.jsonl_path is None)
-            ),
-            "--eval_jsonl_path and --video_root need --jsonl_path; the toy brings its own": (
-                self.jsonl_path is not None or not (self.eval_jsonl_path or self.video_root)
-            ),
-        }
-        for name in ("max_completion_length", "num_iterations", "max_steps", "save_steps",
-                     "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps",
-                     "train_samples"):  # fmt: skip
-            rules[f"--{name} must be at least 1"] = getattr(self, name) >= 1
-        for name in ("alpha", "beta", "temperature", "learning_rate", "epsilon_high", "fps"):
-            rules[f"--{name} must be finite"] = math.isfinite(getattr(self, name))
-        for name in self.reward_funcs:
-            rules[f"--reward_funcs knows {', '.join(REWARDS)}, not {name!r}"] = name in REWARDS
-        for message, holds in rules.items():
-            if not holds:
-                raise ConfigError(message)
 
 
 # ------------------------------------------------------------------------------------ the algorithm
@@ -197,7 +86,7 @@ def train(
         range(step + 1, cfg.max_steps + 1), "training", cfg.max_steps, initial=step, disable=silent
     )
 
-    with StopSignal() as stop, contextlib.closing(ahead):
+    with ranks.StopSignal() as stop, contextlib.closing(ahead):
         for step in bar:
             with log.phase("data"):
                 questions, seeds = ahead.take(step)
@@ -396,56 +285,6 @@ def make_optimizer(cfg: Config, policy: Policy) -> torch.optim.Optimizer:
 # ----------------------------------------------------------------------------- around the algorithm
 
 
-class QuestionsAhead:
-    """This rank's questions of each step, their clips decoded a few steps ahead of the loop.
-
-    A clip that cannot be read costs its question: it is counted and named, and no other clip takes
-    its place. A step's questions are fixed by (seed, step), and the seed of a question's sampling
-    by its place in the step, so everything else stays as it was.
-    """
-
-    STEPS_AHEAD = 2
-
-    def __init__(
-        self, cfg: Config, records: list[Record], prompter: Prompter, log: RunLog, first_step: int
-    ):
-        self.cfg, self.records, self.prompter, self.log = cfg, records, prompter, log
-        self.workers = ClipWorkers(cfg.dataloader_num_workers, cfg.clip_timeout)
-        self.next_step, self.submitted = first_step, deque()
-
-    def _submit(self, step: int) -> None:
-        mine = self.cfg.per_device_train_batch_size * self.cfg.gradient_accumulation_steps
-        chosen = step_records(self.records, step - 1, mine * ranks.world(), self.cfg.seed)
-        first = ranks.rank() * mine
-        slots = range(first, first + mine)
-        self.submitted.append(
-            [(k, chosen[k], self.workers.submit(*self.prompter.clip_arguments(chosen[k])))
-             for k in slots]
-        )  # fmt: skip
-
-    def take(self, step: int) -> tuple[list[Question], list[tuple[int, ...]]]:
-        ahead = self.STEPS_AHEAD if self.cfg.dataloader_num_workers else 0
-        while self.next_step <= min(step + ahead, self.cfg.max_steps):
-            self._submit(self.next_step)
-            self.next_step += 1
-        questions, seeds, asked = [], [], self.submitted.popleft()
-        for slot, record, clip in asked:
-            try:
-                questions.append(self.prompter.question(record, clip.result()))
-                seeds.append((self.cfg.seed, step, slot, 1))  # 1: no other stream ends so
-            except video.VideoError as error:
-                self.log.note(str(record.video), f"skipped question {record.id}: {error}")
-        mine = (len(asked), len(asked) - len(questions))
-        asked, skipped = (sum(values) for values in zip(*ranks.gather(mine), strict=True))
-        self.log.asked += asked
-        self.log.skipped += skipped
-        self.log.trained += asked - skipped
-        return questions, seeds
-
-    def close(self) -> None:
-        self.workers.close()
-
-
 def name_the_question(groups: list[Group], step: int, loss: float, log: RunLog) -> None:
     """Says which questions a step with a loss or gradient that is not finite was about."""
     bad = [g.question.record.id for g in groups if not g.old_logps_N.isfinite().all()]
@@ -481,104 +320,15 @@ def go_on_from(path: Path, policy: Policy, optimizer: torch.optim.Optimizer, log
     return done
 
 
-class StopSignal:
-    """Ctrl-C or SIGTERM: finish the step, save and leave the loop. A second one acts at once."""
-
-    def __enter__(self):
-        self.requested = False
-        self.before = {n: signal.signal(n, self._receive) for n in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number, frame):
-        self.requested = True
-        self.__exit__()
-        name = signal.Signals(number).name
-        tqdm.write(f"{name}: finishing the step, then saving; Ctrl-C to stop now", file=sys.stderr)
-
-
 # --------------------------------------------------------------------------------------------- main
-
-
-def parse_config(arguments: list[str] | None = None) -> Config:
-    """Flags to a checked Config. Without a model, toy.DEFAULTS replace the recipe's; flags win."""
-    parser = HfArgumentParser(Config, description=__doc__.split("\n")[0])
-    cfg, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
-    if unknown:
-        parser.error(f"unknown: {' '.join(unknown)}; --help lists the flags")
-    if cfg.model_name_or_path is None:
-        parser.set_defaults(**toy.DEFAULTS)
-        (cfg,) = parser.parse_args_into_dataclasses(arguments)
-    cfg.check()
-    return cfg
-
-
-def make_output_dir(cfg: Config) -> Path:
-    """A directory for this run and no other, or that of the run to go on with. Raises ConfigError
-    if it cannot be had."""
-    if cfg.output_dir is not None:
-        directory = Path(cfg.output_dir)
-        if not cfg.resume_from_checkpoint and directory.is_dir() and any(directory.iterdir()):
-            raise ConfigError(
-                f"--output_dir {directory} is not empty; choose another, or go on with the run in "
-                "it by --resume_from_checkpoint auto"
-            )
-    elif cfg.resume_from_checkpoint:
-        raise ConfigError(
-            "--resume_from_checkpoint needs the --output_dir of the run to go on with"
-        )
-    else:
-        name = Path(cfg.model_name_or_path or "toy").name
-        if cfg.loss_type != "tw_grpo":
-            name += f"-{cfg.loss_type}"
-        directory, k = Path("runs") / name, 1
-        while directory.exists():
-            k += 1
-            directory = Path("runs") / f"{name}-{k}"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / ".write").touch()
-        (directory / ".write").unlink()
-    except OSError as error:
-        raise ConfigError(f"--output_dir {directory} cannot be written: {error.strerror}") from None
-    return directory
-
-
-def training_records(cfg: Config) -> list[Record]:
-    records = load_records(cfg.jsonl_path, cfg.video_root)
-    return select_records(records, cfg.question_type, cfg.train_samples, cfg.seed)
-
-
-def held_out_records(cfg: Config) -> list[Record]:
-    return load_records(cfg.eval_jsonl_path, cfg.video_root) if cfg.eval_jsonl_path else []
-
-
-def prepare_toy(cfg: Config, root: Path) -> Config:
-    """The same settings, pointed at a toy world under `root`, which the first rank makes."""
-    if ranks.is_main():
-        print("No --model_name_or_path: training the embedded toy, which sets these flags:")
-        print("  " + " ".join(f"--{name} {value}" for name, value in toy.DEFAULTS.items()))
-        if not (root / "model").exists():
-            shutil.rmtree(root, ignore_errors=True)  # of a run that was killed while making it
-            toy.prepare(root, cfg.seed)
-    ranks.barrier()
-    return dataclasses.replace(
-        cfg,
-        model_name_or_path=str(root / "model"),
-        jsonl_path=str(root / "train.jsonl"),
-        eval_jsonl_path=str(root / "test.jsonl"),
-        video_root=str(root),
-    )
 
 
 def load_policy(cfg: Config, freeze_all: bool = False) -> Policy:
     """The model of --model_name_or_path on this rank's device, or its share of it."""
     device, several = ranks.start(), ranks.world() > 1
+    place = "cpu" if several else device
     policy = Policy.load(
-        cfg.model_name_or_path, "cpu" if several else device, cfg.freeze_vision_modules
+        cfg.model_name_or_path, place, cfg.freeze_vision_modules, cfg.attn_implementation
     )
     if freeze_all:
         policy.model.requires_grad_(False)
@@ -590,8 +340,7 @@ def load_policy(cfg: Config, freeze_all: bool = False) -> Policy:
 
 
 def measure(cfg: Config, policy: Policy, prompter: Prompter, records: list[Record]) -> dict:
-    """Sampled and greedy accuracy, and sampled with the wrong video as a control. Every rank
-    measures everything: none has to wait for another."""
+    """Sampled and greedy accuracy, and sampled with the wrong video as a control."""
     common = dict(max_completion_length=cfg.max_completion_length, seed=cfg.seed)
     sampled = dict(temperature=cfg.temperature, num_generations=cfg.num_generations, **common)
     with policy.gathered() as actor:
@@ -621,7 +370,7 @@ def print_measures(before: dict, after: dict, count: int) -> None:
 
 def run(cfg: Config) -> Path:
     """Everything from the flags to the curves. Returns the output directory."""
-    ranks.start()
+    check_attention(cfg, ranks.start())
     if cfg.jsonl_path:
         training_records(cfg), held_out_records(cfg)  # before anything is written or loaded
     directory = ranks.gather(make_output_dir(cfg) if ranks.is_main() else None)[0]
@@ -675,7 +424,7 @@ def main() -> None:
         run(parse_config())
     except (ConfigError, DataError, ModelError, RunError, CheckpointError) as error:
         raise SystemExit(f"error: {error}") from None
-    except (video.VideoError, ImportError, OSError) as error:
+    except (VideoError, ImportError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit("interrupted; what was written so far is whole") from None

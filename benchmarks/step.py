@@ -25,10 +25,12 @@ import numpy as np
 import torch
 
 import toy
+from config import Config, ConfigError, check_attention
 from data import TEMPLATES, Prompter, Record
 from kernels import reference
+from packing import ATTENTION
 from policy import Policy
-from twgrpo import Config, question_loss, rewards_of, sample_groups
+from twgrpo import question_loss, rewards_of, sample_groups
 
 SIZES = {
     "tiny": dict(hidden_size=512, layers=10, heads=8, kv_heads=2, intermediate_size=1408,
@@ -147,6 +149,8 @@ def main() -> None:
     parser.add_argument("--completion", type=int, default=64, help="tokens of each completion")
     parser.add_argument("--num_generations", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--attn_implementation", choices=ATTENTION, default="sdpa",
+                        help="how our packed row is scored")  # fmt: skip
     parser.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw",
                         help="sgd keeps no moments, so that 7b leaves room")  # fmt: skip
     parser.add_argument("--only", choices=("ours", "official"), help="one of the two")
@@ -154,8 +158,15 @@ def main() -> None:
     args = parser.parse_args()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    cfg = Config(
+        num_generations=args.num_generations, max_completion_length=args.completion,
+        attn_implementation=args.attn_implementation,
+    )  # fmt: skip
+    try:
+        check_attention(cfg, torch.device(device))
+    except ConfigError as error:
+        raise SystemExit(f"error: {error}") from None
     policy, prompter, record = build(args.size, args.prompt, device)
-    cfg = Config(num_generations=args.num_generations, max_completion_length=args.completion)
     trained = [p for p in policy.model.parameters() if p.requires_grad]
     kind = torch.optim.AdamW if args.optimizer == "adamw" else torch.optim.SGD
     optimizer = kind(trained, lr=1e-9)
@@ -166,6 +177,7 @@ def main() -> None:
         for name, way in ways.items():
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
+            policy.attend_with(args.attn_implementation if name == "ours" else "sdpa")
             way(cfg, policy, prompter, record, optimizer, phases[name] if repeat else Phases())
             if device == "cuda":
                 peak[name] = torch.cuda.max_memory_allocated() / 1e9
@@ -177,6 +189,7 @@ def main() -> None:
         completion=args.completion,
         num_generations=args.num_generations,
         optimizer=args.optimizer,
+        attn_implementation=args.attn_implementation,
         device=torch.cuda.get_device_name()
         if device == "cuda"
         else f"cpu, {torch.get_num_threads()} threads",

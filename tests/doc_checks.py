@@ -60,13 +60,19 @@ def names_in(path: Path) -> frozenset[str]:
                              if isinstance(x, ast.Name))  # fmt: skip
             elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
                 found.add(prefix + node.target.id)
-            elif isinstance(node, ast.ImportFrom | ast.Import) and not prefix:
-                found.update(alias.asname or alias.name for alias in node.names)
             elif isinstance(node, ast.If | ast.Try | ast.With):
                 visit(node.body, prefix)
 
     visit(ast.parse(path.read_text(encoding="utf-8")).body, "")
     return frozenset(found)
+
+
+@cache
+def imports_of(path: Path) -> frozenset[str]:
+    """Names a module has from others: attributes of it, but defined elsewhere."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = [n for n in tree.body if isinstance(n, ast.ImportFrom | ast.Import)]
+    return frozenset(alias.asname or alias.name for n in nodes for alias in n.names)
 
 
 @cache
@@ -83,7 +89,7 @@ def homes_of(name: str) -> list[str]:
 
 @cache
 def flags_of(program: str) -> frozenset[str]:
-    """The flags one program knows: those of its parsers, and twgrpo.Config's fields."""
+    """The flags one program knows: those of its parsers, and the fields of Config."""
     source = (PROJECT / program).read_text(encoding="utf-8")
     flags = set(re.findall(r"""["']--([a-z_]+)["']""", source)) | {"help"}
     if program == "twgrpo.py":
@@ -250,7 +256,8 @@ def wrong_names(text: str, folder: Path, not_ours: frozenset[str] = frozenset())
             continue
         first, _, rest = span.partition(".")
         if rest and first in modules:
-            if rest not in names_in(modules[first]) and rest not in modules:
+            module = modules[first]
+            if rest not in names_in(module) | imports_of(module) | modules.keys():
                 faults.append(f"`{span}`: {relative(modules[first])} does not define {rest}")
         elif rest:
             classes = [p for p in python_files() if first in names_in(p)]

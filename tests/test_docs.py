@@ -25,7 +25,8 @@ documents = pytest.mark.parametrize("path", DOCUMENTS, ids=checks.relative)
 FLAGS_NOT_OURS = frozenset()
 # files of the official repository and of datasets,
 PATHS_NOT_OURS = frozenset(
-    "grpo.py grpo_trainer.py grpo_config.py vision_process.py eval_clevrer.py convert_nextgqa.py "
+    "grpo.py grpo_trainer.py grpo_config.py vision_process.py eval_clevrer.py "
+    "eval_clevrer_zeroshot.py eval_general_zeroshot.py eval_general_videor1.py convert_nextgqa.py "
     "convert_star.py tw-grpo.sh grpo.sh eval_nextgqa.json eval_mvbench.json eval_tempcompass.json "
     "eval_videomme.json".split()
 )
@@ -215,6 +216,9 @@ CAUGHT = {
     ),
     "a folder that is not there": lambda: checks.missing_paths(
         "`kernel/`", HERE, HERE, frozenset()
+    ),
+    "a function that is only imported": lambda: checks.wrong_names(
+        "[`Policy`](../twgrpo.py)", HERE
     ),
     "a function that moved": lambda: checks.wrong_names("[`tw_grpo`](../rewards.py)", HERE),
     "a method that is not there": lambda: checks.wrong_names(

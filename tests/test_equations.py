@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -171,6 +172,37 @@ def test_the_measured_weights_follow_from_the_measured_divergence(measured):
         assert weights.rounded(again)["official"]["all_alive_mean"] == pytest.approx(
             block["official"]["all_alive_mean"], abs=1e-3
         )
+
+
+def test_the_benchmark_writes_what_the_page_shows(tmp_path, monkeypatch, capsys):
+    paths = ["--json", str(tmp_path / "w.json"), "--plot", str(tmp_path / "w.png")]
+    monkeypatch.setattr("sys.argv", ["weights", "--vocabulary", "300", "--seeds", "1", *paths])
+    weights.main()
+    result = json.loads((tmp_path / "w.json").read_text())
+    assert capsys.readouterr().out.strip() == weights.table(result)
+    assert (tmp_path / "w.png").read_bytes()[1:4] == b"PNG"
+    assert len(result["synthetic"]["groups"]) == 3
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_groups_of_the_toy_are_compared_only_if_they_are_the_same(same, tmp_path, monkeypatch):
+    """Three runs stand in for twgrpo.py's; one of them sampled something else."""
+
+    def run(command, **_):
+        out = Path(command[command.index("--output_dir") + 1])
+        out.mkdir()
+        ids = [1, 2, 3] if same or "textbook" not in command else [1, 2, 4]
+        completions = [{"token_ids": ids}, {"token_ids": [1]}]
+        row = dict(step=1, divergence=[0, 1, 2], weights=[1, 1.35, 1.7], completions=completions)
+        (out / "completions.jsonl").write_text(json.dumps(row) + "\n")
+
+    monkeypatch.setattr(weights.subprocess, "run", run)
+    if same:
+        (group,) = weights.toy_groups(tmp_path, 1, tmp_path)
+        assert group["alive"] == [2, 1, 1] and set(group["weights"]) == set(weights.FORMS)
+    else:
+        with pytest.raises(RuntimeError, match="step 1: .*different completions"):
+            weights.toy_groups(tmp_path, 1, tmp_path)
 
 
 def test_ended_rows_dominate_the_official_weight_and_no_other():

@@ -20,6 +20,7 @@ from test_policy import as_qwen2_vl
 
 import eval as evaluation
 import loader
+import ranks
 import scoring
 import toy
 import twgrpo
@@ -419,7 +420,7 @@ def test_counting_trains_and_evaluates_with_qwen2_vl(world, policy, tmp_path, mo
              "video_filename": f"./clips/{clip.name}"} for k, clip in enumerate(clips)]  # fmt: skip
     data = tmp_path / "dvd.jsonl"
     data.write_text("\n".join(json.dumps(r) for r in rows))
-    monkeypatch.setattr(twgrpo.StopSignal, "__init__", lambda self: setattr(self, "requested", 0))
+    monkeypatch.setattr(ranks.StopSignal, "__init__", lambda self: setattr(self, "requested", 0))
     prompts = []
     render = twgrpo.Prompter.render
     monkeypatch.setattr(

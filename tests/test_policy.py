@@ -17,7 +17,8 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 import rollout
 import toy
 from data import TEMPLATES, Prompter, Record
-from policy import Group, ModelError, Policy, pack, packed_mask
+from packing import Group
+from policy import ModelError, Policy
 from rollout import sample
 
 LENGTHS = [[5, 1, 9, 3], [2, 2, 2, 7], [1, 1, 1, 1]]
@@ -99,30 +100,6 @@ def test_packed_scoring_equals_separate_sequences(kind, policy, records):
     theirs = gradients(policy)
     assert ours.keys() == theirs.keys() and len(ours) > 30
     assert max(relative(ours[name], theirs[name]) for name in ours) < 1e-4
-
-
-def test_pack_by_hand(questions):
-    """Completions of 3 tokens and of 1: the row is the prompt and two tokens of the first."""
-    question = questions[0]
-    P, after = len(question.ids_P), int(question.positions_3P.max()) + 1
-    group = Group(question, [torch.tensor([7, 8, 9]), torch.tensor([6])], [True] * 2, [""] * 2)
-    ids, positions, segments, rows = pack([group], pad_id=0)
-    assert ids[0].tolist() == [*question.ids_P.tolist(), 7, 8]
-    assert segments[0].tolist() == [0] * P + [1, 1]
-    assert positions[:, 0, P:].tolist() == [[after, after + 1]] * 3
-    assert rows[0].tolist() == [P - 1, P, P + 1, P - 1]
-
-
-def test_packed_mask_by_hand():
-    mask = packed_mask(torch.tensor([[0, 0, 1, 1, 2, -1]]))[0, 0].int().tolist()
-    assert mask == [
-        [1, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0],  # c_1 sees the prompt and itself
-        [1, 1, 1, 1, 0, 0],
-        [1, 1, 0, 0, 1, 0],  # c_2 sees the prompt, not c_1
-        [1, 1, 0, 0, 0, 1],  # padding is seen by nobody else
-    ]
 
 
 def test_rollout_logps_equal_a_full_forward(policy, questions):

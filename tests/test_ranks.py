@@ -1,6 +1,7 @@
 """Two processes on gloo: the same training as one, and no fault of one hangs the other."""
 
 import json
+import socket
 import subprocess
 import sys
 
@@ -26,19 +27,26 @@ def run_two(world, out, *flags, fault=(), timeout=LIMIT):
 FIVE = "--max_steps 5 --learning_rate 1e-3 --per_device_train_batch_size".split()
 
 
+def evaluating(world) -> list[str]:
+    return ["--eval_jsonl_path", str(world / "test.jsonl")]
+
+
 @pytest.fixture(scope="module")
 def two_ranks(world, tmp_path_factory):
     out = tmp_path_factory.mktemp("two") / "r"
-    result = run_two(world, out, *FIVE, "1", "--save_steps", "3", "--beta", "0.01")
+    flags = "1 --save_steps 3 --beta 0.01".split()
+    result = run_two(world, out, *FIVE, *flags, *evaluating(world))
     assert result.returncode == 0, result.stderr[-3000:]
     return out
 
 
 def test_two_processes_train_like_one(two_ranks, world, tmp_path):
-    """Losses within 1e-5 and parameters within 1e-4 after 5 steps on the same questions."""
-    result = run_twgrpo(world, tmp_path / "one", *FIVE, "2", "--beta", "0.01")
+    """Losses within 1e-5 and parameters within 1e-4 after 5 steps on the same questions; and the
+    evaluation, of which each rank does half, finds the same before them."""
+    one_run = tmp_path / "one"
+    result = run_twgrpo(world, one_run, *FIVE, "2", "--beta", "0.01", *evaluating(world))
     assert result.returncode == 0, result.stderr[-3000:]
-    one, two = metrics(tmp_path / "one"), metrics(two_ranks)
+    one, two = metrics(one_run), metrics(two_ranks)
     assert [row["step"] for row in two] == [1, 2, 3, 4, 5]
     for a, b in zip(one, two, strict=True):
         assert a.keys() == b.keys()
@@ -46,10 +54,31 @@ def test_two_processes_train_like_one(two_ranks, world, tmp_path):
             assert a[name] == pytest.approx(b[name], abs=1e-5), name
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
     ours, theirs = (
-        load_file(r / "checkpoint-5/model.safetensors") for r in (tmp_path / "one", two_ranks)
+        load_file(r / "checkpoint-5/model.safetensors") for r in (one_run, two_ranks)
     )
     assert max((ours[name] - theirs[name]).abs().max() for name in ours) < 1e-4
     assert json.loads((two_ranks / "config.json").read_text())["max_steps"] == 5
+    ours, theirs = (json.loads((run / "eval.json").read_text()) for run in (one_run, two_ranks))
+    for name, measured in ours["before"].items():
+        assert measured == pytest.approx(theirs["before"][name]), name
+    assert ours["after"].keys() == theirs["after"].keys()
+
+
+def test_two_nodes_train_like_two_processes_of_one(two_ranks, world, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = []
+    for node in range(2):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+        launch += [f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}"]
+        flags = [*FIVE, "1", "--beta", "0.01"]
+        command = [*launch, *twgrpo_command(world, tmp_path / "r", *flags)[1:]]
+        nodes.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+    errors = [node.communicate(timeout=LIMIT)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], errors
+    for a, b in zip(metrics(tmp_path / "r"), metrics(two_ranks), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-6)
 
 
 def test_accumulation_changes_nothing(two_ranks, world, tmp_path):

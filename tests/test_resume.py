@@ -104,6 +104,19 @@ def test_a_full_disk_is_an_error_and_the_older_checkpoint_stays(small_disk, worl
     Policy.load(newest)
 
 
+def test_a_read_only_directory_is_an_error_and_what_it_holds_stays(small_disk, world):
+    """Root may write where permissions say no, so the file system itself is read-only here."""
+    short = ("--save_only_model", "true", "--max_steps", "1")
+    assert run_twgrpo(world, small_disk / "r", *short).returncode == 0
+    before = {path: path.stat().st_mtime_ns for path in small_disk.rglob("*")}
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    for flags in (("--resume_from_checkpoint", "auto"), ("--output_dir", str(small_disk / "new"))):
+        result = run_twgrpo(world, small_disk / "r", *flags)
+        assert result.returncode == 1 and "Traceback" not in result.stderr
+        assert "cannot be written: Read-only file system" in result.stderr
+    assert {path: path.stat().st_mtime_ns for path in small_disk.rglob("*")} == before
+
+
 def test_save_only_model_leaves_no_trainer_state(world, tmp_path):
     run_twgrpo(world, tmp_path / "r", "--save_only_model", "true")
     assert (tmp_path / "r" / "checkpoint-2" / "model.safetensors").exists()

@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 
 import toy
 import twgrpo
+from config import Config, ConfigError, parse_config
 from data import Prompter, load_records
 from policy import Policy
 from runlog import RunLog
-from twgrpo import Config, ConfigError, group_advantages, parse_config, rate
+from twgrpo import group_advantages, rate
 
 TIMINGS = ("time/", "tokens_per_second", "peak_memory_gb")
 

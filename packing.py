@@ -1,0 +1,194 @@
+"""One question with its G completions as one row [prompt | c_1 | c_2 | ... | c_G], and attention
+over it, so that the prompt is scored once instead of G times.
+
+A token of c_i sees the prompt and its own earlier tokens, at the positions it would have alone.
+The rest can be hidden from it in three ways, which give the same numbers:
+
+    sdpa                torch's attention with a boolean mask: everywhere; computes what it hides
+    flex_attention      torch's compiled attention: CUDA; skips blocks of 128 x 128 that are hidden
+    flash_attention_2   flash-attn's variable-length call, which needs no mask: the prompt is one
+                        sequence, each completion another, over [prompt, own]; CUDA, its own package
+
+Letters in shapes: B questions, G completions of each, L tokens of the longest row, N completion
+tokens of a question, H query heads, d their size, S sequences in a variable-length call, Q tokens
+that ask in it, K tokens they may see.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from transformers import AttentionInterface
+
+from data import Question
+
+
+@dataclass
+class Group:
+    """One question and the G completions sampled for it."""
+
+    question: Question
+    completions: list[Tensor]  # G vectors of int64 token ids, the end token included where one came
+    finished: list[bool]  # G; False: cut off at the length limit
+    texts: list[str]  # G, decoded without special tokens
+    sampled_logps_N: Tensor | None = None  # (N,) log-probs at the time of sampling
+    features: Tensor | None = None  # (video tokens, D), kept where the vision tower is frozen
+    rewards_GK: Tensor | None = None  # of K reward functions
+    advantages_G: Tensor | None = None
+    old_logps_N: Tensor | None = None  # of the weights that sampled; None before the first update
+    ref_logps_N: Tensor | None = None  # of the reference model; None without one
+
+    @property
+    def lengths_G(self) -> Tensor:
+        return torch.tensor([len(c) for c in self.completions])
+
+    @property
+    def targets_N(self) -> Tensor:
+        return torch.cat(self.completions)
+
+
+def pack(groups: list[Group], pad_id: int) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """One row [prompt | c_1 | c_2 | ... | c_G] per question, right-padded to the longest row.
+
+    Returns ids_BL, positions_3BL, segments_BL and, for each question, rows_N: the places in its row
+    whose hidden states predict its completion tokens. Every completion's positions go on from the
+    prompt's end, as if it stood there alone. Segments are 0 for the prompt, i for c_i, -1 for
+    padding. The last token of a completion predicts nothing and is left out; the first is predicted
+    by the prompt's last row, which all G completions share.
+    """
+    rows_ids, rows_positions, rows_segments, rows_N = [], [], [], []
+    for group in groups:
+        question = group.question
+        ids, positions = [question.ids_P], [question.positions_3P]
+        segments, predictors = [torch.zeros_like(question.ids_P)], []
+        start, following = len(question.ids_P), question.positions_3P.max() + 1
+        for i, completion in enumerate(group.completions, 1):
+            body = completion[:-1]
+            ids.append(body)
+            positions.append((following + torch.arange(len(body))).expand(3, -1))
+            segments.append(torch.full_like(body, i))
+            predictors.append(torch.tensor([len(question.ids_P) - 1]))
+            predictors.append(torch.arange(start, start + len(body)))
+            start += len(body)
+        rows_ids.append(torch.cat(ids))
+        rows_positions.append(torch.cat(positions, dim=1))
+        rows_segments.append(torch.cat(segments))
+        rows_N.append(torch.cat(predictors))
+    L = max(len(ids) for ids in rows_ids)
+    return (
+        torch.stack([F.pad(x, (0, L - len(x)), value=pad_id) for x in rows_ids]),
+        torch.stack([F.pad(x, (0, L - x.shape[1])) for x in rows_positions], dim=1),
+        torch.stack([F.pad(x, (0, L - len(x)), value=-1) for x in rows_segments]),
+        rows_N,
+    )
+
+
+# ------------------------------------------------------------------------------ sdpa: a dense mask
+
+
+def packed_mask(segments_BL: Tensor) -> Tensor:
+    """Who sees whom: (B, 1, L, L) bool. A token sees the prompt and its segment, up to itself."""
+    L = segments_BL.shape[1]
+    key, query = segments_BL[:, None, :], segments_BL[:, :, None]
+    causal = torch.ones(L, L, dtype=torch.bool, device=segments_BL.device).tril()
+    return (causal & ((key == 0) | (key == query)))[:, None]
+
+
+# ------------------------------------------------------------------- flex_attention: block by block
+
+
+def packed_blocks(segments_BL: Tensor) -> BlockMask:
+    """The same rule for FlexAttention, with a list of the blocks in which anything is seen."""
+
+    def sees(b, h, query, key):
+        segment = segments_BL[b, key]
+        return (query >= key) & ((segment == 0) | (segment == segments_BL[b, query]))
+
+    (B, L), device = segments_BL.shape, segments_BL.device
+    return create_block_mask(sees, B, None, L, L, device=device)
+
+
+@functools.cache
+def compiled_flex():
+    """Compiled once for rows of any length; an error, not a slow fall-back, if that fails."""
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
+
+
+def flex_attend(module, query, key, value, attention_mask, *, scaling, **_):
+    """As transformers calls an attention function: query (B, H, L, d), key and value with fewer
+    heads, attention_mask from `packed_blocks`. Returns (B, L, H, d)."""
+    attend = compiled_flex() if query.is_cuda else flex_attention
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    out = attend(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2), None
+
+
+# ---------------------------------------------------------------- flash_attention_2: no mask at all
+
+
+@dataclass
+class Sequences:
+    """Packed rows as a variable-length call takes them: for each sequence the tokens that ask, and
+    the tokens they may see, both as places in the B L tokens of the flattened rows."""
+
+    query_Q: Tensor
+    key_K: Tensor  # each prompt occurs here G + 1 times, once for each sequence that sees it
+    query_starts: Tensor  # (S + 1,) int32, where each sequence begins in query_Q
+    key_starts: Tensor  # (S + 1,) int32
+    longest_query: int
+    longest_key: int
+
+
+def packed_sequences(segments_BL: Tensor) -> Sequences:
+    """The prompt over itself, and each completion over [prompt, own]. Causal, and with the last
+    query at the last key, that is the rule of `packed_mask`. Padding asks nothing; it gets 0."""
+    places_BL = torch.arange(segments_BL.numel()).view(segments_BL.shape)
+    queries, keys = [], []
+    for places_L, segments_L in zip(places_BL, segments_BL.cpu(), strict=True):
+        prompt = places_L[segments_L == 0]
+        queries.append(prompt)
+        keys.append(prompt)
+        for i in range(1, int(segments_L.max()) + 1):
+            own = places_L[segments_L == i]
+            if len(own):  # a completion of one token has nothing that predicts
+                queries.append(own)
+                keys.append(torch.cat([prompt, own]))
+
+    def starts(parts: list[Tensor]) -> Tensor:
+        ends = torch.tensor([len(part) for part in parts]).cumsum(0)
+        return F.pad(ends, (1, 0)).to(segments_BL.device, torch.int32)
+
+    return Sequences(
+        torch.cat(queries).to(segments_BL.device), torch.cat(keys).to(segments_BL.device),
+        starts(queries), starts(keys), max(map(len, queries)), max(map(len, keys)),
+    )  # fmt: skip
+
+
+def flash_attend(module, query, key, value, attention_mask, *, scaling, **_):
+    """As `flex_attend`; attention_mask from `packed_sequences`."""
+    from flash_attn import flash_attn_varlen_func
+
+    (B, H, L, d), packed = query.shape, attention_mask
+    query, key, value = (
+        x.to(value.dtype).transpose(1, 2).reshape(B * L, -1, d) for x in (query, key, value)
+    )
+    out = flash_attn_varlen_func(
+        query[packed.query_Q], key[packed.key_K], value[packed.key_K],
+        packed.query_starts, packed.key_starts, packed.longest_query, packed.longest_key,
+        softmax_scale=scaling, causal=True,
+    )  # fmt: skip
+    rows = torch.zeros_like(query).index_copy(0, packed.query_Q, out)
+    return rows.view(B, L, H, d), None
+
+
+# --attn_implementation: what transformers is to call, and what that takes for a mask.
+ATTENTION = {
+    "sdpa": ("sdpa", packed_mask),
+    "flex_attention": ("packed_flex", packed_blocks),
+    "flash_attention_2": ("packed_flash", packed_sequences),
+}
+AttentionInterface.register("packed_flex", flex_attend)
+AttentionInterface.register("packed_flash", flash_attend)
