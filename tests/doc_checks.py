@@ -10,9 +10,11 @@ Marks a document may carry, each an HTML comment on its own line, right before w
 
 import ast
 import json
+import os
 import re
 import subprocess
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 
@@ -221,6 +223,17 @@ def broken_links(text: str, folder: Path) -> list[str]:
     return faults
 
 
+def committed(path: str) -> bool:
+    """Is this a file or folder of the project, as a clone would have it? `*` as in a shell."""
+    return any(fnmatch(f, path) or fnmatch(f, f"{path}/*") for f in tracked_files())
+
+
+def missing_references(text: str) -> list[str]:
+    """docs/x.md, kernels/x.py and the like, wherever they stand in code."""
+    named = re.findall(r"(?<![\w/.])(?:docs|kernels|tests)/[\w/]+\.(?:py|md|png|json)\b", text)
+    return [f"{path}: no such file" for path in sorted(set(named)) if not committed(path)]
+
+
 PATH = re.compile(r"(?:[\w.-]+/)*[\w.-]+\.(?:py|md|sh|json|jsonl|png|txt|toml)|(?:[\w.-]+/)+")
 
 
@@ -232,8 +245,10 @@ def missing_paths(text: str, folder: Path, run: Path, not_ours: frozenset[str]) 
         if not PATH.fullmatch(path) or path in not_ours:
             continue
         path = path.rstrip("/").replace("checkpoint-N", "checkpoint-*")
-        bases = (PROJECT, folder, run, run.parent.parent)  # the last is where runs/toy starts from
-        if not any(any(base.glob(path)) for base in bases):
+        here = os.path.normpath(os.path.relpath(folder, PROJECT) + "/" + path)
+        if committed(path) or committed(here):
+            continue
+        if not any(any(base.glob(path)) for base in (run, run.parent.parent)):  # x, or runs/toy/x
             faults.append(f"`{span}`: no such file (not ours? PATHS_NOT_OURS)")
     return faults
 
@@ -323,6 +338,21 @@ def equation_faults(text: str) -> list[str]:
     return faults
 
 
+def broken_math(text: str) -> list[str]:
+    """Math that GitHub would show as its source: braces or environments that do not pair, or a
+    macro it forbids."""
+    faults = []
+    shown = re.findall(r"^```math\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    inline = re.findall(r"(?<![\w\\$])\$([^$\n]+)\$(?!\w)", prose(text))
+    for math in shown + inline:
+        braces = re.sub(r"\\[{}]", "", math)
+        pairs = [("{", "}"), (r"\begin{cases}", r"\end{cases}")]
+        if any(braces.count(a) != braces.count(b) for a, b in pairs):
+            faults.append(f"unpaired: {math.strip()[:60]}")
+        faults += [f"GitHub forbids {m}" for m in re.findall(r"\\operatorname", math)]
+    return faults
+
+
 def misquoted_comments(text: str, folder: Path) -> list[str]:
     """`# ...` quoted after a link to a Python file must be a comment of that file."""
     faults, target = [], None
@@ -390,8 +420,8 @@ def unfounded_figures(text: str, exempt: dict[str, str]) -> list[str]:
         if kind == "figures":
             values = []
             for file in source.split():
-                if not (PROJECT / file).exists():
-                    faults.append(f"{title}: {file}: no such file")
+                if not committed(file):
+                    faults.append(f"{title}: {file}: no such file, or one git ignores")
                 else:
                     values += numbers_of_json(json.loads((PROJECT / file).read_text("utf-8")))
             for row in table.rows:
@@ -440,14 +470,18 @@ def official_faults(text: str, words: dict[str, str], checkout: Path | None) -> 
 # ------------------------------------------------------------------------------------- running them
 
 
-def tracked_files() -> list[str]:
+@cache
+def tracked_files() -> tuple[str, ...]:
     """What git knows of the project, or, without git, every file but caches and runs."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=PROJECT, capture_output=True, text=True,
     )  # fmt: skip
     if listed.returncode == 0:
-        return [f for f in listed.stdout.splitlines() if (PROJECT / f).is_file()]
+        return tuple(f for f in listed.stdout.splitlines() if (PROJECT / f).is_file())
     skipped = {"runs", ".git", "__pycache__", ".venv", "venv"}
-    return [relative(p) for p in PROJECT.rglob("*")
-            if p.is_file() and not skipped & set(p.relative_to(PROJECT).parts)]  # fmt: skip
+    return tuple(
+        relative(p)
+        for p in PROJECT.rglob("*")
+        if p.is_file() and not skipped & set(p.relative_to(PROJECT).parts)
+    )

@@ -83,11 +83,17 @@ def test_every_equation_referred_to_exists(path):
 
 
 @pytest.mark.parametrize("path", checks.python_files(), ids=checks.relative)
-def test_equations_and_tests_that_code_refers_to_exist(path):
+def test_equations_tests_and_files_that_code_refers_to_exist(path):
     if path.name in ("test_docs.py", "doc_checks.py"):
         return  # full of lies
     no_faults(checks.dangling_equations(text_of(path), set(checks.tags(EQUATIONS))), path)
     no_faults(checks.missing_tests(text_of(path)), path)
+    no_faults(checks.missing_references(text_of(path)), path)
+
+
+@documents
+def test_math_is_what_github_can_show(path):
+    no_faults(checks.broken_math(text_of(path)), path)
 
 
 def test_every_equation_has_a_function_a_kernel_line_a_test_and_what_it_leaves_unsaid():
@@ -275,6 +281,13 @@ CAUGHT = {
     "an official line nobody looked at": lambda: checks.official_faults("`a/b.py:7`", {}, None),
     "an official line with another word": lambda: checks.official_faults(
         "`tests/doc_checks.py:1`", {"tests/doc_checks.py:1": "no such word"}, PROJECT
+    ),
+    "a file that code refers to": lambda: checks.missing_references("see docs/equation.md."),
+    "a brace left open": lambda: checks.broken_math("so $x^{2$ is"),
+    "an environment left open": lambda: checks.broken_math("```math\n\\begin{cases} a\n```\n"),
+    "a macro GitHub forbids": lambda: checks.broken_math("$\\operatorname{clip}(x)$"),
+    "a file of results that git ignores": lambda: checks.unfounded_figures(
+        "<!-- figures: runs/x.json -->\n| a | b |\n|---|---|\n| x | 1 |\n", {}
     ),
     "a block that fails": lambda: run_block("python", "raise SystemExit(3)", PROJECT),
     "a block whose first line fails": lambda: run_block("bash", "false\ntrue", PROJECT),
