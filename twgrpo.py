@@ -285,7 +285,7 @@ def backward(
         if chunk and chunk[0].old_logps_N is None:
             log.scored(step, chunk, outputs)
             if chunk[0] is groups[0]:
-                log.sample(step, chunk[0], outputs[0])
+                log.sample(step, chunk[0], outputs[0], policy.tokenizer)
             for group, output in zip(chunk, outputs, strict=True):
                 group.old_logps_N = output.logps_N  # from now on, the ratio is to these
         for output in outputs:
