@@ -620,7 +620,7 @@ def print_measures(before: dict, after: dict, count: int) -> None:
 
 
 def run(cfg: Config) -> Path:
-    """Everything from the flags to the curves. Returns the output directory."""
+    """Everything from the flags to the pictures. Returns the output directory."""
     ranks.start()
     if cfg.jsonl_path:
         training_records(cfg), held_out_records(cfg)  # before anything is written or loaded
@@ -661,12 +661,12 @@ def run(cfg: Config) -> Path:
         measures["after"] = measure(cfg, policy, prompter, held_out)
         write_measures(measures_file, measures)
     if ranks.is_main():
-        viz.curves([directory], directory / "curves.png")
+        pictures = ", ".join(map(str, viz.pictures(directory)))
         if "after" in measures:
             print_measures(measures["before"], measures["after"], len(held_out))
             if is_toy:
                 print("A toy shows that the loop works, not that TW-GRPO beats GRPO.")
-        print(f"\n{steps} steps done: {directory}/curves.png, {directory}/checkpoint-{steps}")
+        print(f"\n{steps} steps done: {pictures}, {directory}/checkpoint-{steps}")
     return directory
 
 
