@@ -83,7 +83,8 @@ def test_metrics_hold_every_name_and_a_line_a_step(short_run):
         "loss reward reward_std rewards/accuracy rewards/format frac_reward_zero_std "
         "completion_length truncated_frac kl clip_ratio divergence_mean weight_mean "
         "weight_mean_all_alive weight_std grad_norm learning_rate time/data time/rollout "
-        "time/score time/update tokens_per_second peak_memory_gb skipped nonfinite sampling_logp_difference"
+        "time/score time/update tokens_per_second peak_memory_gb skipped nonfinite "
+        "sampling_logp_difference"
     )
     assert all(set(row) == {"step", *names.split()} for row in rows)
     assert all(row["sampling_logp_difference"] < 1e-5 for row in rows)

@@ -186,7 +186,7 @@ def test_watching_draws_again_until_interrupted(tmp_path):
 
 
 def completion(tokens: list[str], **other) -> dict:
-    logps = [-0.25 * (k + 1) for k in range(len(tokens))]
+    logps = [-0.25 * (k + 1) - len("".join(tokens)) / 100 for k in range(len(tokens))]
     ids = [1000 + k for k in range(len(tokens))]
     values = dict(text="".join(tokens), token_ids=ids, tokens=tokens, logps=logps)
     return {**values, "advantage": 0.5, "rewards": dict(accuracy=0.5, format=1.0), **other}
@@ -204,6 +204,7 @@ def group_row(step: int, completions: list[dict], **other) -> dict:
 
 
 def words(name: str, count: int) -> dict:
+    """Of another length for another name or count, and so with log-probs of its own."""
     return completion([f" {name}{k}" for k in range(count)])
 
 
@@ -412,7 +413,7 @@ def test_walking_over_tokens_by_key_and_tap(opened):
         assert focused == [i, t]
         logp, place = row["completions"][i]["logps"][t], told(page)
         assert (place["t"], place["w"]) == (t, pytest.approx(row["weights"][t], abs=5e-5))
-        assert (place["D"], place["log p"]) == (row["divergence"][t], logp)
+        assert (place["D"], place["log p"]) == (row["divergence"][t], pytest.approx(logp))
         here = page.js("[...document.querySelectorAll('.here')].map(e => e.dataset.t)")
         assert set(here) == {str(t)} and len(here) == sum(
             t < len(c["tokens"]) for c in row["completions"]
