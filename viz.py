@@ -10,6 +10,7 @@ here, the page is written by viewer.py.
 import argparse
 import math
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -62,6 +63,7 @@ def distinct_names(runs: list[Path]) -> list[str]:
         while depth < len(parts) and sum(p[-depth:] == parts[-depth:] for p in all_parts) > 1:
             depth += 1
         name = str(Path(*parts[-depth:])).encode(errors="replace").decode()
+        name = textwrap.fill(name, 100)
         names.append(name.replace("$", r"\$"))  # or matplotlib reads $...$ as a formula
     return names
 
@@ -89,7 +91,7 @@ def curves(runs: list[Path], out: Path) -> None:
             values = np.array([number(row.get(name)) for row in rows])
             bold = smooth(values, max(1, len(values) // 20))
             dots = "o" if len(values) < 10 else None  # a single point makes no line
-            axis.plot(steps, values, color=colour, alpha=0.2, linewidth=0.7)
+            axis.plot(steps, values, color=colour, alpha=min(0.3, 0.6 / len(runs)), linewidth=0.7)
             (line,) = axis.plot(steps, bold, style, color=colour, marker=dots, markersize=3)
             axis.set_title({**PANELS, **PHASES}[name], fontsize=9)
         handles.append(line)
