@@ -79,7 +79,7 @@ def replacing(path: Path):
 
 
 def read_config(run: Path) -> dict:
-    """The flags of a run. Raises VizError unless those that the page needs are numbers."""
+    """The flags of a run. Raises VizError unless those that the page needs are usable."""
     path = run / "config.json"
     try:
         config = json_object(path.read_bytes())
@@ -87,8 +87,8 @@ def read_config(run: Path) -> dict:
         reason = f"cannot be read ({error.strerror})"
         raise VizError(f"{path} {reason}; is {run} the --output_dir of a run?") from None
     for name in ("alpha", "fps", "max_frames", "min_pixels", "max_pixels"):
-        if config is None or math.isnan(number(config.get(name))):
-            raise VizError(f"{path} says no number for {name}; is it the config.json of a run?")
+        if config is None or not number(config.get(name)) > 0:
+            raise VizError(f"{path} has no number above 0 for {name}; is it that of a run?")
     return config
 
 
@@ -100,12 +100,13 @@ def evenly(items: list, count: int) -> list:
 
 
 def shown_group(row: dict | None) -> dict | None:
-    """What the page needs of a line of completions.jsonl; None if the line is no group.
+    """What the page needs of a line of completions.jsonl; None if the line is no group: something
+    is missing, or there is not one weight per position and one log-prob per token.
 
     Runs of before `tokens` was logged show token ids, and the text apart.
     """
     try:
-        return dict(
+        group = dict(
             step=shown_number(row["step"]),
             **{name: str(row[name]) for name in ("id", "problem", "solution", "video")},
             divergence=[shown_number(d) for d in row["divergence"]],
@@ -123,6 +124,10 @@ def shown_group(row: dict | None) -> dict | None:
         )
     except (KeyError, TypeError, AttributeError, RecursionError):
         return None
+    T = max((len(c["tokens"]) for c in group["completions"]), default=0)
+    per_position = all(len(group[name]) == T > 0 for name in ("divergence", "weights"))
+    per_token = all(len(c["logps"]) == len(c["tokens"]) for c in group["completions"])
+    return group if per_position and per_token else None
 
 
 def shown_number(value) -> float | None:

@@ -107,20 +107,27 @@ def curves(runs: list[Path], out: Path) -> None:
         figure.savefig(beside, format=out.suffix[1:] or "png", dpi=150)
 
 
+def lines_so_far(run: Path) -> int:
+    try:
+        return (run / "metrics.jsonl").read_bytes().count(b"\n")
+    except OSError:
+        return 0
+
+
 def watch(runs: list[Path], out: Path, seconds: float) -> None:
-    """Draws again whenever a metrics.jsonl has changed, looking every `seconds`, until Ctrl-C.
-    Runs that have written no line yet are waited for."""
-    files, drawn = [run / "metrics.jsonl" for run in runs], None
+    """Draws again whenever a metrics.jsonl has grown, looking every `seconds`, until Ctrl-C. Runs
+    that have written no line yet are waited for. Raises VizError."""
+    seen = None
     while True:
-        sizes = [file.stat().st_size if file.exists() else 0 for file in files]
-        begun = [run for run, file, size in zip(runs, files, sizes, strict=True)
-                 if size and b"\n" in file.read_bytes()]  # fmt: skip
-        if sizes != drawn and begun:
-            curves(begun, out)
-        if sizes != drawn:
-            told = f"{out}: {len(begun)} run(s), {len(runs) - len(begun)} waited for"
+        lines = [lines_so_far(run) for run in runs]
+        if lines != seen:
+            begun = [run for run, count in zip(runs, lines, strict=True) if count]
+            if begun:
+                curves(begun, out)
+            awaited = ", ".join(f"{run}/metrics.jsonl" for run in runs if run not in begun)
+            told = f"{len(begun)} run(s) in {out}" + (f"; waiting for {awaited}" if awaited else "")
             print(time.strftime("%H:%M:%S"), told, flush=True)
-        drawn = sizes
+        seen = lines
         time.sleep(seconds)
 
 

@@ -165,10 +165,10 @@ def test_watching_draws_again_until_interrupted(tmp_path):
         watch, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
     )
     try:
-        assert "0 run(s), 1 waited for" in process.stdout.readline()
+        assert f"0 run(s) in {out}; waiting for {run}/metrics.jsonl" in process.stdout.readline()
         assert not out.exists()
         write_metrics(run, [metric_row(1)])
-        assert "1 run(s), 0 waited for" in process.stdout.readline()
+        assert f"1 run(s) in {out}\n" in process.stdout.readline()
         first = out.read_bytes()
         with open(run / "metrics.jsonl", "a") as file:
             file.write(json.dumps(metric_row(2)) + "\n")
@@ -186,7 +186,7 @@ def test_watching_draws_again_until_interrupted(tmp_path):
 
 
 def completion(tokens: list[str], **other) -> dict:
-    logps = [-0.25 * (k + 1) - len("".join(tokens)) / 100 for k in range(len(tokens))]
+    logps = [round(-0.25 * (k + 1) - len("".join(tokens)) / 100, 6) for k in range(len(tokens))]
     ids = [1000 + k for k in range(len(tokens))]
     values = dict(text="".join(tokens), token_ids=ids, tokens=tokens, logps=logps)
     return {**values, "advantage": 0.5, "rewards": dict(accuracy=0.5, format=1.0), **other}
@@ -550,22 +550,25 @@ def test_the_groups_are_thinned_evenly_and_the_page_says_so(opened, capsys):
 
 def test_lines_that_are_no_groups_are_left_out_and_counted(tmp_path, capsys):
     good = group_row(1, [words("x", 3)])
-    bad = [{}, {**good, "weights": None}, {**good, "completions": [3]}, {**good, "divergence": 5}]
+    changes = [dict(weights=None), dict(completions=[3]), dict(completions=[]), dict(divergence=5),
+               dict(weights=[1.0]), dict(completions=[words("x", 2)]),
+               dict(completions=[{**words("x", 3), "logps": [-1.0]}])]  # fmt: skip
+    bad = [{}, *({**good, **change} for change in changes)]
     rows = ["no json", *bad, good, json.dumps(good)[:80]]
     viewer.write_page(write_run(tmp_path / "run", rows), tmp_path / "w.html", 200)
-    assert "completions.jsonl: 6 line(s)" in capsys.readouterr().err
+    assert "completions.jsonl: 10 line(s)" in capsys.readouterr().err
     assert 'id="group-0"' in (tmp_path / "w.html").read_text()
 
 
 def test_the_page_says_what_is_wrong(tmp_path):
     good = [group_row(1, [words("x", 3)])]
     cases = {"none/config.json cannot be read": tmp_path / "none"}
-    cases["says no number for alpha"] = write_run(tmp_path / "a", good, alpha="x")
+    cases["no number above 0 for alpha"] = write_run(tmp_path / "a", good, alpha="x")
     cases["holds no group yet"] = write_run(tmp_path / "b", ["nonsense"])
     (write_run(tmp_path / "c", good) / "completions.jsonl").unlink()
     cases["completions.jsonl cannot be read"] = tmp_path / "c"
     (write_run(tmp_path / "d", good) / "config.json").write_text("[")
-    cases["is it the config.json of a run?"] = tmp_path / "d"
+    cases["is it that of a run?"] = tmp_path / "d"
     for words_, run in cases.items():
         with pytest.raises(VizError, match=re.escape(words_)):
             viewer.write_page(run, tmp_path / "w.html", 200)
