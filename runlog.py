@@ -93,15 +93,18 @@ class RunLog:
                 divergence_mean=output.divergence_T.mean(),
                 weight_mean=weights_T.mean(),
                 weight_mean_all_alive=weights_T[: int(lengths.min())].mean(),
+                # How unequal the weights are. Their range would say nothing: whatever the model
+                # does, the official rule stretches it to 1..alpha within every group.
+                weight_std=weights_T.std(correction=0),
                 # The rollout's opinion of its tokens against the scoring's: numerics only.
                 sampling_logp_difference=drift_N.abs().mean(),
             )
             self.tokens += int(lengths.sum())
 
-    def sample(self, step: int, group: Group, output: HeadOutput) -> None:
+    def sample(self, step: int, group: Group, output: HeadOutput, tokenizer) -> None:
         """Keeps one group of a logged step."""
         if ranks.is_main() and step % self.cfg.logging_steps == 0:
-            row = sample_row(step, group, output, self.cfg.reward_funcs)
+            row = sample_row(step, group, output, self.cfg.reward_funcs, tokenizer)
             self.completions_file.write(json.dumps(row) + "\n")
             self.completions_file.flush()
 
@@ -142,8 +145,14 @@ class RunLog:
         self.tokens = self.steps = 0
 
 
-def sample_row(step: int, group: Group, output: HeadOutput, reward_names: list[str]) -> dict:
-    """One group as completions.jsonl holds it. D_t and w_t belong to positions, logps to tokens."""
+def sample_row(
+    step: int, group: Group, output: HeadOutput, reward_names: list[str], tokenizer
+) -> dict:
+    """One group as completions.jsonl holds it. D_t and w_t belong to positions, logps to tokens.
+
+    `tokens` are decoded one by one, special ones included, so that each can be shown with its
+    numbers; a character that several tokens share the bytes of shows as U+FFFD in each of them.
+    """
     record = group.question.record
     logps = output.logps_N.cpu().split(group.lengths_G.tolist())
     completions = zip(
@@ -161,6 +170,7 @@ def sample_row(step: int, group: Group, output: HeadOutput, reward_names: list[s
             dict(
                 text=text,
                 token_ids=ids.tolist(),
+                tokens=tokenizer.batch_decode(ids[:, None]),
                 logps=rounded(logps_i),
                 advantage=round(float(advantage), 6),
                 rewards=dict(zip(reward_names, rewards_K.tolist(), strict=True)),

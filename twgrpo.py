@@ -174,7 +174,7 @@ def backward(
         if chunk and chunk[0].old_logps_N is None:
             log.scored(step, chunk, outputs)
             if chunk[0] is groups[0]:
-                log.sample(step, chunk[0], outputs[0])
+                log.sample(step, chunk[0], outputs[0], policy.tokenizer)
             for group, output in zip(chunk, outputs, strict=True):
                 group.old_logps_N = output.logps_N  # from now on, the ratio is to these
         for output in outputs:
@@ -369,7 +369,7 @@ def print_measures(before: dict, after: dict, count: int) -> None:
 
 
 def run(cfg: Config) -> Path:
-    """Everything from the flags to the curves. Returns the output directory."""
+    """Everything from the flags to the pictures. Returns the output directory."""
     check_attention(cfg, ranks.start())
     if cfg.jsonl_path:
         training_records(cfg), held_out_records(cfg)  # before anything is written or loaded
@@ -410,12 +410,12 @@ def run(cfg: Config) -> Path:
         measures["after"] = measure(cfg, policy, prompter, held_out)
         write_measures(measures_file, measures)
     if ranks.is_main():
-        viz.curves([directory], directory / "curves.png")
+        pictures = ", ".join(map(str, viz.pictures(directory)))
         if "after" in measures:
             print_measures(measures["before"], measures["after"], len(held_out))
             if is_toy:
                 print("A toy shows that the loop works, not that TW-GRPO beats GRPO.")
-        print(f"\n{steps} steps done: {directory}/curves.png, {directory}/checkpoint-{steps}")
+        print(f"\n{steps} steps done: {pictures}, {directory}/checkpoint-{steps}")
     return directory
 
 

@@ -68,7 +68,7 @@ def short_run(world, tmp_path_factory):
 
 def test_a_run_leaves_a_readable_directory(short_run):
     names = {path.name for path in short_run.iterdir()}
-    files = "config.json metrics.jsonl completions.jsonl curves.png eval.json"
+    files = "config.json metrics.jsonl completions.jsonl curves.png weights.html eval.json"
     assert names == {"checkpoint-3", "checkpoint-5", *files.split()}
     assert (short_run / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert json.loads((short_run / "config.json").read_text())["learning_rate"] == 1e-3
@@ -83,8 +83,9 @@ def test_metrics_hold_every_name_and_a_line_a_step(short_run):
     names = (
         "loss reward reward_std rewards/accuracy rewards/format frac_reward_zero_std "
         "completion_length truncated_frac kl clip_ratio divergence_mean weight_mean "
-        "weight_mean_all_alive grad_norm learning_rate time/data time/rollout time/score "
-        "time/update tokens_per_second peak_memory_gb skipped nonfinite sampling_logp_difference"
+        "weight_mean_all_alive weight_std grad_norm learning_rate time/data time/rollout "
+        "time/score time/update tokens_per_second peak_memory_gb skipped nonfinite "
+        "sampling_logp_difference"
     )
     assert all(set(row) == {"step", *names.split()} for row in rows)
     assert all(row["sampling_logp_difference"] < 1e-5 for row in rows)
@@ -103,6 +104,7 @@ def test_completions_hold_a_group_with_its_weights(short_run, policy):
         for c in row["completions"]:
             assert len(c["logps"]) == len(c["token_ids"]) and max(c["logps"]) <= 0
             assert c["text"] == policy.decode(torch.tensor(c["token_ids"]))
+            assert c["tokens"] == [policy.tokenizer.decode(k) for k in c["token_ids"]]
             assert set(c["rewards"]) == {"accuracy", "format"}
 
 

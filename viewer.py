@@ -1,0 +1,205 @@
+"""A page that shows the completions of a run, every token shaded by its weight w_t.
+
+`write_page` puts the groups of completions.jsonl, and the frames the model was shown, into the
+template viewer.html. The page is one file that asks for nothing else.
+
+What is read here may come from anywhere: text is only ever shown as text, and a line that is not
+what it should be is left out, and counted.
+"""
+
+import base64
+import contextlib
+import hashlib
+import io
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+TEMPLATE = Path(__file__).resolve().parent / "viewer.html"
+FRAME_PIXELS = 168  # the longer side of a frame on the page, at most
+
+
+class VizError(Exception):
+    """Nothing to draw, or nowhere to draw it. The message names the file and says what to do."""
+
+
+def json_lines(path: Path) -> list[bytes]:
+    """The lines of a JSONL file, without what a kill, or a run that still goes on, cut off at the
+    end. Raises VizError if the file cannot be read."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        reason = f"cannot be read ({error.strerror})"
+        raise VizError(f"{path} {reason}; is {path.parent} the --output_dir of a run?") from None
+    if json_object(lines[-1]) is None:
+        lines.pop()
+    return [line for line in lines if line.strip()]
+
+
+def json_object(text: bytes) -> dict | None:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested without end
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def note_left_out(path: Path, count: int) -> None:
+    if count:
+        print(f"note: {path}: {count} line(s) that make no sense are left out", file=sys.stderr)
+
+
+def number(value) -> float:
+    """A measurement; NaN for null, text, and what is beyond float32, in which all are taken."""
+    is_number = isinstance(value, (int, float)) and abs(value) < 3e38
+    return float(value) if is_number else math.nan
+
+
+@contextlib.contextmanager
+def replacing(path: Path):
+    """A path beside `path` to write to; what was written there then takes the place of `path` at
+    once, so that nobody ever sees half a picture. Raises VizError if it cannot be written."""
+    beside = path.with_name(f".{path.name}.partial")
+    try:
+        yield beside
+        os.replace(beside, path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise VizError(f"{path} cannot be written ({reason}); name another file with -o") from None
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+
+
+# ----------------------------------------------------------------------------------------- the page
+
+
+def read_config(run: Path) -> dict:
+    """The flags of a run. Raises VizError unless those that the page needs are usable."""
+    path = run / "config.json"
+    try:
+        config = json_object(path.read_bytes())
+    except OSError as error:
+        reason = f"cannot be read ({error.strerror})"
+        raise VizError(f"{path} {reason}; is {run} the --output_dir of a run?") from None
+    for name in ("alpha", "fps", "max_frames", "min_pixels", "max_pixels"):
+        if config is None or not number(config.get(name)) > 0:
+            raise VizError(f"{path} has no number above 0 for {name}; is it that of a run?")
+    return config
+
+
+def evenly(items: list, count: int) -> list:
+    """At most `count` of them, the first and the last included."""
+    if len(items) <= count:
+        return items
+    return [items[k] for k in np.linspace(0, len(items) - 1, count).round().astype(int)]
+
+
+def shown_group(row: dict | None) -> dict | None:
+    """What the page needs of a line of completions.jsonl; None if the line is no group: something
+    is missing, or there is not one weight per position and one log-prob per token.
+
+    Runs of before `tokens` was logged show token ids, and the text apart.
+    """
+    try:
+        group = dict(
+            step=shown_number(row["step"]),
+            **{name: str(row[name]) for name in ("id", "problem", "solution", "video")},
+            divergence=[shown_number(d) for d in row["divergence"]],
+            weights=[shown_number(w) for w in row["weights"]],
+            completions=[
+                dict(
+                    tokens=[str(token) for token in c.get("tokens", c["token_ids"])],
+                    text="" if "tokens" in c else str(c["text"]),
+                    logps=[shown_number(logp) for logp in c["logps"]],
+                    advantage=shown_number(c["advantage"]),
+                    rewards={name: shown_number(r) for name, r in c["rewards"].items()},
+                )
+                for c in row["completions"]
+            ],
+        )
+    except (KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    T = max((len(c["tokens"]) for c in group["completions"]), default=0)
+    per_position = all(len(group[name]) == T > 0 for name in ("divergence", "weights"))
+    per_token = all(len(c["logps"]) == len(c["tokens"]) for c in group["completions"])
+    return group if per_position and per_token else None
+
+
+def shown_number(value) -> float | None:
+    """JSON has no NaN: the page is told null, and says so."""
+    return None if math.isnan(number(value)) else value
+
+
+def shown_clip(path: str, config: dict) -> dict:
+    """The frames that the model was shown, as small JPEGs in base64; or in words why not."""
+    from PIL import Image
+
+    import video  # here, because it brings torch, and curves should not wait for that
+
+    if not os.path.exists(path):
+        return dict(missing=True, error=f"clip not found: {path}")
+    settings = [config[name] for name in ("fps", "max_frames", "min_pixels", "max_pixels")]
+    try:
+        clip = video.load_clip(path, *settings)
+    except video.VideoError as error:
+        return dict(missing=False, error=f"clip cannot be shown: {error}")
+    frames = []
+    for frame_3HW in clip.frames:
+        image, jpeg = Image.fromarray(frame_3HW.permute(1, 2, 0).numpy()), io.BytesIO()
+        image.thumbnail((FRAME_PIXELS, FRAME_PIXELS))
+        image.save(jpeg, "JPEG", quality=85)
+        frames.append(base64.b64encode(jpeg.getvalue()).decode())
+    height, width = clip.frames.shape[-2:]
+    return dict(frames=frames, seconds=clip.seconds, width=width, height=height)
+
+
+def data_block(name: str, value) -> str:
+    """JSON that a script finds by its name. No text in it can end the block, or begin another:
+    escaped are `<`, and by json.dumps whatever is not ASCII."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    return f'<script type="application/json" id="{name}">{text}</script>\n'
+
+
+def template_halves() -> list[str]:
+    """The page before and after its data. Its policy lets run the template's one script and style,
+    known by their hashes, and nothing that anybody might smuggle in."""
+    page = TEMPLATE.read_text(encoding="utf-8")
+    for tag in ("style", "script"):
+        source = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        digest = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
+        page = page.replace(f"{tag.upper()}_HASH", f"sha256-{digest}")
+    return page.split("<!-- DATA -->")
+
+
+def write_page(run: Path, out: Path, max_groups: int) -> None:
+    """One page that needs nothing else: at most `max_groups` groups, evenly spaced over the run,
+    each parsed by the browser only when it is shown; every clip once. Raises VizError."""
+    config, path = read_config(run), run / "completions.jsonl"
+    lines = json_lines(path)
+    chosen = evenly(lines, max_groups)
+    groups = [g for g in map(shown_group, map(json_object, chosen)) if g]
+    note_left_out(path, len(chosen) - len(groups))
+    if not groups:
+        raise VizError(f"{path} holds no group yet; a run writes one every --logging_steps")
+    clips = {path: k for k, path in enumerate(dict.fromkeys(g["video"] for g in groups))}
+    index = [[g["step"], g["id"], clips[g["video"]]] for g in groups]
+    flags = {k: config.get(k) for k in ("alpha", "divergence", "ended_rows", "loss_type")}
+    about = dict(run=str(run.resolve().name), total=len(lines), groups=index, flags=flags)
+    before, after = template_halves()
+    missing = 0
+    with replacing(out) as beside, open(beside, "w", encoding="utf-8", newline="\n") as page:
+        page.write(before)
+        page.writelines(data_block(f"group-{k}", group) for k, group in enumerate(groups))
+        for path, k in clips.items():
+            clip = shown_clip(path, config)
+            missing += clip.get("missing", 0)
+            page.write(data_block(f"clip-{k}", clip))
+        page.write(data_block("about", about) + after)
+    if missing:
+        where = "their paths start from the directory the run was started in"
+        print(f"note: {missing} of {len(clips)} clips not found; {where}", file=sys.stderr)
