@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from statistics import fmean
 
 import toy
 import viz
@@ -43,18 +44,20 @@ SETTINGS = {
     "exclude": dict(loss_type="tw_grpo", alpha=1.7, ended_rows="exclude"),
     "textbook": dict(loss_type="tw_grpo", alpha=1.7, divergence="textbook"),
 }
-MEASURES = {  # name: (heading, decimals)
-    "training_accuracy": ("accuracy reward, mean over training", 3),
-    "sampled_soft": ("sampled, soft", 3),
-    "sampled_exact": ("sampled, exact", 3),
-    "greedy_soft": ("greedy, soft", 3),
-    "greedy_exact": ("greedy, exact", 3),
-    "wrong_video_soft": ("wrong video, soft", 3),
-    "completion_length": ("tokens, last tenth of training", 1),
-    "weight_mean": ("mean weight", 3),
+MEASURES = {  # heading in the table, decimals
+    "training_accuracy": ("training accuracy", 3),
+    "sampled_soft": ("sampled soft", 3),
+    "sampled_exact": ("sampled exact", 3),
+    "greedy_soft": ("greedy soft", 3),
+    "greedy_exact": ("greedy exact", 3),
+    "wrong_video_soft": ("wrong video", 3),
+    "completion_length": ("tokens", 1),
+    "weight_mean": ("weight", 3),
 }
-PAIRED = ("training_accuracy", "sampled_soft")  # whose differences to alpha 1 are shown
-COLOURS = ("#000000", *viz.COLOURS)
+PAIRED = {  # whose differences to alpha 1 are shown: what they are, in the figure and in sentences
+    "training_accuracy": "accuracy reward, mean over training",
+    "sampled_soft": "sampled soft accuracy after training",
+}
 MAKE_WORLD = """import pathlib, sys, toy
 part = pathlib.Path(sys.argv[1] + ".part")
 toy.prepare(part, int(sys.argv[2]))
@@ -81,8 +84,10 @@ class Job:
     def done(self) -> bool:
         if self.setting is None:
             return self.out.is_dir()
-        measures = self.out / "eval.json"
-        return measures.is_file() and "after" in json.loads(measures.read_text(encoding="utf-8"))
+        try:
+            return "after" in json.loads((self.out / "eval.json").read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):  # not begun; killed while writing
+            return False
 
     @property
     def record(self) -> Path:
@@ -125,12 +130,15 @@ class Job:
         return "\n".join([f"exit code {code}, log {self.out}.log", *tail])
 
 
+def shared_flags(args: argparse.Namespace) -> dict:
+    """The toy's own, without checkpoints on the way."""
+    steps = dict(max_steps=args.max_steps, save_steps=args.max_steps, save_only_model=True)
+    return toy.DEFAULTS | steps
+
+
 def jobs_of(args: argparse.Namespace) -> list[Job]:
     """Worlds first, then seed by seed."""
-    work = args.work_dir.resolve()
-    shared = toy.DEFAULTS | dict(
-        max_steps=args.max_steps, save_steps=args.max_steps, save_only_model=True
-    )
+    work, shared = args.work_dir.resolve(), shared_flags(args)
     worlds = [Job(seed, None, {}, work / f"seed{seed}") for seed in args.seeds]
     return worlds + [
         Job(world.seed, name, shared | SETTINGS[name] | dict(seed=world.seed), world.directory)
@@ -140,7 +148,9 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
 
 
 def check_same_flags(job: Job) -> None:
-    """Raises SystemExit if a finished run was made with other flags than now asked for."""
+    """Raises SystemExit if the run is finished, and was made with other flags than asked for."""
+    if job.setting is None or not job.done:
+        return
     made = json.loads((job.out / "config.json").read_text(encoding="utf-8"))
     other = [f"--{name} {made.get(name)}" for name, v in job.flags.items() if made.get(name) != v]
     if other:
@@ -176,120 +186,113 @@ def execute(jobs: list[Job], at_once: int) -> Iterator[tuple[Job, str | None]]:
 
 
 def git(*arguments: str) -> str:
-    try:
-        return subprocess.run(["git", *arguments], cwd=PROJECT, capture_output=True, text=True,
-                              check=True).stdout.strip()  # fmt: skip
-    except (OSError, subprocess.CalledProcessError):
-        return ""
+    """What git answers; nothing outside a checkout."""
+    with contextlib.suppress(OSError):
+        answer = subprocess.run(["git", *arguments], cwd=PROJECT, capture_output=True, text=True)
+        return answer.stdout.strip() if answer.returncode == 0 else ""
+    return ""
 
 
 def source() -> dict:
-    """The commit of the code, and whether tracked files differ from it; null if there is no git."""
+    """The commit of the code, and whether tracked files differ from it; null outside a checkout."""
     commit = git("rev-parse", "--short", "HEAD") or None
     dirty = bool(git("status", "--porcelain", "--untracked-files=no")) if commit else None
     return dict(commit=commit, dirty=dirty)
 
 
-def cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def machine() -> dict:
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):  # elsewhere than on Linux
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        cpu = names[0] if names else cpu
+    return dict(cpu=cpu, cores=os.cpu_count())
 
 
 def spread(values: list[float]) -> dict | None:
     if not values:
         return None
-    return dict(mean=mean(values), min=min(values), max=max(values), seeds=len(values))
+    return dict(mean=fmean(values), min=min(values), max=max(values), seeds=len(values))
 
 
-def measures_of(run: Path) -> dict[str, float]:
-    """A finished run's row: shares in [0, 1], tokens, weights."""
-    rows = viz.read_metrics(run)
-    after = json.loads((run / "eval.json").read_text(encoding="utf-8"))["after"]
-    last = rows[-max(1, len(rows) // 10) :]
+def numbers_of(job: Job) -> dict:
+    """A finished run: shares in [0, 1], tokens, weights, CPU seconds."""
+    rows = viz.read_metrics(job.out)
+    measures = json.loads((job.out / "eval.json").read_text(encoding="utf-8"))
+    after = measures["after"]
+    size, tenth = max(1, len(rows) // 20), max(1, len(rows) // 10)
+    accuracy = [row["rewards/accuracy"] for row in rows]
     return dict(
-        training_accuracy=mean([row["rewards/accuracy"] for row in rows]),
-        sampled_soft=after["sampled"]["soft"],
-        sampled_exact=after["sampled"]["exact"],
-        greedy_soft=after["greedy"]["soft"],
-        greedy_exact=after["greedy"]["exact"],
-        wrong_video_soft=after["wrong video"]["soft"],
-        completion_length=mean([row["completion_length"] for row in last]),
-        weight_mean=mean([row["weight_mean"] for row in rows]),
+        setting=job.setting,
+        seed=job.seed,
+        flags=SETTINGS[job.setting],
+        **json.loads(job.record.read_text(encoding="utf-8")),
+        measures=dict(
+            training_accuracy=fmean(accuracy),
+            sampled_soft=after["sampled"]["soft"],
+            sampled_exact=after["sampled"]["exact"],
+            greedy_soft=after["greedy"]["soft"],
+            greedy_exact=after["greedy"]["exact"],
+            wrong_video_soft=after["wrong video"]["soft"],
+            completion_length=fmean(row["completion_length"] for row in rows[-tenth:]),
+            weight_mean=fmean(row["weight_mean"] for row in rows),
+        ),
+        eval=measures,
+        curve=[fmean(accuracy[k : k + size]) for k in range(0, len(rows), size)],
+        curve_steps_per_point=size,
     )
-
-
-def curve_of(run: Path) -> list[list[float]]:
-    """At most 20 points [step, mean accuracy reward of the steps around it]."""
-    rows = viz.read_metrics(run)
-    size = max(1, len(rows) // 20)
-    blocks = [rows[k : k + size] for k in range(0, len(rows) - size + 1, size)]
-    return [[mean([r[n] for r in block]) for n in ("step", "rewards/accuracy")] for block in blocks]
 
 
 def collect(jobs: list[Job], args: argparse.Namespace) -> dict:
     """All numbers of the finished runs, and what the table shows of them."""
-    runs = {(job.setting, job.seed): job for job in jobs if job.setting}
-    values = {key: measures_of(job.out) for key, job in runs.items() if job.done}
+    runs = [numbers_of(job) for job in jobs if job.setting and job.done]
+    values = {(run["setting"], run["seed"]): run["measures"] for run in runs}
     table, differences = {}, {}
     for name in args.settings:
-        seeds = [s for s in args.seeds if (name, s) in values]
-        paired = [s for s in seeds if (BASE, s) in values]
-        table[name] = {m: spread([values[name, s][m] for s in seeds]) for m in MEASURES}
-        differences[name] = {
-            m: spread([values[name, s][m] - values[BASE, s][m] for s in paired]) for m in MEASURES
-        }
-    records = [(j, json.loads(j.record.read_text())) for j in jobs if j.done and j.record.is_file()]
-    costs = {(job.setting, job.seed): record for job, record in records}
-    names = ("torch", "transformers", "numpy")
+        mine = {seed: v for (setting, seed), v in values.items() if setting == name}
+        base = {seed: values[BASE, seed] for seed in mine if (BASE, seed) in values}
+        table[name] = {m: spread([v[m] for v in mine.values()]) for m in MEASURES}
+        differences[name] = {m: spread([mine[s][m] - base[s][m] for s in base]) for m in MEASURES}
+    costs = [
+        json.loads(job.record.read_text()) for job in jobs if job.done and job.record.is_file()
+    ]
+    packages = ("torch", "transformers", "numpy")
     return dict(
         **source(),
         date=datetime.now(UTC).strftime("%Y-%m-%d"),
-        versions=dict(python=platform.python_version()) | {n: metadata.version(n) for n in names},
-        machine=dict(cpu=cpu_name(), cores=os.cpu_count()),
-        flags=dict(seeds=args.seeds, max_steps=args.max_steps, settings=args.settings,
-                   jobs=args.jobs),
-        cpu_seconds=sum(record.get("cpu_seconds", 0) for _, record in records),
-        missing=[str(job) for key, job in runs.items() if key not in values],
+        versions={"python": platform.python_version()} | {n: metadata.version(n) for n in packages},
+        machine=machine(),
+        flags={name: getattr(args, name) for name in ("seeds", "settings", "max_steps", "jobs")},
+        flags_of_all_runs=shared_flags(args),
+        cpu_seconds=sum(cost.get("cpu_seconds", 0) for cost in costs),
+        missing=[str(job) for job in jobs if job.setting and not job.done],
         table=table,
         differences_to_alpha_1=differences,
-        worlds=[dict(seed=job.seed) | record for job, record in records if not job.setting],
-        runs=[
-            dict(setting=name, seed=seed, flags=runs[name, seed].flags, measures=measures,
-                 eval=json.loads((runs[name, seed].out / "eval.json").read_text()),
-                 curve=curve_of(runs[name, seed].out))
-            | costs.get((name, seed), {})
-            for (name, seed), measures in values.items()
-        ],
-    )  # fmt: skip
+        runs=runs,
+    )
 
 
 # --------------------------------------------------------------------------------- table and figure
 
 
 def label(name: str) -> str:
-    flags = SETTINGS[name]
-    if flags["loss_type"] == "grpo":
+    """A setting in words: its flags."""
+    flags = dict(SETTINGS[name])
+    if flags.pop("loss_type") == "grpo":
         return "grpo"
-    extra = [f"{k} {v}" for k, v in flags.items() if k not in ("loss_type", "alpha")]
-    return ", ".join([f"alpha {flags['alpha']:g}", *extra])
+    words = [f"alpha {flags.pop('alpha'):g}", *(f"{k} {v}" for k, v in flags.items())]
+    return ", ".join(words)
 
 
 def cell(value: dict | None, decimals: int, sign: str = "") -> str:
     if value is None:
         return "none"
-    numbers = [f"{value[k]:{sign}.{decimals}f}" for k in ("mean", "min", "max")]
-    return f"{numbers[0]}<br>{numbers[1]} to {numbers[2]}"
+    mean, low, high = (f"{value[k]:{sign}.{decimals}f}" for k in ("mean", "min", "max"))
+    return f"{mean}<br>{low} to {high}"
 
 
-def rows_of(data: dict) -> list[list[str]]:
-    """The table, its head first; differences stand right of what they are differences of."""
+def table_rows(data: dict) -> list[list[str]]:
+    """The table, its head first; a difference stands right of what it is a difference of."""
     head, rows = ["setting"], []
     for measure, (heading, _) in MEASURES.items():
         head += [heading] + ["difference to alpha 1"] * (measure in PAIRED)
@@ -304,70 +307,69 @@ def rows_of(data: dict) -> list[list[str]]:
     return [head, *rows]
 
 
-def one_sided(data: dict, measure: str) -> list[str]:
-    """The settings whose difference to alpha 1 has the same sign for all seeds."""
-    found = {n: d[measure] for n, d in data["differences_to_alpha_1"].items() if n != BASE}
-    return [label(n) for n, d in found.items() if d and (d["min"] > 0 or d["max"] < 0)]
-
-
 def sentences(data: dict) -> list[str]:
-    """What the numbers do and do not show, in words that the numbers decide."""
+    """What the numbers show and what not, in words that the numbers decide."""
+
+    def reach(values) -> str:
+        return f"{min(values := list(values)):.2f} to {max(values):.2f}"
+
     runs, seeds = data["runs"], len(data["flags"]["seeds"])
-    before = [run["eval"]["before"]["sampled"]["soft"] for run in runs]
-    after = [run["measures"]["sampled_soft"] for run in runs]
-    wrong = [run["measures"]["wrong_video_soft"] for run in runs]
     lines = [
-        f"The loop works with every setting: sampled soft accuracy goes from {min(before):.2f} to "
-        f"{max(before):.2f} before training to {min(after):.2f} to {max(after):.2f} after it; with "
-        f"another question's clip it is {min(wrong):.2f} to {max(wrong):.2f}."
+        "Over all runs, sampled soft accuracy is "
+        f"{reach(r['eval']['before']['sampled']['soft'] for r in runs)} before training and "
+        f"{reach(r['measures']['sampled_soft'] for r in runs)} after it; with another question's "
+        f"clip it ends at {reach(r['measures']['wrong_video_soft'] for r in runs)}. So the loop "
+        "works with these settings, and what is learned is to look."
     ]
-    others = [n for n, d in data["differences_to_alpha_1"].items() if n != BASE and d[PAIRED[0]]]
-    for measure in PAIRED if others else ():
+    compared = {n: d for n, d in data["differences_to_alpha_1"].items() if n != BASE}
+    compared = {n: d for n, d in compared.items() if d["sampled_soft"]}
+    for measure, words in PAIRED.items() if compared else ():
         base = data["table"][BASE][measure]
+        same = [n for n, d in compared.items() if d[measure]["min"] * d[measure]["max"] > 0]
         lines.append(
-            f"{MEASURES[measure][0].capitalize()}: alpha 1 alone differs by "
-            f"{base['max'] - base['min']:.3f} between its seeds. The difference to alpha 1 has "
-            f"one sign for all seeds with: {'; '.join(one_sided(data, measure)) or 'no setting'}. "
-            "For every other setting it is within the spread over seeds."
+            f"{words.capitalize()}: alpha 1 itself differs by {base['max'] - base['min']:.3f} "
+            "between seeds. The difference to alpha 1 has one sign for all seeds with: "
+            f"{'; '.join(map(label, same)) or 'no setting'}. For every other setting it is within "
+            "the spread over seeds."
         )
-    if others:
+    if compared:
+        chance = 2 ** (seeds - 1)
         lines.append(
-            f"What one sign is worth: if a setting changed nothing, {seeds} seeds would agree in "
-            f"sign in 1 of {2 ** (seeds - 1)} cases, so about {len(others) / 2 ** (seeds - 1):.1f} "
-            f"of the {len(others)} settings in each column of differences would by chance alone."
+            f"What one sign is worth: where a setting changes nothing, {seeds} seeds agree in sign "
+            f"in 1 of {chance} cases; of {len(compared)} such settings about "
+            f"{len(compared) / chance:.1f} would in each column."
         )
-    lines.append(
-        "A toy shows that the loop works, not that one setting beats another: half a million "
-        "parameters, answers of about 15 tokens of which few matter, and weights close to 1. It "
-        "says nothing about long reasoning, where the paper's claim lies."
-    )
-    return lines
+    return lines + [
+        "A toy is a toy: it says that the loop works, not that one setting beats another. Answers "
+        "have about 15 tokens, and the mean weight stays near 1. The paper's claim is about long "
+        "reasoning, of which there is none here."
+    ]
 
 
 def markdown(data: dict, out: Path) -> str:
-    head, *rows = ["| " + " | ".join(row) + " |" for row in rows_of(data)]
-    commits = {f"{r['commit']}{' with changes' * r['dirty']}" for r in data["runs"] if r.get("commit")}
-    missing = f"\nMissing, because the run failed: {'; '.join(data['missing'])}.\n"
-    seeds = ", ".join(map(str, data["flags"]["seeds"]))
-    return f"""# Ablation on the toy
-
-`python -m benchmarks.ablations`: {len(data["runs"])} runs of {data["flags"]["max_steps"]} steps, \
-seeds {seeds}. Commit {", ".join(sorted(commits)) or "unknown"}, {data["date"]}, {data["machine"]["cores"]} cores of \
-{data["machine"]["cpu"]}, {data["cpu_seconds"] / 60:.0f} core-minutes.
-
-Each cell: mean over seeds, then smallest to largest. Accuracies after training are of held-out
-questions; "wrong video" is the control in which each is shown another question's clip. Runs of one
-seed start from the same model and are asked the same questions in the same order, so differences
-are taken within a seed.
-{missing if data["missing"] else ""}
-<!-- figures: benchmarks/ablations.json -->
-{head}
-|{" --- |" * len(MEASURES)}{" --- |" * (1 + len(PAIRED))}
-{chr(10).join(rows)}
-
-![Learning curves, and differences to alpha 1]({out.name}.png)
-
-""" + "\n".join(f"- {line}" for line in sentences(data)) + "\n"
+    head, *rows = ["| " + " | ".join(row) + " |" for row in table_rows(data)]
+    made = {f"{r['commit']}{' with changes' if r['dirty'] else ''}" for r in data["runs"]}
+    parts = [
+        "# Ablation on the toy",
+        f"`python -m benchmarks.ablations`: {len(data['runs'])} runs of "
+        f"{data['flags']['max_steps']} steps, seeds {', '.join(map(str, data['flags']['seeds']))}. "
+        f"Commit {', '.join(sorted(made))}, {data['date']}, {data['machine']['cores']} cores of "
+        f"{data['machine']['cpu']}: {data['cpu_seconds'] / 60:.0f} core-minutes, "
+        f"{data['wall_seconds'] / 60:.0f} minutes.",
+        "Each cell: the mean over seeds, then the smallest to the largest. Training accuracy is "
+        "the accuracy reward, mean over all steps: the area under the learning curve, so the speed "
+        "of learning. Sampled, greedy and wrong video are accuracies on held-out questions after "
+        "training, the last one soft, with another question's clip shown. Tokens is the length of "
+        "completions in the last tenth of training, weight the mean token weight over training. "
+        "Runs of one seed start from the same model and are asked the same questions in the same "
+        "order, so differences are taken within a seed.",
+        f"Missing, because the run failed: {'; '.join(data['missing'])}." * bool(data["missing"]),
+        f"<!-- figures: {os.path.relpath(out, PROJECT)}.json -->\n"
+        + "\n".join([head, "|" + " --- |" * len(table_rows(data)[0]), *rows]),
+        f"![Learning curves, and differences to alpha 1]({out.name}.png)",
+        "\n".join(f"- {line}" for line in sentences(data)),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def draw(data: dict, path: str) -> None:
@@ -375,39 +377,39 @@ def draw(data: dict, path: str) -> None:
     from matplotlib.figure import Figure  # no pyplot: no display, no global state
 
     figure = Figure(figsize=(9, 8.5), dpi=100, layout="constrained")
-    axes = figure.subplot_mosaic([["curves", "curves"], list(PAIRED)], height_ratios=(1.15, 1))
-    colours = dict(zip(SETTINGS, COLOURS, strict=True))
-    values = {(run["setting"], run["seed"]): run for run in data["runs"]}
-    for k, name in enumerate(data["table"]):
-        curves = [run["curve"] for (setting, _), run in values.items() if setting == name]
-        points = [[mean(list(column)) for column in zip(*p, strict=True)]
-                  for p in zip(*curves, strict=True)]  # fmt: skip
-        if points:
-            axes["curves"].plot(*zip(*points, strict=True), ("-", "--", "-.", ":")[k % 4],
-                                color=colours[name], linewidth=1.8, label=label(name))  # fmt: skip
-    axes["curves"].set(xlabel="step", ylabel="accuracy reward",
-                       title="while training, mean over seeds")  # fmt: skip
+    axes = figure.subplot_mosaic([["curves"] * 2, list(PAIRED)], height_ratios=(1.2, 1))
+    colours = dict(zip(SETTINGS, ("#000000", *viz.COLOURS), strict=True))
+    runs = {(run["setting"], run["seed"]): run for run in data["runs"]}
+    for i, name in enumerate(data["table"]):
+        mine = [run for (setting, _), run in runs.items() if setting == name]
+        if mine:
+            curve = [fmean(values) for values in zip(*(r["curve"] for r in mine), strict=True)]
+            style = dict(color=colours[name], linestyle=("-", "--", "-.", ":")[i % 4])
+            size = mine[0]["curve_steps_per_point"]
+            steps = [size * (k + 0.5) for k in range(len(curve))]
+            axes["curves"].plot(steps, curve, label=label(name), **style)
+    axes["curves"].set(xlabel="step", ylabel="accuracy reward", title="Mean over seeds")
     axes["curves"].legend(fontsize=10)
-    axes["curves"].grid(alpha=0.3)
-    names = [name for name in data["table"] if name != BASE]
-    for measure in PAIRED:
-        axis = axes[measure]
-        for y, name in enumerate(names):
-            pairs = [(values[name, s]["measures"][measure], values[BASE, s]["measures"][measure])
-                     for s in data["flags"]["seeds"]
-                     if (name, s) in values and (BASE, s) in values]  # fmt: skip
-            differences = [a - b for a, b in pairs]
-            axis.plot(differences, [y] * len(pairs), "o", color=colours[name], alpha=0.6)
-            if pairs:
-                axis.plot(mean(differences), y, "|", color=colours[name], ms=22, mew=2.5)
-        axis.axvline(0, color="grey", linewidth=1)
-        axis.set_yticks(range(len(names)), [label(n).replace(", ", ",\n") for n in names])
-        axis.set_ylim(len(names) - 0.5, -0.5)
-        axis.set_xlabel("difference to alpha 1 of the same seed")
-        axis.set_title(MEASURES[measure][0].replace(", mean", ",\nmean"), fontsize=11)
+    others = [name for name in data["table"] if name != BASE]
+    for measure, title in PAIRED.items():
+        for y, name in enumerate(others):
+            seeds = [s for s in data["flags"]["seeds"] if {(name, s), (BASE, s)} <= set(runs)]
+            for s in seeds:
+                a, b = (runs[n, s]["measures"][measure] for n in (name, BASE))
+                axes[measure].plot(a - b, y, "o", color=colours[name], alpha=0.6)
+            if seeds:
+                middle = data["differences_to_alpha_1"][name][measure]["mean"]
+                axes[measure].plot(middle, y, "|", color=colours[name], ms=22, mew=2.5)
+        axes[measure].axvline(0, color="grey", linewidth=1)
+        axes[measure].set_yticks(
+            range(len(others)), [label(n).replace(", ", ",\n") for n in others]
+        )
+        axes[measure].set_ylim(len(others) - 0.5, -0.5)
+        axes[measure].set_xlabel("difference to alpha 1 of the same seed")
+        axes[measure].set_title(title[0].upper() + title[1:], fontsize=11)
+    axes["sampled_soft"].tick_params(labelleft=False)
+    for axis in axes.values():
         axis.grid(alpha=0.3)
-    axes[PAIRED[1]].set_title("sampled soft accuracy\nafter training", fontsize=11)
-    axes[PAIRED[1]].tick_params(labelleft=False)
     figure.savefig(path)
 
 
@@ -415,8 +417,8 @@ def draw(data: dict, path: str) -> None:
 
 
 def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError("at least 1")
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number of at least 1, not {text}")
     return int(text)
 
 
@@ -434,26 +436,37 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def work_through(jobs: list[Job], args: argparse.Namespace) -> int:
+    """Makes what is missing, a line for each job that ends; the number that failed."""
+    todo, failed, start = [job for job in jobs if not job.done], 0, time.monotonic()
+    print(f"{len(jobs) - len(todo)} of {len(jobs)} runs and toy worlds are there", flush=True)
+    with contextlib.closing(execute(todo, args.jobs)) as ends:
+        for k, (job, error) in enumerate(ends, 1):
+            minutes = (time.monotonic() - start) / 60
+            print(f"[{k}/{len(todo)}, {minutes:.1f} min] {job}: {error or 'done'}", flush=True)
+            failed += error is not None
+    return failed
+
+
 def main() -> None:
     args, start = parse(), time.monotonic()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    jobs, failed = jobs_of(args), 0
-    before = [job for job in jobs if job.setting and job.done]
-    for job in before:
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup's choice stays
+            signal.signal(number, signal.default_int_handler)
+    jobs = jobs_of(args)
+    for job in jobs:
         check_same_flags(job)
-    todo = [job for job in jobs if not job.done]
-    if before:
-        print(f"{len(before)} runs were finished before: {args.work_dir}", flush=True)
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    clock = args.work_dir / "wall_seconds"  # of all commands that made these runs
+    earlier = float(clock.read_text()) if clock.exists() else 0.0
     try:
-        with contextlib.closing(execute(todo, args.jobs)) as ends:
-            for k, (job, error) in enumerate(ends, 1):
-                minutes = (time.monotonic() - start) / 60
-                print(f"[{k}/{len(todo)}, {minutes:.1f} min] {job}: {error or 'done'}", flush=True)
-                failed += error is not None
+        failed = work_through(jobs, args)
     except KeyboardInterrupt:
         raise SystemExit("interrupted; the same command makes what is missing") from None
+    finally:
+        clock.write_text(str(earlier + time.monotonic() - start))
     data = collect(jobs, args)
-    data |= dict(wall_seconds=time.monotonic() - start, runs_finished_before=len(before))
+    data["wall_seconds"] = float(clock.read_text())
     if not data["runs"]:
         raise SystemExit("error: no run was finished")
     args.out.parent.mkdir(parents=True, exist_ok=True)
