@@ -58,6 +58,7 @@ PAIRED = {  # whose differences to alpha 1 are shown: what they are, in the figu
     "training_accuracy": "accuracy reward, mean over training",
     "sampled_soft": "sampled soft accuracy after training",
 }
+COLOURS = ("#000000", "#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7")  # Okabe-Ito
 MAKE_WORLD = """import pathlib, sys, toy
 part = pathlib.Path(sys.argv[1] + ".part")
 toy.prepare(part, int(sys.argv[2]))
@@ -94,6 +95,11 @@ class Job:
         """Where the job's commit and seconds are kept."""
         return self.directory / f"{self.setting or 'world'}.json"
 
+    def cost(self) -> dict:
+        """Its commit, and CPU seconds if they could be noted; nothing if somebody else made it."""
+        known = self.record.is_file()
+        return json.loads(self.record.read_text(encoding="utf-8")) if known else {}
+
     def __str__(self) -> str:
         return f"{self.setting or 'toy world'}, seed {self.seed}"
 
@@ -121,8 +127,8 @@ class Job:
 
     def ended(self, code: int, cpu_seconds: float) -> str | None:
         """Notes what it cost, in seconds; what its log says last, if it failed."""
-        row = json.loads(self.record.read_text(encoding="utf-8")) | {"cpu_seconds": cpu_seconds}
-        self.record.write_text(json.dumps(row) + "\n", encoding="utf-8")
+        row = json.dumps(self.cost() | {"cpu_seconds": cpu_seconds})
+        self.record.write_text(row + "\n", encoding="utf-8")
         if code == 0 and self.done:
             return None
         lines = Path(f"{self.out}.log").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -226,7 +232,7 @@ def numbers_of(job: Job) -> dict:
         setting=job.setting,
         seed=job.seed,
         flags=SETTINGS[job.setting],
-        **json.loads(job.record.read_text(encoding="utf-8")),
+        **job.cost(),
         measures=dict(
             training_accuracy=fmean(accuracy),
             sampled_soft=after["sampled"]["soft"],
@@ -253,9 +259,6 @@ def collect(jobs: list[Job], args: argparse.Namespace) -> dict:
         base = {seed: values[BASE, seed] for seed in mine if (BASE, seed) in values}
         table[name] = {m: spread([v[m] for v in mine.values()]) for m in MEASURES}
         differences[name] = {m: spread([mine[s][m] - base[s][m] for s in base]) for m in MEASURES}
-    costs = [
-        json.loads(job.record.read_text()) for job in jobs if job.done and job.record.is_file()
-    ]
     packages = ("torch", "transformers", "numpy")
     return dict(
         **source(),
@@ -264,10 +267,11 @@ def collect(jobs: list[Job], args: argparse.Namespace) -> dict:
         machine=machine(),
         flags={name: getattr(args, name) for name in ("seeds", "settings", "max_steps", "jobs")},
         flags_of_all_runs=shared_flags(args),
-        cpu_seconds=sum(cost.get("cpu_seconds", 0) for cost in costs),
+        cpu_seconds=sum(job.cost().get("cpu_seconds", 0) for job in jobs if job.done),
         missing=[str(job) for job in jobs if job.setting and not job.done],
         table=table,
         differences_to_alpha_1=differences,
+        worlds=[{"seed": job.seed} | job.cost() for job in jobs if not job.setting],
         runs=runs,
     )
 
@@ -319,18 +323,18 @@ def sentences(data: dict) -> list[str]:
         f"{reach(r['eval']['before']['sampled']['soft'] for r in runs)} before training and "
         f"{reach(r['measures']['sampled_soft'] for r in runs)} after it; with another question's "
         f"clip it ends at {reach(r['measures']['wrong_video_soft'] for r in runs)}. So the loop "
-        "works with these settings, and what is learned is to look."
+        "works with each of these settings, and what is learned is to look at the clip."
     ]
     compared = {n: d for n, d in data["differences_to_alpha_1"].items() if n != BASE}
-    compared = {n: d for n, d in compared.items() if d["sampled_soft"]}
+    compared = {n: d for n, d in compared.items() if seeds > 1 and d["sampled_soft"]}
     for measure, words in PAIRED.items() if compared else ():
         base = data["table"][BASE][measure]
         same = [n for n, d in compared.items() if d[measure]["min"] * d[measure]["max"] > 0]
         lines.append(
             f"{words.capitalize()}: alpha 1 itself differs by {base['max'] - base['min']:.3f} "
             "between seeds. The difference to alpha 1 has one sign for all seeds with: "
-            f"{'; '.join(map(label, same)) or 'no setting'}. For every other setting it is within "
-            "the spread over seeds."
+            f"{'; '.join(map(label, same)) or 'no setting'}. For every other setting its range "
+            "over seeds holds 0."
         )
     if compared:
         chance = 2 ** (seeds - 1)
@@ -341,14 +345,14 @@ def sentences(data: dict) -> list[str]:
         )
     return lines + [
         "A toy is a toy: it says that the loop works, not that one setting beats another. Answers "
-        "have about 15 tokens, and the mean weight stays near 1. The paper's claim is about long "
+        "have about 15 tokens, most of them fixed by the form; the paper's claim is about long "
         "reasoning, of which there is none here."
     ]
 
 
 def markdown(data: dict, out: Path) -> str:
     head, *rows = ["| " + " | ".join(row) + " |" for row in table_rows(data)]
-    made = {f"{r['commit']}{' with changes' if r['dirty'] else ''}" for r in data["runs"]}
+    made = {f"{r.get('commit')}{' with changes' * bool(r.get('dirty'))}" for r in data["runs"]}
     parts = [
         "# Ablation on the toy",
         f"`python -m benchmarks.ablations`: {len(data['runs'])} runs of "
@@ -378,7 +382,7 @@ def draw(data: dict, path: str) -> None:
 
     figure = Figure(figsize=(9, 8.5), dpi=100, layout="constrained")
     axes = figure.subplot_mosaic([["curves"] * 2, list(PAIRED)], height_ratios=(1.2, 1))
-    colours = dict(zip(SETTINGS, ("#000000", *viz.COLOURS), strict=True))
+    colours = dict(zip(SETTINGS, COLOURS, strict=True))
     runs = {(run["setting"], run["seed"]): run for run in data["runs"]}
     for i, name in enumerate(data["table"]):
         mine = [run for (setting, _), run in runs.items() if setting == name]
@@ -397,7 +401,7 @@ def draw(data: dict, path: str) -> None:
             for s in seeds:
                 a, b = (runs[n, s]["measures"][measure] for n in (name, BASE))
                 axes[measure].plot(a - b, y, "o", color=colours[name], alpha=0.6)
-            if seeds:
+            if seeds:  # the bar: their mean
                 middle = data["differences_to_alpha_1"][name][measure]["mean"]
                 axes[measure].plot(middle, y, "|", color=colours[name], ms=22, mew=2.5)
         axes[measure].axvline(0, color="grey", linewidth=1)
@@ -405,7 +409,7 @@ def draw(data: dict, path: str) -> None:
             range(len(others)), [label(n).replace(", ", ",\n") for n in others]
         )
         axes[measure].set_ylim(len(others) - 0.5, -0.5)
-        axes[measure].set_xlabel("difference to alpha 1 of the same seed")
+        axes[measure].set_xlabel("difference to alpha 1; dots: seeds, bar: mean")
         axes[measure].set_title(title[0].upper() + title[1:], fontsize=11)
     axes["sampled_soft"].tick_params(labelleft=False)
     for axis in axes.values():
