@@ -326,7 +326,8 @@ def sentences(data: dict) -> list[str]:
         "works with each of these settings, and what is learned is to look at the clip."
     ]
     compared = {n: d for n, d in data["differences_to_alpha_1"].items() if n != BASE}
-    compared = {n: d for n, d in compared.items() if seeds > 1 and d["sampled_soft"]}
+    complete = {n for n, d in compared.items() if (d["sampled_soft"] or {}).get("seeds") == seeds}
+    compared = {n: d for n, d in compared.items() if seeds > 1 and n in complete}
     for measure, words in PAIRED.items() if compared else ():
         base = data["table"][BASE][measure]
         same = [n for n, d in compared.items() if d[measure]["min"] * d[measure]["max"] > 0]
