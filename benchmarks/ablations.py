@@ -334,8 +334,8 @@ def sentences(data: dict) -> list[str]:
         lines.append(
             f"{words.capitalize()}: alpha 1 itself differs by {base['max'] - base['min']:.3f} "
             "between seeds. The difference to alpha 1 has one sign for all seeds with: "
-            f"{'; '.join(map(label, same)) or 'no setting'}. For every other setting its range "
-            "over seeds holds 0."
+            f"{'; '.join(map(label, same)) or 'no setting'}. For every other setting that has "
+            "all its seeds, the range over seeds holds 0."
         )
     if compared:
         chance = 2 ** (seeds - 1)
