@@ -38,6 +38,7 @@ BASE = "alpha_1"  # token-normalised GRPO: all weights are 1
 SETTINGS = {
     "grpo": dict(loss_type="grpo", alpha=1.0),
     "alpha_1": dict(loss_type="tw_grpo", alpha=1.0),
+    "null": dict(loss_type="tw_grpo", alpha=1.0001),  # no change to speak of: what chance does
     "alpha_1.4": dict(loss_type="tw_grpo", alpha=1.4),
     "alpha_1.7": dict(loss_type="tw_grpo", alpha=1.7),
     "alpha_2": dict(loss_type="tw_grpo", alpha=2.0),
@@ -58,7 +59,9 @@ PAIRED = {  # whose differences to alpha 1 are shown: what they are, in the figu
     "training_accuracy": "accuracy reward, mean over training",
     "sampled_soft": "sampled soft accuracy after training",
 }
-COLOURS = ("#000000", "#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7")  # Okabe-Ito
+COLOURS = (  # Okabe-Ito, and grey for the control
+    "#000000", "#0072B2", "#999999", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7",
+)  # fmt: skip
 MAKE_WORLD = """import pathlib, sys, toy
 part = pathlib.Path(sys.argv[1] + ".part")
 toy.prepare(part, int(sys.argv[2]))
@@ -343,6 +346,11 @@ def sentences(data: dict) -> list[str]:
             f"What one sign is worth: where a setting changes nothing, {seeds} seeds agree in sign "
             f"in 1 of {chance} cases; of {len(compared)} such settings about "
             f"{len(compared) / chance:.1f} would in each column."
+        )
+    if "null" in compared:
+        lines.append(
+            f"{label('null')} is the control: such weights change nothing to speak of, so what its "
+            "runs differ by is chance, grown over the steps from a rounding error."
         )
     return lines + [
         "A toy is a toy: it says that the loop works, not that one setting beats another. Answers "
