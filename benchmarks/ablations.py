@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -25,13 +24,12 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from statistics import fmean
 
 import toy
 import viz
+from benchmarks.origin import source, surroundings
 
 PROJECT = Path(__file__).resolve().parent.parent
 BASE = "alpha_1"  # token-normalised GRPO: all weights are 1
@@ -194,30 +192,6 @@ def execute(jobs: list[Job], at_once: int) -> Iterator[tuple[Job, str | None]]:
 # ------------------------------------------------------------------------------------------ numbers
 
 
-def git(*arguments: str) -> str:
-    """What git answers; nothing outside a checkout."""
-    with contextlib.suppress(OSError):
-        answer = subprocess.run(["git", *arguments], cwd=PROJECT, capture_output=True, text=True)
-        return answer.stdout.strip() if answer.returncode == 0 else ""
-    return ""
-
-
-def source() -> dict:
-    """The commit of the code, and whether tracked files differ from it; null outside a checkout."""
-    commit = git("rev-parse", "--short", "HEAD") or None
-    dirty = bool(git("status", "--porcelain", "--untracked-files=no")) if commit else None
-    return dict(commit=commit, dirty=dirty)
-
-
-def machine() -> dict:
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):  # elsewhere than on Linux
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        cpu = names[0] if names else cpu
-    return dict(cpu=cpu, cores=os.cpu_count())
-
-
 def spread(values: list[float]) -> dict | None:
     if not values:
         return None
@@ -262,12 +236,9 @@ def collect(jobs: list[Job], args: argparse.Namespace) -> dict:
         base = {seed: values[BASE, seed] for seed in mine if (BASE, seed) in values}
         table[name] = {m: spread([v[m] for v in mine.values()]) for m in MEASURES}
         differences[name] = {m: spread([mine[s][m] - base[s][m] for s in base]) for m in MEASURES}
-    packages = ("torch", "transformers", "numpy")
     return dict(
         **source(),
-        date=datetime.now(UTC).strftime("%Y-%m-%d"),
-        versions={"python": platform.python_version()} | {n: metadata.version(n) for n in packages},
-        machine=machine(),
+        **surroundings(),
         flags={name: getattr(args, name) for name in ("seeds", "settings", "max_steps", "jobs")},
         flags_of_all_runs=shared_flags(args),
         cpu_seconds=sum(job.cost().get("cpu_seconds", 0) for job in jobs if job.done),

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 import toy
+from benchmarks.origin import source, surroundings
 from config import Config, ConfigError, check_attention
 from data import TEMPLATES, Prompter, Record
 from kernels import reference
@@ -181,7 +182,6 @@ def main() -> None:
             way(cfg, policy, prompter, record, optimizer, phases[name] if repeat else Phases())
             if device == "cuda":
                 peak[name] = torch.cuda.max_memory_allocated() / 1e9
-    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     result = dict(
         size=args.size,
         parameters=sum(p.numel() for p in policy.model.parameters()),
@@ -193,7 +193,8 @@ def main() -> None:
         device=torch.cuda.get_device_name()
         if device == "cuda"
         else f"cpu, {torch.get_num_threads()} threads",
-        torch=torch.__version__,
+        **source(),
+        **surroundings(),
         peak_memory_gb=peak,
         seconds={name: phase.medians() for name, phase in phases.items()},
     )

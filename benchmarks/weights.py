@@ -31,6 +31,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.origin import source
 from kernels.reference import group_divergence, token_weights
 
 HERE = Path(__file__).resolve().parent
@@ -205,12 +206,6 @@ def rounded(value, digits: int = 5):
     return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
-def commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    told = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
-    return told.stdout.strip() or "unknown"
-
-
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     top.add_argument("--vocabulary", type=int, default=152064, help="V of the synthetic rows")
@@ -233,7 +228,8 @@ def main() -> None:
             for seed in range(args.seeds)
         ]
         result = dict(
-            date=datetime.now(UTC).date().isoformat(), torch=torch.__version__, commit=commit(),
+            date=datetime.now(UTC).date().isoformat(), torch=torch.__version__,
+            commit=source()["commit"],
             device=f"CPU, {torch.get_num_threads()} thread(s)", alpha=ALPHA,
             V=args.vocabulary, lengths=LENGTHS,
             synthetic=dict(

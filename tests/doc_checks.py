@@ -408,11 +408,8 @@ def shown_as(figure: str, values: list[float]) -> bool:
     return any(f"{x:.{places}f}" == digits or f"{100 * x:.{places}f}" == digits for x in values)
 
 
-def unfounded_figures(text: str, exempt: dict[str, str]) -> list[str]:
-    """Numbers of a table that its file of results does not hold; tables of numbers without one.
-
-    exempt: first header cell -> why that table needs no file.
-    """
+def unfounded_figures(text: str) -> list[str]:
+    """Numbers of a table that its file of results does not hold; tables of numbers without one."""
     faults = []
     for table in tables(text):
         title = f"table '{' | '.join(table.header)[:60]}'"
@@ -432,11 +429,8 @@ def unfounded_figures(text: str, exempt: dict[str, str]) -> list[str]:
             faults += [f"{title}: {fault}" for fault in missing_tests(source)]
             if not re.fullmatch(r"tests/\w+\.py::test_\w+", source):
                 faults.append(f"{title}: 'computed' names no test")
-        elif is_measured(table) and table.header[0] not in exempt:
-            faults.append(
-                f"{title}: numbers without <!-- figures: FILE.json --> before "
-                "it (TABLES_WITHOUT_FIGURES says why, if it must be)"
-            )
+        elif is_measured(table):
+            faults.append(f"{title}: numbers without <!-- figures: FILE.json --> before it")
     return faults
 
 

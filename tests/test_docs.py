@@ -32,12 +32,6 @@ PATHS_NOT_OURS = frozenset(
 )
 # and names of the official code.
 NAMES_NOT_OURS = frozenset("use_epsilon use_dynamic_sampling ori_accuracy".split())
-# Tables of numbers that no file of results holds, by their first header cell: why.
-TABLES_WITHOUT_FIGURES = {
-    "README.md": {
-        "GB (1e9 bytes)": "estimates of --dry_run, not measurements; plan.py computes them",
-    },
-}
 
 
 def text_of(path: Path) -> str:
@@ -73,8 +67,7 @@ def test_every_test_named_exists(path):
 
 @documents
 def test_every_figure_in_a_table_is_in_a_file_of_results(path):
-    exempt = TABLES_WITHOUT_FIGURES.get(checks.relative(path), {})
-    no_faults(checks.unfounded_figures(text_of(path), exempt), path)
+    no_faults(checks.unfounded_figures(text_of(path)), path)
 
 
 @documents
@@ -126,9 +119,6 @@ def test_no_exception_outlives_what_it_excepts():
     assert not [name for name in sorted(named) if name not in text]
     words = json.loads((PROJECT / "tests/golden/official_lines.json").read_text("utf-8"))
     assert not [line for line in words if f"`{line}`" not in text]
-    for name, exempt in TABLES_WITHOUT_FIGURES.items():
-        headers = [t.header[0] for t in checks.tables(text_of(PROJECT / name))]
-        assert set(exempt) <= set(headers), (name, set(exempt) - set(headers))
 
 
 # ------------------------------------------------------------------------- documents against a run
@@ -260,23 +250,22 @@ CAUGHT = {
         "[`row_kernel`](../kernels/chunked.py) `# w_t / N`", HERE
     ),
     "a figure that is not measured": lambda: checks.unfounded_figures(
-        "<!-- figures: docs/published.json -->\n| a | b |\n|---|---|\n| x | 51.4 |\n", {}
+        "<!-- figures: docs/published.json -->\n| a | b |\n|---|---|\n| x | 51.4 |\n"
     ),
     "a figure at another precision": lambda: checks.unfounded_figures(
-        "<!-- figures: docs/published.json -->\n| a | b |\n|---|---|\n| x | 50.41 |\n", {}
+        "<!-- figures: docs/published.json -->\n| a | b |\n|---|---|\n| x | 50.41 |\n"
     ),
     "a figure between words": lambda: checks.unfounded_figures(
-        "<!-- figures: docs/published.json -->\n| a | b |\n|---|---|\n| x | 11.9 to **99.7 %** |\n",
-        {},
+        "<!-- figures: docs/published.json -->\n| a | b |\n|---|---|\n| x | 11.9 to **99.7 %** |\n"
     ),
     "a file of results that is not there": lambda: checks.unfounded_figures(
-        "<!-- figures: docs/none.json -->\n| a | b |\n|---|---|\n| x | 50.4 |\n", {}
+        "<!-- figures: docs/none.json -->\n| a | b |\n|---|---|\n| x | 50.4 |\n"
     ),
     "numbers without a file": lambda: checks.unfounded_figures(
-        "| a | b |\n|---|---|\n| x | **50.4** |\n", {}
+        "| a | b |\n|---|---|\n| x | **50.4** |\n"
     ),
     "numbers 'computed' nowhere": lambda: checks.unfounded_figures(
-        "<!-- computed: tests/test_none.py::test_x -->\n| a | b |\n|---|---|\n| x | 1 |\n", {}
+        "<!-- computed: tests/test_none.py::test_x -->\n| a | b |\n|---|---|\n| x | 1 |\n"
     ),
     "an official line nobody looked at": lambda: checks.official_faults("`a/b.py:7`", {}, None),
     "an official line with another word": lambda: checks.official_faults(
@@ -287,7 +276,7 @@ CAUGHT = {
     "an environment left open": lambda: checks.broken_math("```math\n\\begin{cases} a\n```\n"),
     "a macro GitHub forbids": lambda: checks.broken_math("$\\operatorname{clip}(x)$"),
     "a file of results that git ignores": lambda: checks.unfounded_figures(
-        "<!-- figures: runs/x.json -->\n| a | b |\n|---|---|\n| x | 1 |\n", {}
+        "<!-- figures: runs/x.json -->\n| a | b |\n|---|---|\n| x | 1 |\n"
     ),
     "a block that fails": lambda: run_block("python", "raise SystemExit(3)", PROJECT),
     "a block whose first line fails": lambda: run_block("bash", "false\ntrue", PROJECT),
@@ -308,9 +297,8 @@ TRUTHS = {
     "tests": lambda: checks.missing_tests("tests/test_rewards.py::test_format; pytest -k format"),
     "figures": lambda: checks.unfounded_figures(
         "<!-- figures: docs/published.json -->\n"
-        "| a | b |\n|---|---|\n| Qwen2.5-VL-7B | **50.4**, 9,238 questions, 65.8 % |\n", {}
-    ),
-    "words": lambda: checks.unfounded_figures("| a | b |\n|---|---|\n| x | 2 x 80 GB |\n", {}),
+        "| a | b |\n|---|---|\n| Qwen2.5-VL-7B | **50.4**, 9,238 questions, 65.8 % |\n"),
+    "words": lambda: checks.unfounded_figures("| a | b |\n|---|---|\n| x | 2 x 80 GB |\n"),
     "blocks": lambda: run_block("bash", "python -c 'import rewards'", PROJECT),
 }  # fmt: skip
 

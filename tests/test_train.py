@@ -1,6 +1,7 @@
 """The training loop as a user runs it: whole commands on a toy world, and what they leave."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -11,10 +12,12 @@ import torch
 from conftest import PROJECT, TOY_FLAGS, run_twgrpo, twgrpo_command
 from safetensors.torch import load_file
 
+import plan
 import toy
 import twgrpo
+from benchmarks.step import SIZES
 from config import Config, ConfigError, parse_config
-from data import Prompter, load_records
+from data import TEMPLATES, Prompter, load_records
 from policy import Policy
 from runlog import RunLog
 from twgrpo import group_advantages, rate
@@ -371,3 +374,25 @@ def test_it_learns(tmp_path, capsys):
     with capsys.disabled():
         print(f"\ntoy, 60 steps: accuracy reward {before:.2f} -> {after:.2f}")
     assert after > before + 0.15
+
+
+def test_the_memory_table_in_the_readme_is_what_the_plan_computes(monkeypatch):
+    """Qwen2.5-VL-7B's shape without its weights, the recipe's flags, a prompt of 1,100 tokens."""
+    tokenizer = toy.build_tokenizer(list(TEMPLATES.values()))
+    with torch.device("meta"):
+        model = toy.build_model(tokenizer, **SIZES["7b"])
+    policy = Policy(model, tokenizer, toy.CHAT_TEMPLATE)
+    columns = []
+    for gpus in (2, 1):
+        monkeypatch.setattr("ranks.world", lambda gpus=gpus: gpus)
+        parts = plan.memory(Config(), policy, prompt=1100)
+        always, rollout, update = (
+            sum(size for part, size in parts.items() if part.startswith(phase)) / 1e9
+            for phase in ("always", "rollout", "update")
+        )
+        columns.append([always, rollout, update, always + max(rollout, update)])
+    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
+    table = readme[readme.index("| GB (1e9 bytes)") :].splitlines()[2:6]
+    cells = [re.findall(r"[0-9]+[.][0-9]+", row) for row in table]
+    shown = [[float(cell) for cell in row] for row in cells]
+    assert shown == [[round(value, 1) for value in row] for row in zip(*columns, strict=True)]
