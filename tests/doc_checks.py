@@ -234,7 +234,7 @@ def missing_references(text: str) -> list[str]:
     return [f"{path}: no such file" for path in sorted(set(named)) if not committed(path)]
 
 
-PATH = re.compile(r"(?:[\w.-]+/)*[\w.-]+\.(?:py|md|sh|json|jsonl|png|txt|toml)|(?:[\w.-]+/)+")
+PATH = re.compile(r"(?:[\w.-]+/)*[\w.-]+\.(?:py|md|sh|json|jsonl|png|html|txt|toml)|(?:[\w.-]+/)+")
 
 
 def missing_paths(text: str, folder: Path, run: Path, not_ours: frozenset[str]) -> list[str]:
