@@ -5,7 +5,6 @@ A run without a model is the embedded toy: toy.DEFAULTS take the place of the re
 """
 
 import dataclasses
-import importlib.util
 import math
 import shutil
 from dataclasses import dataclass, field
@@ -185,10 +184,17 @@ def make_output_dir(cfg: Config) -> Path:
 def check_attention(cfg: Config, device: torch.device) -> None:
     """Raises ConfigError if the attention of packing.py that was asked for cannot train here."""
     name = cfg.attn_implementation
-    if name != "sdpa" and device.type != "cuda":
+    if name == "sdpa" or cfg.dry_run:
+        return
+    if device.type != "cuda":
         raise ConfigError(f"--attn_implementation {name} needs CUDA; sdpa works everywhere")
-    if name == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
-        raise ConfigError(f"--attn_implementation {name} needs: pip install flash-attn")
+    if name == "flash_attention_2":
+        try:
+            import flash_attn  # noqa: F401
+        except ImportError as error:  # not there, or built for another torch
+            raise ConfigError(
+                f"--attn_implementation {name} needs: pip install flash-attn ({error})"
+            ) from None
 
 
 def training_records(cfg: Config) -> list[Record]:

@@ -101,19 +101,24 @@ def packed_mask(segments_BL: Tensor) -> Tensor:
 
 
 def packed_blocks(segments_BL: Tensor) -> BlockMask:
-    """The same rule for FlexAttention, with a list of the blocks in which anything is seen."""
+    """The same rule for FlexAttention, with a list of the blocks in which anything is seen. Making
+    it looks at all L x L pairs once, in bytes; on CUDA compiled, block by block."""
 
     def sees(b, h, query, key):
         segment = segments_BL[b, key]
         return (query >= key) & ((segment == 0) | (segment == segments_BL[b, query]))
 
     (B, L), device = segments_BL.shape, segments_BL.device
-    return create_block_mask(sees, B, None, L, L, device=device)
+    compiled = device.type == "cuda"
+    return create_block_mask(sees, B, None, L, L, device=device, _compile=compiled)
 
 
 @functools.cache
 def compiled_flex():
-    """Compiled once for rows of any length; an error, not a slow fall-back, if that fails."""
+    """Compiled for rows of any length; an error, not a slow fall-back, where that fails. One
+    question or several, a row of one block or more, with gradient or without: each of these is
+    compiled by itself, about a dozen in all, where 8 would be allowed."""
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
@@ -184,11 +189,12 @@ def flash_attend(module, query, key, value, attention_mask, *, scaling, **_):
     return rows.view(B, L, H, d), None
 
 
-# --attn_implementation: what transformers is to call, and what that takes for a mask.
+# --attn_implementation: what transformers is to call, and what that takes for a mask. (A name with
+# "flash" in it would have transformers look for a library of that name.)
 ATTENTION = {
     "sdpa": ("sdpa", packed_mask),
     "flex_attention": ("packed_flex", packed_blocks),
-    "flash_attention_2": ("packed_flash", packed_sequences),
+    "flash_attention_2": ("packed_varlen", packed_sequences),
 }
 AttentionInterface.register("packed_flex", flex_attend)
-AttentionInterface.register("packed_flash", flash_attend)
+AttentionInterface.register("packed_varlen", flash_attend)

@@ -16,6 +16,7 @@ completion tokens of a question, R = B G rows that are decoded together, V vocab
 """
 
 import contextlib
+import copy
 import os
 import shutil
 from collections.abc import Callable
@@ -40,7 +41,7 @@ from transformers.utils import cached_file
 
 import ranks
 from data import Question, Record, load_chat_template
-from packing import ATTENTION, Group, pack, packed_mask
+from packing import ATTENTION, Group, pack
 from rollout import Decoder, GroupCache
 from video import Geometry, mrope_positions
 
@@ -82,7 +83,7 @@ class Policy:
         self.root: Root | None = None  # when sharded
         self.gradient_checkpointing = False
         self.save_dtype = torch.float32
-        self.packed_mask = packed_mask  # what `attend_with` may replace
+        self.attn_implementation = "sdpa"  # of packed rows; see `attend_with`
         config, vision = model.config, model.config.vision_config
         self.geometry = Geometry(
             vision.patch_size,
@@ -183,8 +184,9 @@ class Policy:
         if self.root is None and self.device.type == "cpu":
             yield self
             return
+        config = copy.deepcopy(self.model.config)  # its own: a config says how its model attends
         with torch.device("meta"):
-            actor = type(self.model)(self.model.config)
+            actor = type(self.model)(config)
         for name, parameter in self.model.named_parameters():
             whole = parameter.detach().to(self.compute_dtype)
             whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
@@ -196,7 +198,8 @@ class Policy:
         actor.tie_weights()  # the lm_head of small models is their embedding
         actor.generation_config = self.model.generation_config
         policy = Policy(actor.eval(), self.tokenizer, self.chat_template)
-        policy.eos_ids, policy.packed_mask = self.eos_ids, self.packed_mask
+        policy.eos_ids = self.eos_ids
+        policy.attend_with(self.attn_implementation)
         yield policy
 
     def save(self, directory: Path, processor_from: str | None = None) -> None:
@@ -319,7 +322,8 @@ class Policy:
     def attend_with(self, attn_implementation: str) -> None:
         """How packed rows are scored: a key of packing.ATTENTION. It stays so until the gradient is
         taken, since a checkpointed layer is computed once more then."""
-        self.text.config._attn_implementation, self.packed_mask = ATTENTION[attn_implementation]
+        self.attn_implementation = attn_implementation
+        self.text.config._attn_implementation, _ = ATTENTION[attn_implementation]
 
     @contextlib.contextmanager
     def attention(self, name: str):
@@ -368,11 +372,12 @@ class Policy:
         ids_BL, positions_3BL, segments_BL, rows_N = pack(groups, self.pad_id)
         device = self.device
         self.text.train(self.gradient_checkpointing)  # transformers checkpoints in training only
+        _, who_sees_whom = ATTENTION[self.attn_implementation]
         with self.compute():
             hidden_BLD = self.text(
                 inputs_embeds=self._embed(ids_BL.to(device), features),
                 position_ids=positions_3BL.to(device),
-                attention_mask={"full_attention": self.packed_mask(segments_BL.to(device))},
+                attention_mask={"full_attention": who_sees_whom(segments_BL.to(device))},
                 use_cache=False,
             ).last_hidden_state
         return [hidden_BLD[b, rows.to(device)] for b, rows in enumerate(rows_N)]

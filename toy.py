@@ -35,7 +35,7 @@ from kernels import reference
 from packing import Group
 from policy import Policy
 
-# Where the toy's training differs from the recipe of a 7B model (the defaults of twgrpo.Config),
+# Where the toy's training differs from the recipe of a 7B model (the defaults of config.Config),
 # and nowhere else.
 CLIP = dict(max_frames=4, min_pixels=56 * 56, max_pixels=56 * 56)
 DEFAULTS = dict(

@@ -98,8 +98,10 @@ class Job:
 
     def cost(self) -> dict:
         """Its commit, and CPU seconds if they could be noted; nothing if somebody else made it."""
-        known = self.record.is_file()
-        return json.loads(self.record.read_text(encoding="utf-8")) if known else {}
+        try:
+            return json.loads(self.record.read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):  # not there; killed while writing
+            return {}
 
     def __str__(self) -> str:
         return f"{self.setting or 'toy world'}, seed {self.seed}"
@@ -180,6 +182,8 @@ def execute(jobs: list[Job], at_once: int) -> Iterator[tuple[Job, str | None]]:
                 yield from ((job, "its toy world could not be made") for job in waiting)
                 return
             pid, status, usage = os.wait4(-1, 0)  # this one also tells what the child cost
+            if pid not in running:  # somebody else's child, handed to us when its parent ended
+                continue
             job, process = running.pop(pid)
             process.returncode = os.waitstatus_to_exitcode(status)
             yield job, job.ended(process.returncode, usage.ru_utime + usage.ru_stime)
@@ -285,20 +289,28 @@ def table_rows(data: dict) -> list[list[str]]:
     return [head, *rows]
 
 
+def learned(runs: list[dict]) -> str:
+    """Did every run learn, and to look at the clip?"""
+    before = [run["eval"]["before"]["sampled"]["soft"] for run in runs]
+    after = [run["measures"]["sampled_soft"] for run in runs]
+    wrong = [run["measures"]["wrong_video_soft"] for run in runs]
+    ranges = [f"{min(values):.2f} to {max(values):.2f}" for values in (before, after, wrong)]
+    each = [f"{r['setting']}, seed {r['seed']}" for r in runs]
+    failed = [n for n, b, a, w in zip(each, before, after, wrong, strict=True) if a <= max(b, w)]
+    verdict = (
+        "So the loop works with each of these settings, and what is learned is to look at the clip."
+        if not failed
+        else f"Not better than both: {'; '.join(failed)}."
+    )
+    return (
+        f"Over all runs, sampled soft accuracy is {ranges[0]} before training and {ranges[1]} "
+        f"after it; with another question's clip it ends at {ranges[2]}. {verdict}"
+    )
+
+
 def sentences(data: dict) -> list[str]:
     """What the numbers show and what not, in words that the numbers decide."""
-
-    def reach(values) -> str:
-        return f"{min(values := list(values)):.2f} to {max(values):.2f}"
-
-    runs, seeds = data["runs"], len(data["flags"]["seeds"])
-    lines = [
-        "Over all runs, sampled soft accuracy is "
-        f"{reach(r['eval']['before']['sampled']['soft'] for r in runs)} before training and "
-        f"{reach(r['measures']['sampled_soft'] for r in runs)} after it; with another question's "
-        f"clip it ends at {reach(r['measures']['wrong_video_soft'] for r in runs)}. So the loop "
-        "works with each of these settings, and what is learned is to look at the clip."
-    ]
+    lines, seeds = [learned(data["runs"])], len(data["flags"]["seeds"])
     compared = {n: d for n, d in data["differences_to_alpha_1"].items() if n != BASE}
     complete = {n for n, d in compared.items() if (d["sampled_soft"] or {}).get("seeds") == seeds}
     compared = {n: d for n, d in compared.items() if seeds > 1 and n in complete}
@@ -319,9 +331,11 @@ def sentences(data: dict) -> list[str]:
             f"{len(compared) / chance:.1f} would in each column."
         )
     if "null" in compared:
+        low, high = (compared["null"]["sampled_soft"][end] for end in ("min", "max"))
         lines.append(
             f"{label('null')} is the control: such weights change nothing to speak of, so what its "
-            "runs differ by is chance, grown over the steps from a rounding error."
+            f"runs differ by, {low:+.3f} to {high:+.3f} in sampled soft accuracy, is chance, grown "
+            "over the steps from a rounding error."
         )
     return lines + [
         "A toy is a toy: it says that the loop works, not that one setting beats another. Answers "
@@ -442,7 +456,9 @@ def main() -> None:
         check_same_flags(job)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     clock = args.work_dir / "wall_seconds"  # of all commands that made these runs
-    earlier = float(clock.read_text()) if clock.exists() else 0.0
+    earlier = 0.0
+    with contextlib.suppress(OSError, ValueError):  # the first command; killed while writing
+        earlier = float(clock.read_text())
     try:
         failed = work_through(jobs, args)
     except KeyboardInterrupt:

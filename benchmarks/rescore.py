@@ -41,6 +41,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = parser().parse_args()
+    for argument in args.logs:
+        if "=" not in argument:
+            raise SystemExit(f"error: {argument}: give it a name, as in 'MMVU={argument}'")
     rows = [row(*argument.split("=", 1)) for argument in args.logs]
     Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     for line in rows:

@@ -173,8 +173,8 @@ def tw_grpo(
     )
     divergence_T = group_divergence(logps_GTV, lengths_G, divergence, ended_rows)
     # OFFICIAL: the gradient also flows through w_t.  OURS: a weight is an importance, not a target,
-    # so it is detached; detach_weights=False gives the official gradient (they agree on-policy
-    # while all G completions are alive).
+    # so it is detached; detach_weights=False gives the official gradient (on-policy and without KL
+    # they agree if no completion ends before another).
     weights_T = (
         token_weights(divergence_T, alpha)
         if loss_type == "tw_grpo"

@@ -20,7 +20,7 @@ def clamp_log_ratio(d):
 
 @triton.jit
 def k3_series(d):
-    """Eq. 22: exp(d) - d - 1 for abs(d) < 1/2; the first omitted term is 8e-7 of the result."""
+    """Eq. 22: exp(d) - d - 1 for abs(d) < 1/2; what is left out is below 1e-6 of the result."""
     # e^d - d - 1 = d² (1/2! + d/3! + d²/4! + ...)
     series = 1 / 720 + d * (1 / 5040)
     series = 1 / 24 + d * (1 / 120 + d * series)

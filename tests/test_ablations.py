@@ -43,16 +43,22 @@ def ablation(world, tmp_path_factory):
     first = subprocess.Popen(
         command(work, "--jobs", "1"), cwd=PROJECT, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        # A script that starts pytest in the background has it ignore SIGINT, and us too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
-    for line in first.stdout:
-        if "alpha_1, seed 3: done" in line:
-            break
-    first.send_signal(signal.SIGINT)
-    _, complaint = first.communicate(timeout=60)
+    try:
+        for line in first.stdout:
+            if "alpha_1, seed 3: done" in line:
+                break
+        first.send_signal(signal.SIGINT)
+        _, complaint = first.communicate(timeout=120)
+    finally:
+        first.kill()
     left = alive(work)
+    (work / "wall_seconds").write_text("")  # as a kill in mid-write may leave it
     untouched = (work / "seed3" / "alpha_1" / "eval.json").stat().st_mtime_ns
     second = subprocess.run(
-        command(work, "--jobs", "2"), cwd=PROJECT, capture_output=True, text=True, timeout=120
+        command(work, "--jobs", "2"), cwd=PROJECT, capture_output=True, text=True, timeout=240
     )
     return dict(work=work, first=(first.returncode, complaint, left), second=second,
                 untouched=untouched)  # fmt: skip
@@ -104,6 +110,18 @@ def test_the_table_holds_what_the_runs_measured(ablation):
     difference = soft["alpha_1.7"] - soft["alpha_1"]
     assert cells["alpha 1.7"][place + 1].startswith(f"{difference:+.3f}<br>")
     assert (work / "a.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_run_that_did_not_learn_is_not_praised():
+    def made(before: float, after: float, wrong: float) -> dict:
+        measures = dict(sampled_soft=after, wrong_video_soft=wrong)
+        before = {"before": {"sampled": {"soft": before}}}
+        return dict(setting="alpha_2", seed=1, eval=before, measures=measures)
+
+    assert "So the loop works" in ablations.learned([made(0.33, 0.9, 0.2)])
+    for worse in (made(0.33, 0.2, 0.1), made(0.33, 0.4, 0.4)):
+        said = ablations.learned([made(0.33, 0.9, 0.2), worse])
+        assert "works" not in said and "Not better than both: alpha_2, seed 1." in said
 
 
 def test_finished_runs_of_other_flags_are_not_mixed_in(ablation):

@@ -25,7 +25,7 @@ documents = pytest.mark.parametrize("path", DOCUMENTS, ids=checks.relative)
 FLAGS_NOT_OURS = frozenset()
 # files of the official repository and of datasets,
 PATHS_NOT_OURS = frozenset(
-    "grpo.py grpo_trainer.py grpo_config.py vision_process.py eval_clevrer.py "
+    "grpo.py model_card.md grpo_trainer.py grpo_config.py vision_process.py eval_clevrer.py "
     "eval_clevrer_zeroshot.py eval_general_zeroshot.py eval_general_videor1.py convert_nextgqa.py "
     "convert_star.py tw-grpo.sh grpo.sh eval_nextgqa.json eval_mvbench.json eval_tempcompass.json "
     "eval_videomme.json".split()

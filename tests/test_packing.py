@@ -5,6 +5,7 @@ documentation says: sequence by sequence, the last query at the last key. What i
 tokens we hand it. torch's FlexAttention has no backward pass on a CPU; there only forward.
 """
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -20,6 +21,7 @@ from torch.nn.attention.flex_attention import create_mask
 
 from config import Config, ConfigError, check_attention
 from packing import (
+    ATTENTION,
     Group,
     compiled_flex,
     pack,
@@ -27,6 +29,7 @@ from packing import (
     packed_mask,
     packed_sequences,
 )
+from policy import Root
 
 LENGTHS = ([5, 1, 9], [3, 3, 2], [1, 1, 7])
 
@@ -102,9 +105,29 @@ def test_flex_attention_equals_the_mask(policy, groups):
     assert max((a - b).abs().max() for a, b in zip(masked, blocked, strict=True)) < 1e-5
 
 
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_a_gathered_copy_attends_as_its_policy_does(policy, groups, flash_attn, attention):
+    """The copy is made on every GPU and every rank of several; here by claiming to be sharded."""
+    policy.attend_with(attention)
+    with torch.no_grad():
+        features = features_of(policy, groups)
+        before = policy.hidden_states(groups, features)
+        policy.root = Root(policy.model)
+        with policy.gathered() as actor:
+            assert actor.model is not policy.model
+            inside = actor.hidden_states(groups, features)
+            questions, seeds = [groups[0].question], [(1,)]
+            assert actor.rollout(questions, features[:1], 2, 4, 1.0, seeds)
+        after = policy.hidden_states(groups, features)
+    for a, b, c in zip(before, inside, after, strict=True):
+        assert torch.equal(a, c) and (a - b).abs().max() < 1e-6
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_flex_attention_is_compiled_once_for_rows_of_all_lengths():
+def test_flex_attention_is_compiled_once_for_long_rows():
     """Every step has another length; compiling anew each time would cost more than the step."""
+    torch._dynamo.reset()
+    compiled_flex.cache_clear()
     counters = torch._dynamo.utils.counters["stats"]
     before, attend = counters["unique_graphs"], compiled_flex()
     for L in (300, 222, 411, 512):
@@ -174,19 +197,20 @@ def test_rollout_and_checkpoint_do_not_depend_on_it(policy, questions, flash_att
     after = policy.rollout(questions[:1], features, 3, 8, 1.0, seeds)
     assert before[0].texts == after[0].texts
     policy.save(tmp_path)
-    assert "packed_flash" not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
+    assert "packed_varlen" not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
 
 
-def test_attention_that_cannot_train_here_is_refused(monkeypatch):
+def test_attention_that_cannot_train_here_is_refused(flash_attn, monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     for device in (cpu, cuda):
         check_attention(Config(), device)
     flex, flash = (Config(attn_implementation=n) for n in ("flex_attention", "flash_attention_2"))
-    check_attention(flex, cuda)
     for cfg in (flex, flash):
+        check_attention(cfg, cuda)
         with pytest.raises(ConfigError, match="sdpa works everywhere"):
             check_attention(cfg, cpu)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        check_attention(dataclasses.replace(cfg, dry_run=True), cpu)
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
     with pytest.raises(ConfigError, match="pip install flash-attn"):
         check_attention(flash, cuda)
 
