@@ -212,6 +212,7 @@ def prepare_toy(cfg: Config, root: Path) -> Config:
         print("No --model_name_or_path: training the embedded toy, which sets these flags:")
         print("  " + " ".join(f"--{name} {value}" for name, value in toy.DEFAULTS.items()))
         if not (root / "model").exists():
+            print("Making its clips and its model first takes about a minute.", flush=True)
             shutil.rmtree(root, ignore_errors=True)  # of a run that was killed while making it
             toy.prepare(root, cfg.seed)
     ranks.barrier()

@@ -1,16 +1,19 @@
 """The processes of a run: one per GPU under torchrun, or one alone.
 
 Without torchrun every function here is the obvious thing for a single process, so that the loop
-reads the same. Nothing here is called by one rank only: each call is met by all of them.
+reads the same. What waits for the others, from `gather` on, is called by all ranks or by none.
 """
 
 import os
 import signal
 import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
+
+PATIENCE = timedelta(hours=1)  # with a rank that decodes slow clips, before it counts as hung
 
 
 def start() -> torch.device:
@@ -20,7 +23,7 @@ def start() -> torch.device:
     if cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
     return torch.device(device)
 
 

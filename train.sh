@@ -13,6 +13,8 @@ set -euo pipefail
 : "${DATA:?set DATA to the training questions, a JSON list or JSONL}"
 : "${VIDEOS:?set VIDEOS to the directory their video paths start from}"
 : "${GPUS:=2}"
+[ -e "$DATA" ] || { echo "error: DATA=$DATA: no such file" >&2; exit 1; }
+[ -d "$VIDEOS" ] || { echo "error: VIDEOS=$VIDEOS: no such directory" >&2; exit 1; }
 
 torchrun --standalone --nproc_per_node "$GPUS" twgrpo.py \
     --model_name_or_path "$MODEL" \

@@ -286,8 +286,13 @@ def main():
     parser.add_argument("--table", metavar="JSON", help="print a results file as Markdown and stop")
     arguments = parser.parse_args()
     if arguments.table:
-        with open(arguments.table) as file:
-            return print(table(json.load(file)))
+        try:
+            with open(arguments.table) as file:
+                return print(table(json.load(file)))
+        except (OSError, ValueError, KeyError) as error:
+            raise SystemExit(
+                f"error: {arguments.table}: not a file that --json wrote ({error})"
+            ) from None
     if not torch.cuda.is_available():
         return on_cpu()
     names = [

@@ -170,7 +170,7 @@ def test_the_table_of_weights_is_the_measured_one(measured):
     largest = max(block["official"]["all_alive_max"] for block in synthetic)
     for sentence in (
         f"at most {largest:.3f} on synthetic rows and {toy['official']['all_alive_max']:.3f} on",
-        f"tail's mean is {span('official', 'half_or_fewer_mean')};",
+        f"their mean is {span('official', 'half_or_fewer_mean')};",
         f"few tokens only, it is {toy['official']['half_or_fewer_mean']:.2f}.",
         f"on synthetic rows {span('textbook', 'all_alive_mean')} in the mean",
         f"where all live, {span('textbook', 'last_position_mean')} at the last position;",
