@@ -159,7 +159,8 @@ def shown_clip(path: str, config: dict) -> dict:
             image.save(jpeg, "JPEG", quality=85)
             frames.append(base64.b64encode(jpeg.getvalue()).decode())
     except Exception as error:  # say, no memory: a picture must not fail a run that is done
-        return dict(missing=False, error=f"clip cannot be shown: {error or type(error).__name__}")
+        reason = str(error) or type(error).__name__
+        return dict(missing=False, error=f"clip cannot be shown: {reason}")
     height, width = clip.frames.shape[-2:]
     return dict(frames=frames, seconds=clip.seconds, width=width, height=height)
 
