@@ -15,6 +15,8 @@ import json
 import math
 import os
 import sys
+from collections.abc import Iterator
+from itertools import starmap
 from pathlib import Path
 
 import numpy as np
@@ -54,15 +56,19 @@ def note_left_out(path: Path, count: int) -> None:
 
 
 def number(value) -> float:
-    """A measurement; NaN for null, text, and what is beyond float32, in which all are taken."""
-    is_number = isinstance(value, (int, float)) and abs(value) < 3e38
-    return float(value) if is_number else math.nan
+    """A measurement; NaN for null, true, text, and what is beyond float32, in which all are
+    taken."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if is_number and abs(value) < 3e38 else math.nan
 
 
 @contextlib.contextmanager
 def replacing(path: Path):
     """A path beside `path` to write to; what was written there then takes the place of `path` at
     once, so that nobody ever sees half a picture. Raises VizError if it cannot be written."""
+    path = Path(os.path.realpath(path))  # a link stays, and what it points to is replaced
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise VizError(f"{path} is not a file that can be replaced; choose another -o")
     beside = path.with_name(f".{path.name}.partial")
     try:
         yield beside
@@ -144,16 +150,17 @@ def shown_clip(path: str, config: dict) -> dict:
     if not os.path.exists(path):
         return dict(missing=True, error=f"clip not found: {path}")
     settings = [config[name] for name in ("fps", "max_frames", "min_pixels", "max_pixels")]
+    frames = []
     try:
         clip = video.load_clip(path, *settings)
-    except video.VideoError as error:
-        return dict(missing=False, error=f"clip cannot be shown: {error}")
-    frames = []
-    for frame_3HW in clip.frames:
-        image, jpeg = Image.fromarray(frame_3HW.permute(1, 2, 0).numpy()), io.BytesIO()
-        image.thumbnail((FRAME_PIXELS, FRAME_PIXELS))
-        image.save(jpeg, "JPEG", quality=85)
-        frames.append(base64.b64encode(jpeg.getvalue()).decode())
+        for frame_3HW in clip.frames:
+            image, jpeg = Image.fromarray(frame_3HW.permute(1, 2, 0).numpy()), io.BytesIO()
+            image.thumbnail((FRAME_PIXELS, FRAME_PIXELS))
+            image.save(jpeg, "JPEG", quality=85)
+            frames.append(base64.b64encode(jpeg.getvalue()).decode())
+    except Exception as error:  # say, no memory: a picture must not fail a run that is done
+        reason = str(error) or type(error).__name__
+        return dict(missing=False, error=f"clip cannot be shown: {reason}")
     height, width = clip.frames.shape[-2:]
     return dict(frames=frames, seconds=clip.seconds, width=width, height=height)
 
@@ -176,9 +183,9 @@ def template_halves() -> list[str]:
     return page.split("<!-- DATA -->")
 
 
-def write_page(run: Path, out: Path, max_groups: int) -> None:
-    """One page that needs nothing else: at most `max_groups` groups, evenly spaced over the run,
-    each parsed by the browser only when it is shown; every clip once. Raises VizError."""
+def page_data(run: Path, max_groups: int) -> Iterator[tuple[str, object]]:
+    """What the page is told, by the names its script knows: at most `max_groups` groups, evenly
+    spaced over the run; every clip once; and what they have in common. Raises VizError."""
     config, path = read_config(run), run / "completions.jsonl"
     lines = json_lines(path)
     chosen = evenly(lines, max_groups)
@@ -186,20 +193,27 @@ def write_page(run: Path, out: Path, max_groups: int) -> None:
     note_left_out(path, len(chosen) - len(groups))
     if not groups:
         raise VizError(f"{path} holds no group yet; a run writes one every --logging_steps")
-    clips = {path: k for k, path in enumerate(dict.fromkeys(g["video"] for g in groups))}
-    index = [[g["step"], g["id"], clips[g["video"]]] for g in groups]
-    flags = {k: config.get(k) for k in ("alpha", "divergence", "ended_rows", "loss_type")}
-    about = dict(run=str(run.resolve().name), total=len(lines), groups=index, flags=flags)
-    before, after = template_halves()
-    missing = 0
-    with replacing(out) as beside, open(beside, "w", encoding="utf-8", newline="\n") as page:
-        page.write(before)
-        page.writelines(data_block(f"group-{k}", group) for k, group in enumerate(groups))
-        for path, k in clips.items():
-            clip = shown_clip(path, config)
-            missing += clip.get("missing", 0)
-            page.write(data_block(f"clip-{k}", clip))
-        page.write(data_block("about", about) + after)
+    for k, group in enumerate(groups):
+        yield f"group-{k}", group
+    clips, missing = {group["video"]: 0 for group in groups}, 0
+    for k, name in enumerate(clips):
+        clip = shown_clip(name, config)
+        clips[name], missing = k, missing + clip.get("missing", 0)
+        yield f"clip-{k}", clip
     if missing:
         where = "their paths start from the directory the run was started in"
         print(f"note: {missing} of {len(clips)} clips not found; {where}", file=sys.stderr)
+    index = [[group["step"], group["id"], clips[group["video"]]] for group in groups]
+    flags = {name: str(config.get(name)) for name in ("divergence", "ended_rows", "loss_type")}
+    flags = dict(alpha=config["alpha"], **flags)  # alpha is a number: read_config
+    yield "about", dict(run=run.resolve().name, total=len(lines), groups=index, flags=flags)
+
+
+def write_page(run: Path, out: Path, max_groups: int) -> None:
+    """One page that needs nothing else; the browser parses a group only when it is shown. Raises
+    VizError."""
+    before, after = template_halves()
+    with replacing(out) as beside, open(beside, "w", encoding="utf-8", newline="\n") as page:
+        page.write(before)
+        page.writelines(starmap(data_block, page_data(run, max_groups)))
+        page.write(after)

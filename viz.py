@@ -102,6 +102,8 @@ def curves(runs: list[Path], out: Path) -> None:
         if not any(math.isfinite(number(row.get(name))) for rows in metrics for row in rows):
             axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", fontsize=8)
     columns = max(1, min(4, 120 // max(map(len, names))))
+    lines = "thin: as logged; bold: moving mean over 1/20 of the run"
+    figure.supxlabel(lines, x=0.99, ha="right", fontsize=8)
     figure.legend(handles, names, loc="outside upper center", ncols=columns, fontsize=9)
     with replacing(out) as beside:
         figure.savefig(beside, format=out.suffix[1:] or "png", dpi=150)

@@ -7,15 +7,31 @@ import base64
 import contextlib
 import json
 import os
+import select
 import shutil
 import signal
+import subprocess
 import time
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
-    "--disable-background-networking --disable-component-update --remote-debugging-pipe"
+    "--disable-background-networking --disable-component-update --disable-dev-shm-usage "
+    "--remote-debugging-pipe"
 ).split()
+SILENCE = 60  # seconds without a message after which chromium is given up
+
+
+def unusable() -> str | None:
+    """Why there is no chromium to test with; None if there is one."""
+    if CHROMIUM is None:
+        return "it is not installed"
+    quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    try:
+        subprocess.run([CHROMIUM, "--version"], **quiet, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        return str(error)
+    return None
 
 
 class Browser:
@@ -36,10 +52,12 @@ class Browser:
         os.close(to_child), os.close(from_child)
         self.buffer, self.count, self.session = b"", 0, None
         self.problems, self.requests, self.loaded = [], [], False
+
+    def begin(self):
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
         self.session = attached["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
+        for domain in ("Page", "Runtime", "Log", "Network", "Inspector"):
             self.call(f"{domain}.enable")
         self.size(900, 1000)
 
@@ -50,12 +68,16 @@ class Browser:
 
     def _message(self) -> dict:
         while b"\0" not in self.buffer:
+            ready, _, _ = select.select([self.inn], [], [], SILENCE)
+            assert ready, f"chromium has said nothing for {SILENCE} s"
             data = os.read(self.inn, 1 << 20)
             assert data, "chromium has gone"
             self.buffer += data
         text, _, self.buffer = self.buffer.partition(b"\0")
         message = json.loads(text)
         kind, values = message.get("method"), message.get("params", {})
+        crashed = kind in ("Inspector.targetCrashed", "Target.targetCrashed")
+        assert not crashed, f"the page has crashed: {values}"
         if kind == "Runtime.exceptionThrown":
             self.problems.append(values["exceptionDetails"])
         elif kind in ("Log.entryAdded", "Runtime.consoleAPICalled", "Page.javascriptDialogOpening"):
@@ -144,6 +166,7 @@ class Browser:
 def browser(profile):
     chromium = Browser(profile)
     try:
+        chromium.begin()
         yield chromium
     finally:
         chromium.close()

