@@ -148,7 +148,7 @@ def _plain(option: str) -> str:
 
 
 def qai_rows(rows: list[dict], seed: int, p: float = 0.5) -> tuple[list[dict], Counter]:
-    """Rows of NExT-GQA or STAR with "problem", "solution" and "is_negated"; a share p inverted.
+    """Eq. 30: NExT-GQA or STAR rows with "problem", "solution", "is_negated"; a share p inverted.
 
     Each row draws from (seed, its place), so none depends on another. A row that was drawn but
     cannot be inverted is kept as it was and counted by reason.

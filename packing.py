@@ -51,7 +51,7 @@ class Group:
 
 
 def pack(groups: list[Group], pad_id: int) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """One row [prompt | c_1 | c_2 | ... | c_G] per question, right-padded to the longest row.
+    """Eq. 7: a row [prompt | c_1 | c_2 | ... | c_G] per question, right-padded to the longest.
 
     Returns ids_BL, positions_3BL, segments_BL and, for each question, rows_N: the places in its row
     whose hidden states predict its completion tokens. Every completion's positions go on from the
@@ -90,7 +90,8 @@ def pack(groups: list[Group], pad_id: int) -> tuple[Tensor, Tensor, Tensor, list
 
 
 def packed_mask(segments_BL: Tensor) -> Tensor:
-    """Who sees whom: (B, 1, L, L) bool. A token sees the prompt and its segment, up to itself."""
+    """Eq. 7: who sees whom, (B, 1, L, L) bool. A token sees the prompt and its segment, up to
+    itself."""
     L = segments_BL.shape[1]
     key, query = segments_BL[:, None, :], segments_BL[:, :, None]
     causal = torch.ones(L, L, dtype=torch.bool, device=segments_BL.device).tril()
@@ -100,32 +101,37 @@ def packed_mask(segments_BL: Tensor) -> Tensor:
 # ------------------------------------------------------------------- flex_attention: block by block
 
 
-def packed_blocks(segments_BL: Tensor) -> BlockMask:
-    """The same rule for FlexAttention, with a list of the blocks in which anything is seen. Making
-    it looks at all L x L pairs once, in bytes; on CUDA compiled, block by block."""
+@functools.cache
+def compiled(function):
+    """Compiled for rows of any length; an error, not a slow fall-back, where that fails. One
+    question or several, a row of one block or more, with gradient or without: each of these is
+    compiled by itself, about a dozen in all, where 8 would be allowed."""
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    return torch.compile(function, dynamic=True, fullgraph=True)
+
+
+def packed_rule(segments_BL: Tensor):
+    """The same rule, one pair at a time."""
 
     def sees(b, h, query, key):
         segment = segments_BL[b, key]
         return (query >= key) & ((segment == 0) | (segment == segments_BL[b, query]))
 
+    return sees
+
+
+def packed_blocks(segments_BL: Tensor) -> BlockMask:
+    """The rule, and a list of the blocks in which anything is seen. Making it looks at all L x L
+    pairs once, in bytes; on CUDA compiled, block by block."""
     (B, L), device = segments_BL.shape, segments_BL.device
-    compiled = device.type == "cuda"
-    return create_block_mask(sees, B, None, L, L, device=device, _compile=compiled)
-
-
-@functools.cache
-def compiled_flex():
-    """Compiled for rows of any length; an error, not a slow fall-back, where that fails. One
-    question or several, a row of one block or more, with gradient or without: each of these is
-    compiled by itself, about a dozen in all, where 8 would be allowed."""
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
+    make = compiled(create_block_mask) if segments_BL.is_cuda else create_block_mask
+    return make(packed_rule(segments_BL), B, None, L, L, device=device)
 
 
 def flex_attend(module, query, key, value, attention_mask, *, scaling, **_):
     """As transformers calls an attention function: query (B, H, L, d), key and value with fewer
     heads, attention_mask from `packed_blocks`. Returns (B, L, H, d)."""
-    attend = compiled_flex() if query.is_cuda else flex_attention
+    attend = compiled(flex_attention) if query.is_cuda else flex_attention
     query, key = query.to(value.dtype), key.to(value.dtype)
     out = attend(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=True)
     return out.transpose(1, 2), None

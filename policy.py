@@ -338,7 +338,7 @@ class Policy:
     def _groups(
         self, questions: list[Question], tokens_RT: Tensor, logps_RT: Tensor, G: int
     ) -> list[Group]:
-        """Cuts each row after its first end token."""
+        """Eq. 6: cuts each row after its first end token."""
         is_eos_RT = torch.isin(tokens_RT, self.eos_ids)
         finished_R = is_eos_RT.any(1).tolist()
         first_R = is_eos_RT.int().argmax(1).tolist()

@@ -249,7 +249,7 @@ def imperfect_target(record: Record, rng: np.random.Generator) -> str:
             return f"<think>I see {seen}</think><answer>{','.join(named)}</answer>"
 
 
-def warm_start(policy: Policy, questions: list[Question], seed: int, steps: int = 900) -> float:
+def warm_start(policy: Policy, questions: list[Question], seed: int, steps: int) -> float:
     """Supervised training, 16 prompts x 4 imperfect targets a step; returns the last loss, nats."""
     rng = np.random.default_rng([seed, 1])
     optimizer = torch.optim.AdamW(
@@ -279,13 +279,15 @@ def warm_start(policy: Policy, questions: list[Question], seed: int, steps: int 
     return float(np.mean(losses))
 
 
-def prepare(root: Path, seed: int) -> tuple[Path, Path, Path]:
-    """All that a run needs, made under `root`: (checkpoint directory, train.jsonl, test.jsonl)."""
-    train, test = write_clips(root, seed)
-    records = load_records(train, root)
+def prepare(
+    root: Path, seed: int, train: int = TRAIN_CLIPS, test: int = TEST_CLIPS, steps: int = 900
+) -> Policy:
+    """All that a run needs, made under `root`: clips, train.jsonl, test.jsonl, and in `model` the
+    checkpoint of the policy that is returned, warm-started for `steps` steps."""
+    records = load_records(write_clips(root, seed, train, test)[0], root)
     tokenizer = toy_tokenizer(records, seed)
     policy = Policy(build_model(tokenizer, seed=seed), tokenizer, CHAT_TEMPLATE)
     prompter = Prompter(tokenizer, CHAT_TEMPLATE, policy.geometry, **CLIP)
-    warm_start(policy, [prompter(r) for r in records], seed)
+    warm_start(policy, [prompter(r) for r in records], seed, steps)
     policy.save(root / "model")
-    return root / "model", train, test
+    return policy

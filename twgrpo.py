@@ -3,14 +3,14 @@
     python twgrpo.py                  the embedded default: tiny model, synthetic clips, no GPU
     python twgrpo.py --model_name_or_path Qwen/Qwen2.5-VL-7B-Instruct --jsonl_path train.json ...
 
-One step of `train`, below (the paper: arXiv 2505.24718):
+One step of `train`, below (the paper: arXiv 2505.24718; the equations: docs/equations.md):
     1. take the step's questions, and encode each video once    policy.Policy.encode_videos
-    2. sample G completions of each question                    policy.Policy.rollout
-    3. reward each completion: soft accuracy + format           rewards.py
-    4. compare within the group: A = (r - mean) / std           group_advantages
-    5. score the completions, one packed row per question       policy.Policy.hidden_states
+    2. sample G completions of each question (eqs. 5, 6)        policy.Policy.rollout
+    3. reward each: soft accuracy + format (eqs. 1, 3)          rewards.py
+    4. compare within the group: A = (r - mean) / std (eq. 4)   group_advantages
+    5. score them, one packed row per question (eqs. 7, 8)      policy.Policy.hidden_states
     6. weigh each position by how much the group disagrees
-       there, and take the clipped, weighted loss               kernels.tw_grpo_head
+       there, take the clipped, weighted loss (eqs. 9 to 26)    kernels.tw_grpo_head
     7. step the optimizer
 
 Letters in shapes: B questions of a step, G completions of each, K reward functions, N completion
@@ -61,7 +61,7 @@ class RunError(Exception):
 
 
 def group_advantages(rewards_G: Tensor) -> Tensor:
-    """A_i = (r_i - mean r) / (std r + 1e-4) over the group: (G,); std has ddof = 1.
+    """Eq. 4: A_i = (r_i - mean r) / (std r + 1e-4) over the group: (G,); std has ddof = 1.
 
     A group whose rewards are all equal has advantage 0 and teaches nothing.
     """
@@ -159,7 +159,7 @@ def micro_batches(cfg: Config, groups: list[Group]) -> list[list[Group]]:
 def backward(
     cfg: Config, policy: Policy, groups: list[Group], count: float, step: int, log: RunLog
 ) -> float:
-    """The gradient of the mean loss over the step's `count` questions, on all ranks; the loss.
+    """Eq. 20: gradient of the mean loss over the step's `count` questions, on all ranks; the loss.
 
     Each question counts 1 / count, however the questions are spread over ranks and micro-batches.
     """

@@ -44,13 +44,7 @@ def sample():
 def world(tmp_path_factory) -> Path:
     """A toy world of 24 + 8 clips, its model warm-started just enough to answer in form."""
     root = tmp_path_factory.mktemp("world")
-    train, _ = toy.write_clips(root, seed=0, train=24, test=8)
-    records = load_records(train, root)
-    tokenizer = toy.toy_tokenizer(records, seed=0)
-    policy = Policy(toy.build_model(tokenizer), tokenizer, toy.CHAT_TEMPLATE)
-    prompter = Prompter(tokenizer, toy.CHAT_TEMPLATE, policy.geometry, **toy.CLIP)
-    toy.warm_start(policy, [prompter(r) for r in records], seed=0, steps=80)
-    policy.save(root / "model")
+    toy.prepare(root, seed=0, train=24, test=8, steps=80)
     return root
 
 

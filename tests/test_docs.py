@@ -195,6 +195,12 @@ def test_the_metric_table_names_every_metric_and_no_other(checkout):
 
 
 HERE = PROJECT / "docs"
+
+
+def table(mark: str, cell: str) -> str:
+    return f"{mark}\n| a | b |\n|---|---|\n| x | {cell} |\n"
+
+
 CAUGHT = {
     "a flag no parser knows": lambda: checks.wrong_flags("use `--alpa 2`"),
     "a flag of another program": lambda: checks.wrong_flags("python viz.py curves X --alpha 2"),
@@ -250,22 +256,22 @@ CAUGHT = {
         "[`row_kernel`](../kernels/chunked.py) `# w_t / N`", HERE
     ),
     "a figure that is not measured": lambda: checks.unfounded_figures(
-        "<!-- figures: docs/published.json -->\n| a | b |\n|---|---|\n| x | 51.4 |\n"
+        table("<!-- figures: docs/published.json -->", "51.4")
     ),
     "a figure at another precision": lambda: checks.unfounded_figures(
-        "<!-- figures: docs/published.json -->\n| a | b |\n|---|---|\n| x | 50.41 |\n"
+        table("<!-- figures: docs/published.json -->", "50.41")
     ),
     "a figure between words": lambda: checks.unfounded_figures(
-        "<!-- figures: docs/published.json -->\n| a | b |\n|---|---|\n| x | 11.9 to **99.7 %** |\n"
+        table("<!-- figures: docs/published.json -->", "11.9 to **99.7 %**")
     ),
     "a file of results that is not there": lambda: checks.unfounded_figures(
-        "<!-- figures: docs/none.json -->\n| a | b |\n|---|---|\n| x | 50.4 |\n"
+        table("<!-- figures: docs/none.json -->", "50.4")
     ),
     "numbers without a file": lambda: checks.unfounded_figures(
         "| a | b |\n|---|---|\n| x | **50.4** |\n"
     ),
     "numbers 'computed' nowhere": lambda: checks.unfounded_figures(
-        "<!-- computed: tests/test_none.py::test_x -->\n| a | b |\n|---|---|\n| x | 1 |\n"
+        table("<!-- computed: tests/test_none.py::test_x -->", "1")
     ),
     "an official line nobody looked at": lambda: checks.official_faults("`a/b.py:7`", {}, None),
     "an official line with another word": lambda: checks.official_faults(
@@ -276,7 +282,7 @@ CAUGHT = {
     "an environment left open": lambda: checks.broken_math("```math\n\\begin{cases} a\n```\n"),
     "a macro GitHub forbids": lambda: checks.broken_math("$\\operatorname{clip}(x)$"),
     "a file of results that git ignores": lambda: checks.unfounded_figures(
-        "<!-- figures: runs/x.json -->\n| a | b |\n|---|---|\n| x | 1 |\n"
+        table("<!-- figures: runs/x.json -->", "1")
     ),
     "a block that fails": lambda: run_block("python", "raise SystemExit(3)", PROJECT),
     "a block whose first line fails": lambda: run_block("bash", "false\ntrue", PROJECT),

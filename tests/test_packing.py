@@ -17,16 +17,17 @@ import torch.nn.functional as F
 from conftest import random_completions
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.attention.flex_attention import create_mask
+from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
 from config import Config, ConfigError, check_attention
 from packing import (
     ATTENTION,
     Group,
-    compiled_flex,
+    compiled,
     pack,
     packed_blocks,
     packed_mask,
+    packed_rule,
     packed_sequences,
 )
 from policy import Root
@@ -127,9 +128,9 @@ def test_a_gathered_copy_attends_as_its_policy_does(policy, groups, flash_attn, 
 def test_flex_attention_is_compiled_once_for_long_rows():
     """Every step has another length; compiling anew each time would cost more than the step."""
     torch._dynamo.reset()
-    compiled_flex.cache_clear()
+    compiled.cache_clear()
     counters = torch._dynamo.utils.counters["stats"]
-    before, attend = counters["unique_graphs"], compiled_flex()
+    before, attend = counters["unique_graphs"], compiled(flex_attention)
     for L in (300, 222, 411, 512):
         segments_1L = torch.arange(L)[None] * 4 // L  # a prompt and three completions
         query, key, value = (torch.randn(1, heads, L, 32) for heads in (4, 2, 2))
@@ -139,6 +140,19 @@ def test_flex_attention_is_compiled_once_for_long_rows():
         )
         assert (out - exact).abs().max() < 1e-5
     assert counters["unique_graphs"] == before + 1
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_block_masks_are_compiled_once_for_long_rows():
+    torch._dynamo.reset()
+    compiled.cache_clear()
+    counters, graphs = torch._dynamo.utils.counters["stats"], []
+    for L in (300, 222, 411, 512):
+        segments_1L = torch.arange(L)[None] * 4 // L
+        mask = compiled(create_block_mask)(packed_rule(segments_1L), 1, None, L, L, device="cpu")
+        assert torch.equal(mask.to_dense(), packed_blocks(segments_1L).to_dense())
+        graphs.append(counters["unique_graphs"])
+    assert graphs[1:] == graphs[:1] * 3
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

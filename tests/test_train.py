@@ -358,13 +358,9 @@ def test_it_learns(tmp_path, capsys):
     The whole default run is the README's first command; this is the same path in half the
     time.
     """
-    train_path, _ = toy.write_clips(tmp_path, seed=0, train=192, test=1)
-    records = load_records(train_path, tmp_path)
-    tokenizer = toy.toy_tokenizer(records, seed=0)
-    policy = Policy(toy.build_model(tokenizer), tokenizer, toy.CHAT_TEMPLATE)
-    prompter = Prompter(tokenizer, toy.CHAT_TEMPLATE, policy.geometry, **toy.CLIP)
-    toy.warm_start(policy, [prompter(r) for r in records], seed=0, steps=800)
-    policy.save(tmp_path / "model")
+    policy = toy.prepare(tmp_path, seed=0, train=192, test=1, steps=800)
+    records = load_records(tmp_path / "train.jsonl", tmp_path)
+    prompter = Prompter(policy.tokenizer, policy.chat_template, policy.geometry, **toy.CLIP)
     cfg = parse_config(["--max_steps", "60", "--seed", "0"])
     cfg.model_name_or_path = str(tmp_path / "model")
     (tmp_path / "run").mkdir()
