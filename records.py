@@ -303,6 +303,12 @@ def join_video(root: Path, name: str, real_root: str | None = None) -> Path:
     return path
 
 
+def printable(text: str) -> str:
+    """Text from a file, safe to print: control characters, which a terminal would obey, become
+    blanks. Line breaks stay."""
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+
+
 def short(value: object, length: int = 80) -> str:
     """A value for a message: its repr, cut to `length` characters, on one line."""
     text = value if isinstance(value, str) else str(type(value).__name__)
