@@ -1,0 +1,434 @@
+"""docs/walkthrough.md: every number on the page, computed twice from docs/walkthrough.npz.
+
+`by_the_project` calls the functions that training calls, `by_numpy` follows the definitions. They
+agree, the page shows what they give, and a change to any one of its numbers is noticed.
+"""
+
+import json
+import re
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from doc_checks import PROJECT, blocks, prose, tables
+from PIL import Image
+
+import toy
+import twgrpo
+import video
+from benchmarks import walkthrough
+from data import Question, Record, load_records, question_text
+from kernels import reference, tw_grpo_head
+from packing import Group, pack
+from policy import Policy
+from rewards import REWARDS
+from rollout import sample
+
+PAGE = (PROJECT / "docs" / "walkthrough.md").read_text(encoding="utf-8")
+DATA = dict(np.load(PROJECT / "docs" / "walkthrough.npz"))
+WORDS_V, TARGETS_N, LENGTHS_G = DATA["words_V"], DATA["targets_N"], DATA["lengths_G"]
+(N, D), V, G, T = DATA["hidden_ND"].shape, len(WORDS_V), len(LENGTHS_G), max(LENGTHS_G)
+P, IS_VIDEO_P = len(DATA["ids_P"]), DATA["ids_P"] == DATA["video_token_id"]
+COMPLETION_N = np.repeat(np.arange(G), LENGTHS_G)
+POSITION_N = np.concatenate([np.arange(n) for n in LENGTHS_G])
+ROW = {(i, t): n for n, (i, t) in enumerate(zip(COMPLETION_N, POSITION_N, strict=True))}
+COMPLETIONS = [TARGETS_N[COMPLETION_N == i] for i in range(G)]
+TEXTS = ["".join(WORDS_V[k] for k in c if k != DATA["end_token_id"]) for c in COMPLETIONS]
+UNIFORM_N = np.random.default_rng(DATA["seed"]).random((20, G))[POSITION_N, COMPLETION_N]
+ALPHA, STEP = 1.7, 0.1  # the largest weight; the size of the page's own step on lm_head
+FORK = 4  # the position at which the four completions part
+
+
+def tensor(name: str) -> torch.Tensor:
+    return torch.from_numpy(DATA[name])
+
+
+# --------------------------------------------------------------------- the numbers, computed twice
+
+
+@cache
+def by_the_project() -> dict:
+    geometry, seconds, ids_P = video.Geometry(), float(DATA["seconds"]), tensor("ids_P")
+    patches, grid = video.patchify(tensor("frames_F3HW"), geometry)
+    positions_3P = video.mrope_positions(
+        ids_P, int(DATA["video_token_id"]), grid, seconds * geometry.temporal_patch_size, geometry
+    )
+    record = Record("", str(DATA["problem"]), str(DATA["solution"]), PROJECT)
+    question = Question(record, "", ids_P, positions_3P, patches, grid, seconds)
+    group = Group(question, [torch.from_numpy(c) for c in COMPLETIONS], [True] * G, TEXTS)
+    row_ids, row_positions, _, _ = pack([group], pad_id=0)
+
+    rewards = {
+        name: torch.tensor([REWARDS[name](t, record.solution) for t in TEXTS]).double()
+        for name in ("accuracy", "format", "origin_accuracy")
+    }
+    advantages_G = twgrpo.group_advantages(rewards["accuracy"] + rewards["format"])
+    hidden_ND, head_VD = tensor("hidden_ND").double(), tensor("head_VD").double().requires_grad_()
+    lengths_G = tensor("lengths_G")
+
+    def head(hidden_ND=hidden_ND, head_VD=head_VD, alpha=ALPHA, **options):
+        group = (tensor("targets_N"), lengths_G, advantages_G)
+        return tw_grpo_head(hidden_ND, head_VD, *group, alpha=alpha, **options)
+
+    official, textbook = head(), head(divergence="textbook")
+    official.loss.backward()
+    logits_NV = (hidden_ND @ head_VD.detach().T).requires_grad_()
+    # With the identity for lm_head, hidden states are logits, and so are their gradients.
+    head(logits_NV, torch.eye(V).double()).loss.backward()
+    share_N = reference.token_coefficients(lengths_G, official.weights_T, "tw_grpo")
+    p_after_NV = reference.vocab_logps(hidden_ND, head_VD - STEP * head_VD.grad).exp()
+    return rewards | {
+        "frames": video.frame_indices(toy.FRAMES, toy.RATE, video.FPS, toy.CLIP["max_frames"]),
+        "patches": patches.shape,
+        "grid": grid,
+        "positions_3P": positions_3P,
+        "tokens": sample(logits_NV, 1.0, torch.from_numpy(UNIFORM_N), tensor("banned_V"))[0],
+        "binary": twgrpo.group_advantages(rewards["origin_accuracy"] + rewards["format"]),
+        "A": advantages_G,
+        "row": row_ids.shape[1],
+        "start": row_positions[0, 0, P],
+        "p": reference.vocab_logps(hidden_ND, head_VD).exp(),
+        "D": official.divergence_T,
+        "w": official.weights_T,
+        "D textbook": textbook.divergence_T,
+        "w textbook": textbook.weights_T,
+        "D excluded": head(ended_rows="exclude").divergence_T,
+        "c": -share_N * advantages_G[torch.from_numpy(COMPLETION_N)],
+        "losses": [x.loss.detach() for x in (official, textbook, head(alpha=1.0))],
+        "g": logits_NV.grad,
+        "p after": p_after_NV,
+    }
+
+
+@cache
+def by_numpy() -> dict:
+    # A token is 2 frames deep and 28 pixels a side, a patch 14; 2 positions a second.
+    frames, _, height, width = DATA["frames_F3HW"].shape
+    start, step = IS_VIDEO_P.argmax(), int(2 * DATA["seconds"] * 2)
+    cells = np.indices((frames // 2, height // 28, width // 28)).reshape(3, -1)
+    clip = start + cells * [[step], [1], [1]]
+    text_after = clip.max() + 1 + np.arange(P - start - clip.shape[1])
+    positions = [np.tile(np.arange(start), (3, 1)), clip, np.tile(text_after, (3, 1))]
+
+    # Rewards and advantages.
+    said = [set(re.search("<answer>(.*)</answer>", t)[1].split(",")) for t in TEXTS]
+    accuracy = np.array([len(s) / 2 if s <= {"A", "D"} else 0 for s in said])
+    form = "<think>.*</think><answer>.*</answer>"
+    form = np.array([1.0 if re.fullmatch(form, t) else 0.0 for t in TEXTS])
+    binary = np.where(accuracy == 1, 1.0, 0.0)
+    A = standardised(accuracy + form)
+
+    # Probabilities, and what a uniform number picks from them.
+    hidden, head = DATA["hidden_ND"].astype(float), DATA["head_VD"].astype(float)
+    p = softmax(hidden @ head.T)
+    mass = np.where(DATA["banned_V"], 0, p).cumsum(1)
+    tokens = (mass <= UNIFORM_N[:, None] * mass[:, -1:]).sum(1)
+
+    # Divergences and weights; an ended completion is the uniform row, or left out.
+    rows = np.full((G, T, V), 1 / V)
+    rows[COMPLETION_N, POSITION_N] = p
+    D = k3_sum(np.log(rows)).mean(0)
+    textbook = (rows * np.log(rows / rows.mean(0))).sum(2).mean(0)
+    excluded = [k3_sum(np.log(rows[LENGTHS_G > t, t])).mean() for t in range(T)]
+    w, w_textbook = (1 + 0.7 * (x - x.min()) / (x.max() - x.min() + 1e-8) for x in (D, textbook))
+
+    # On policy and without KL, rho is 1, and the loss is the sum of its coefficients.
+    c, c_textbook, c_1 = (-x[POSITION_N] * A[COMPLETION_N] / N for x in (w, w_textbook, w * 0 + 1))
+    g = c[:, None] * (np.eye(V)[TARGETS_N] - p)
+    return {
+        "accuracy": accuracy,
+        "format": form,
+        "origin_accuracy": binary,
+        "frames": [0, 2, 5, 7],
+        "patches": (frames // 2 * (height // 14) * (width // 14), 3 * 2 * 14 * 14),
+        "grid": (frames // 2, height // 14, width // 14),
+        "positions_3P": np.concatenate(positions, axis=1),
+        "tokens": tokens,
+        "binary": standardised(binary + form),
+        "A": A,
+        "row": P + sum(LENGTHS_G - 1),
+        "start": text_after[-1] + 1,
+        "p": p,
+        "D": D,
+        "w": w,
+        "D textbook": textbook,
+        "w textbook": w_textbook,
+        "D excluded": excluded,
+        "c": c,
+        "losses": [c.sum(), c_textbook.sum(), c_1.sum()],
+        "g": g,
+        "p after": softmax(hidden @ (head - STEP * g.T @ hidden).T),
+    }
+
+
+def softmax(z: np.ndarray) -> np.ndarray:
+    e = np.exp(z - z.max(1, keepdims=True))
+    return e / e.sum(1, keepdims=True)
+
+
+def standardised(r: np.ndarray) -> np.ndarray:
+    return (r - r.mean()) / (r.std(ddof=1) + 1e-4)
+
+
+def k3_sum(log_rows: np.ndarray) -> np.ndarray:
+    d = np.clip(log_rows.mean(0) - log_rows, -11, 11)
+    return (np.exp(d) - d - 1).sum(-1)
+
+
+def test_the_project_and_plain_numpy_agree():
+    ours, plain = by_the_project(), by_numpy()
+    assert ours.keys() == plain.keys()
+    for name, value in plain.items():
+        got = torch.as_tensor(ours[name]).detach().numpy()
+        np.testing.assert_allclose(got, value, rtol=1e-6, atol=1e-9, err_msg=name)
+    assert (plain["tokens"] == TARGETS_N).all()  # the draw gives the tokens that were sampled
+
+
+def test_the_kernels_give_the_numbers_of_the_page():
+    """In float32, by Triton: on a GPU if there is one, else by its interpreter."""
+    pytest.importorskip("triton")
+    device, v = "cuda" if torch.cuda.is_available() else "cpu", by_numpy()
+    hidden_ND, head_VD = (tensor(k).to(device).requires_grad_() for k in ("hidden_ND", "head_VD"))
+    group = (tensor("targets_N"), tensor("lengths_G"), torch.from_numpy(v["A"]).float())
+    out = tw_grpo_head(hidden_ND, head_VD, *(x.to(device) for x in group), impl="chunked")
+    out.loss.backward()
+    for got, plain in (
+        (out.loss, v["losses"][0]),
+        (out.divergence_T, v["D"]),
+        (out.weights_T, v["w"]),
+        (head_VD.grad, v["g"].T @ DATA["hidden_ND"]),
+        (hidden_ND.grad, v["g"] @ DATA["head_VD"]),
+    ):
+        np.testing.assert_allclose(got.detach().cpu(), plain, rtol=1e-5, atol=1e-7)
+
+
+# ------------------------------------------------------------------------------- what the page says
+
+
+def token(k: int) -> str:
+    return "end" if k == DATA["end_token_id"] else f"`{WORDS_V[k]}`"
+
+
+def signed(x: float, places: int) -> str:
+    return f"{x:.{places}f}".replace(f"-{0:.{places}f}", f"{0:.{places}f}")
+
+
+@cache
+def expected_tables() -> list[list[list[str]]]:
+    """The rows of the page's tables, in its order."""
+    v, names = by_numpy(), [f"c{i + 1}" for i in range(G)]
+    start, x = IS_VIDEO_P.argmax(), v["positions_3P"]
+    fork = [ROW[i, FORK] for i in range(G)]
+
+    def span(first: int, last: int, where: str) -> list[str]:
+        return [
+            f"{first} to {last}, {where}",
+            *(f"{x[a, first]} to {x[a, last]}" for a in range(3)),
+        ]
+
+    def frames(first: int, which: str) -> list[str]:
+        axes = [" ".join(map(str, x[a, first : first + 4])) for a in range(3)]
+        return [f"{first} to {first + 3}, {which} two frames", *axes]
+
+    def draw(i: int) -> list[str]:
+        share = np.where(DATA["banned_V"], 0, v["p"][fork[i]])
+        k, mass = TARGETS_N[fork[i]], share.cumsum() / share.sum()
+        interval = f"{mass[k - 1]:.4f} to {mass[k]:.4f}"
+        log_p = f"{np.log(v['p'][fork[i], k]):.3f}"
+        return [names[i], f"{UNIFORM_N[fork[i]]:.4f}", token(k), interval, log_p]
+
+    def reward(i: int) -> list[str]:
+        parts = [f"{v['accuracy'][i]:.1f}", f"{v['format'][i]:.0f}"]
+        advantages = [f"{v[k][i]:.3f}" for k in ("A", "binary")]
+        return [names[i], f"`{TEXTS[i]}`", str(LENGTHS_G[i]), *parts, *advantages]
+
+    def each(t: int, show) -> list[str]:
+        return [show(ROW[i, t]) if t < LENGTHS_G[i] else "-" for i in range(G)]
+
+    def weight(t: int) -> list[str]:
+        others = [signed(v[k][t], 4) for k in ("w", "D textbook", "w textbook")]
+        said = each(t, lambda n: token(TARGETS_N[n]))
+        return [str(t), *said, str(sum(LENGTHS_G > t)), f"{v['D'][t]:,.0f}", *others]
+
+    def coefficient(t: int) -> list[str]:
+        total = signed(v["c"][POSITION_N == t].sum(), 5)
+        return [str(t), *each(t, lambda n: f"{v['c'][n]:.5f}"), total]
+
+    def branch(k: int) -> list[str]:
+        takers = ", ".join(names[i] for i in range(G) if TARGETS_N[fork[i]] == k)
+        gradient = signed(v["g"][fork, k].sum(), 5)
+        p, after = (f"{v[name][fork[0], k]:.3f}" for name in ("p", "p after"))
+        return [token(k), takers or "none", p, gradient, after]
+
+    def own_logit(i: int, t: int) -> list[str]:
+        n = ROW[i, t]
+        p, c = v["p"][n, TARGETS_N[n]], v["c"][n]
+        numbers = [f"{v['w'][t]:.4f}", f"{c:.5f}", f"{p:.6f}", f"{1e6 * c * (1 - p):,.2f}"]
+        return [token(TARGETS_N[n]), names[i], str(t), *numbers]
+
+    assert all(coefficient(t)[1:] == coefficient(0)[1:] for t in range(5))
+    return [
+        [
+            span(0, start - 1, "before the clip"),
+            frames(start, "first"),
+            frames(start + 4, "last"),
+            span(start + 8, P - 1, "after the clip"),
+        ],
+        [draw(i) for i in range(G)],
+        [reward(i) for i in range(G)],
+        [weight(t) for t in range(T)],
+        [["0 to 4", *coefficient(0)[1:]], *(coefficient(t) for t in range(13, T))],
+        [branch(k) for k in v["p"][fork[0]].argsort()[::-1][:4]],
+        [own_logit(*place) for place in ((3, FORK), (1, FORK), (2, 5), (1, 15))],
+    ]
+
+
+@cache
+def expected_sentences() -> list[str]:
+    """Every part of the page that holds a number and is no cell of a table."""
+    v, origin, seconds = by_numpy(), json.loads(str(DATA["origin"])), float(DATA["seconds"])
+    start, videos, step = IS_VIDEO_P.argmax(), IS_VIDEO_P.sum(), int(4 * seconds)
+    frames, grid = [str(k) for k in v["frames"]], " x ".join(map(str, v["grid"]))
+    size = " x ".join(map(str, DATA["frames_F3HW"].shape[2:]))
+    rewards, live = v["accuracy"] + v["format"], min(LENGTHS_G)
+    # c2 at t = 15, alone: its log-probs, how far the mean is above them, what a token adds to D.
+    alone, uniform = np.log(v["p"][ROW[1, 15]]), -np.log(V)
+    above = (alone + 3 * uniform) / 4 - alone
+    d = np.stack([above] + [(alone + 3 * uniform) / 4 - uniform] * 3).clip(-11, 11)
+    part = (np.exp(d) - d - 1).mean(0)
+    own = np.abs(v["g"][np.arange(N), TARGETS_N])
+    early, late = own[(POSITION_N >= 3) & (POSITION_N <= 5)].sum(), own[POSITION_N >= 15].sum()
+
+    def before_and_after(k: int) -> str:
+        return f"from {v['p'][ROW[0, FORK], k]:.3f} to {v['p after'][ROW[0, FORK], k]:.3f}"
+
+    # What the page says without a number of its own.
+    assert part.sum() == pytest.approx(v["D"][15]) and np.abs(v["c"]).argmax() == ROW[1, 15]
+    assert v["D textbook"].argmax() == 10 and [t for t in range(T) if v["w"][t] > 1.01] == [15, 16]
+    assert all(v["p"][ROW[i, 10], COMPLETIONS[i][10]] > 0.99 for i in range(G))
+    assert len({c[10] for c in COMPLETIONS}) == G
+    return f"""\
+a Qwen2.5-VL with V = {V} tokens and hidden size D = {D}
+trains a 7B model. There are G = {G} completions
+counts their tokens from 0;
+collected on {origin["date"]} at commit {origin["commit"]}
+in float64
+The clip has {toy.FRAMES} frames at {toy.RATE} a second; \
+frames {", ".join(frames[:3])} and {frames[3]} are shown
+on average {seconds:.3f} s apart. A patch is 14 x 14 pixels in 2 frames
+four frames of {size} are a grid of {grid}: patches {v["patches"]}.
+merges 2 x 2 of them into a token: {videos} video tokens, ({videos}, {D}).
+The placeholder becomes {videos}, one per video token
+P = {P} tokens in all.
+are {2 * seconds:.3f} s apart. At 2 positions a second that is {4 * seconds:.2f}, rounded down: \
+{start} + {step} = {start + step}.
+the largest position plus 1.
+so at t = {FORK} all four
+log-prob, nats (eq. 8)
+a group is N = {N} tokens
+mean {rewards.mean():.3f} and standard deviation {rewards.std(ddof=1):.3f}.
+That is {v["row"]} tokens; four padded copies would be {G * (P + T)}.
+positions start at {v["start"]} as if
+completion tokens, ({N}, {D}), and through lm_head, ({V}, {D}), their log-probs, ({N}, {V}).
+The weight is 1 at the smallest D and alpha = {ALPHA} at the largest
+t = 0 to {FORK}: weight 1 in both forms.
+also at t = {FORK}, where
+t = {FORK + 1} to {live - 1}, all alive.** The official weight is at most {v["w"][:live].max():.4f}.
+at most ln {G} = {np.log(G):.3f}) peaks at t = 10,
+t = {live} to {T - 1}: ended rows dominate the official form.** At t = 15 only
+log-prob {np.median(alone):.1f} in its row and {uniform:.1f} in the three uniform rows
+lies {np.median(above):.1f} above c2's, and each such token adds about {np.median(part):,.0f} \
+to D = {v["D"][15]:,.0f}, {v["D"][15] / v["D"][:live].max():.0f} times the largest D \
+while all live. `>` itself adds {part[TARGETS_N[ROW[1, 15]]]:.1f};
+by probability: {v["D textbook"][15]:.4f}.
+D is exactly {max(v["D excluded"][15:]):.0f} at t = 15 and 16)
+On policy the ratio is 1 and the clip never acts; beta is 0,
+Advantages sum to 0,
+L = {v["losses"][0]:.4f} comes from t = {live} on ({v["losses"][1]:.4f} with textbook weights, \
+{v["losses"][2]:.4f} with none)
+c (1[v = y] - p(v)) with respect to logit v; where
+At t = {FORK} the four
+coefficients sum to 0, so
+token at t = {FORK}
+W - {STEP} dL/dW
+yellow` goes {before_and_after(COMPLETIONS[3][FORK])}.
+it falls {before_and_after(COMPLETIONS[0][FORK])}.
+itself it is c (1 - p):
+c (1 - p), in millionths
+{100 * early / own.sum():.1f} % of the sum of |c (1 - p)| lies at t = 3 to 5 and \
+{100 * late / own.sum():.4f} % at t = 15 and 16.
+with a 7B model has""".splitlines()
+
+
+def faults(page: str) -> list[str]:
+    """Where the page does not show what `by_numpy` gives, a sentence for each place."""
+    found, shown = [], tables(page)
+    for table, expected in zip(shown, expected_tables(), strict=True):
+        pairs = zip(table.rows, expected, strict=True)
+        found += [f"{row} should be {right}" for row, right in pairs if row != right]
+    text = re.sub(r"^[|>].*$", "", prose(page), flags=re.MULTILINE)
+    text = " ".join([*text.split(), *(" | ".join(table.header) for table in shown)])
+    for sentence in expected_sentences():
+        found += [f"the page should say: {sentence}"] * (sentence not in text)
+        text = text.replace(sentence, "", 1)
+    text = re.sub(r"\]\([^)]*\)|<!--.*?-->|eqs?\. [\d, to and]+|\bc[1-4]\b", "", text)
+    return found + [f"{number} is computed nowhere" for number in re.findall(r"\d[\d.,]*", text)]
+
+
+def test_the_page_shows_what_they_give():
+    assert faults(PAGE) == []
+
+
+def test_a_change_to_any_number_of_the_page_is_noticed():
+    """One digit of each number changed, outside code, links and references to equations."""
+    no_number = r"```.*?```|`[^`\n]*`|\]\([^)]*\)|<!--.*?-->|^>.*?$|eqs?\. [\d, to and]+|\bc[1-4]\b"
+    skipped = [m.span() for m in re.finditer(no_number, PAGE, re.DOTALL | re.MULTILINE)]
+    last_digits = [m.end() - 1 for m in re.finditer(r"\d+", PAGE)]
+    places = [k for k in last_digits if not any(a <= k < b for a, b in skipped)]
+    assert len(places) > 200
+    for k in places:
+        changed = PAGE[:k] + str((int(PAGE[k]) + 1) % 10) + PAGE[k + 1 :]
+        assert faults(changed), f"not noticed: {changed[k - 30 : k + 30]}"
+
+
+def test_the_code_quoted_stands_in_the_file_linked_before_it():
+    quoted = " ".join(re.findall("^> (.*)$", PAGE, re.MULTILINE))
+    files = re.findall(r"\]\(\.\./([\w/]+\.py)\)(.*?)(?=\[`|$)", quoted)
+    found = [(file, code) for file, rest in files for code in re.findall("`([^`]+)`", rest)]
+    assert len(found) > 8
+    for file, code in found:
+        source = " ".join((PROJECT / file).read_text(encoding="utf-8").split())
+        assert code in source, f"{file} does not hold {code}"
+
+
+def test_the_prompt_and_the_picture_are_those_of_the_data():
+    """The prompt as the page shows it, with one placeholder for all video tokens."""
+    record = Record("", str(DATA["problem"]), str(DATA["solution"]), PROJECT)
+    prompt = "".join(WORDS_V[np.delete(DATA["ids_P"], np.flatnonzero(IS_VIDEO_P)[1:])])
+    assert ("text", prompt, False) in blocks(PAGE) and question_text(record) in prompt
+    assert f"The right answer is `{record.solution[8:-9]}`" in PAGE
+    shown = np.asarray(Image.open(PROJECT / "docs" / "walkthrough.png"))
+    assert (shown == np.asarray(walkthrough.picture(DATA["frames_F3HW"]))).all()
+
+
+# -------------------------------------------------------------------------------------- the script
+
+
+def test_the_script_writes_both_files_for_any_toy_and_names_what_is_missing(tmp_path, monkeypatch):
+    """On a toy of two clips with an untrained model."""
+    pytest.importorskip("av")
+    world = tmp_path / "run" / "toy"
+    records = load_records(toy.write_clips(world, seed=0, train=2, test=1)[0], world)
+    tokenizer = toy.toy_tokenizer(records, seed=0)
+    Policy(toy.build_model(tokenizer), tokenizer, toy.CHAT_TEMPLATE).save(world / "model")
+
+    monkeypatch.setattr("sys.argv", ["walkthrough", str(world.parent), "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="train.jsonl has no question train-170"):
+        walkthrough.main()
+    monkeypatch.setattr(walkthrough, "QUESTION", "train-1")
+    walkthrough.main()
+    data = dict(np.load(tmp_path / "walkthrough.npz"))
+    assert data.keys() == DATA.keys() and data["problem"] == records[1].problem
+    assert len(data["hidden_ND"]) == len(data["targets_N"]) == data["lengths_G"].sum()
+    assert Image.open(tmp_path / "walkthrough.png").size == (702, 168)
