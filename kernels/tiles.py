@@ -8,6 +8,13 @@ that each equation is written once for the chunked kernels (tiles rows x words) 
 import triton
 import triton.language as tl
 
+# Triton compiles a kernel anew for each combination of its integers being 1 or multiples of 16 and
+# its pointers being aligned. For what depends on the lengths of a group and is read number by number
+# that would be a pause of seconds in any step, for nothing: those integers are named where a kernel
+# is defined, the pointers here. They are rows of larger tensors, or a caller's views.
+VIEWS = ["target_ptr", "order_ptr", "logp_ptr", "peak_ptr", "log_sum_ptr", "sum_ptr", "old_ptr",
+         "ref_ptr", "advantage_ptr", "length_ptr"]  # fmt: skip
+
 LOG_RATIO_CLAMP = tl.constexpr(11.0)  # nats, as in reference.py
 # Triton's clamp and minimum drop a NaN unless asked; a loss must not hide one.
 NAN_STAYS = tl.constexpr(tl.PropagateNan.ALL)

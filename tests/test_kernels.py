@@ -559,8 +559,29 @@ def test_on_a_cpu_kernels_ask_for_the_interpreter():
     raises=AssertionError, strict=True,  # and nowhere else: elsewhere 0 bytes are asserted
 )  # fmt: skip
 def test_kernels_compile_ahead_of_time_without_spills():
-    """Number 5. Compiling needs no GPU; interpreting is fixed at import, hence a process."""
+    """Number 5, and no barrier in the group kernel's loop. Compiling needs no GPU; interpreting is
+    fixed at import, hence a process."""
     result = python("from kernels import compile_check; compile_check.main()")
     print(result.stdout)
     assert result.returncode == 0, result.stdout + result.stderr
     assert all(f" {arch}" in result.stdout for arch in ("sm_80", "sm_90", "sm_100"))
+
+
+def test_one_compilation_serves_groups_of_any_lengths_and_is_the_one_checked():
+    """Else a step would stop for seconds whenever lengths are new. What is checked follows the
+    launch: other sizes, another kernel; and V and the slice are known to be multiples of 16."""
+    result = python("""
+from kernels.compile_check import Sizes, compiling_for, launch_head
+with compiling_for(90) as found:
+    for impl in ("chunked", "fused"):
+        launch_head(90, [300] * 8, impl, old=True)
+        launch_head(90, [37, 4, 99, 17, 300, 5, 401, 600], impl, old=True)
+        launch_head(90, [1, 1, 1, 1, 2, 1, 1, 2], impl, old=True)
+    assert not [name for name in found if "again" in name], list(found)
+    group = found["group TEXTBOOK=0 UNIFORM=1 SLICES=4 ROWS=8 BLOCK=512"]
+    known = {group.src.fn.arg_names[place] for (place,), facts in group.src.attrs.items() if facts}
+    assert {"V", "slice_words", "logits_ptr"} <= known, known
+    launch_head(90, [300] * 8, sizes=Sizes(group_elements=2048))
+    assert "group TEXTBOOK=0 UNIFORM=1 SLICES=4 ROWS=8 BLOCK=256" in found
+""")
+    assert result.returncode == 0, result.stderr
