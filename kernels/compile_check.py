@@ -71,7 +71,7 @@ def compiling_for(arch: int):
     found, launch, before = {}, JITFunction.run, driver._active
 
     def compile_instead(kernel, *args, grid, warmup=False, **options):
-        seen = [Argument(x) if isinstance(x, torch.Tensor) else x for x in args]
+        seen = [Argument(x) if getattr(x, "is_meta", False) else x for x in args]
         compiled = launch(kernel, *seen, grid=grid, warmup=True, **options)
         constants = [f"{k}={v:d}" for k, v in options.items() if k.isupper()]
         types = {str(x.dtype)[6:] for x in args if isinstance(x, torch.Tensor)}
@@ -90,9 +90,9 @@ def compiling_for(arch: int):
 
 def launch_head(
     arch: int, lengths: list[int], impl="chunked", dtype=torch.bfloat16, sizes=None, old=False,
-    **options,
+    device="meta", **options,
 ) -> None:  # fmt: skip
-    """Forward and backward of a group of these lengths, on tensors without storage."""
+    """Forward and backward of a group of these lengths, by default on tensors without storage."""
     from kernels import fused
 
     if sizes is None:
@@ -100,13 +100,13 @@ def launch_head(
         sizes = Sizes(tile=tile)
     N, G = sum(lengths), len(lengths)
     hidden_ND, weight_VD = (
-        torch.empty(n, D, dtype=dtype, device="meta", requires_grad=True) for n in (N, V)
+        torch.empty(n, D, dtype=dtype, device=device, requires_grad=True) for n in (N, V)
     )
-    logps_N = torch.empty(N, device="meta") if old else None
+    logps_N = torch.empty(N, device=device) if old else None
     output = kernel_head(
-        lay_out(lengths, "meta"), hidden_ND, weight_VD,
-        torch.empty(N, dtype=torch.int64, device="meta"),
-        torch.empty(G, dtype=torch.int64, device="meta"), torch.empty(G, device="meta"),
+        lay_out(lengths, device), hidden_ND, weight_VD,
+        torch.empty(N, dtype=torch.int64, device=device),
+        torch.empty(G, dtype=torch.int64, device=device), torch.empty(G, device=device),
         old_logps_N=logps_N, ref_logps_N=logps_N, impl=impl, sizes=sizes, **options,
     )  # fmt: skip
     output.loss.backward()

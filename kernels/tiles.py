@@ -8,10 +8,10 @@ that each equation is written once for the chunked kernels (tiles rows x words) 
 import triton
 import triton.language as tl
 
-# Triton compiles a kernel anew for each combination of its integers being 1 or multiples of 16 and
-# its pointers being aligned. For what depends on the lengths of a group and is read number by number
-# that would be a pause of seconds in any step, for nothing: those integers are named where a kernel
-# is defined, the pointers here. They are rows of larger tensors, or a caller's views.
+# Triton compiles a kernel again whenever an integer becomes 1 or a multiple of 16, or a pointer is
+# aligned where it was not. Where that depends on the lengths of a group it would pause a step for
+# seconds and gain nothing. Such integers are named beside each kernel, such pointers here: rows of
+# larger tensors, and a caller's views.
 VIEWS = ["target_ptr", "order_ptr", "logp_ptr", "peak_ptr", "log_sum_ptr", "sum_ptr", "old_ptr",
          "ref_ptr", "advantage_ptr", "length_ptr"]  # fmt: skip
 

@@ -22,6 +22,7 @@ import toy
 from data import Prompter, Question, load_records
 from policy import Policy
 
+MISSING_CODECS = [name for name in ("av", "decord") if not importlib.util.find_spec(name)]
 INTERPRETER_IS_BROKEN = (
     importlib.util.find_spec("triton") is not None
     and version("triton").startswith("3.6.")
@@ -38,7 +39,7 @@ TOY_FLAGS = (
 def lacking(error: BaseException | None) -> str | None:
     """What this machine lacks, if that is why a test failed."""
     while error:
-        if isinstance(error, ModuleNotFoundError) and error.name in ("av", "decord"):
+        if isinstance(error, ModuleNotFoundError) and error.name in MISSING_CODECS:
             return f"needs a video codec: the package {error.name} is not installed"
         if type(error).__name__ == "InterpreterError" and INTERPRETER_IS_BROKEN:
             return (
