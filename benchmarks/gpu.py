@@ -25,7 +25,6 @@ import torch
 
 from benchmarks import origin, step
 from benchmarks.origin import PROJECT, Results
-from config import Config, ConfigError, check_attention
 from kernels import bench
 from packing import ATTENTION
 
@@ -78,25 +77,15 @@ def correctness(args: argparse.Namespace, results: Results) -> None:
 
 
 def kernels(args: argparse.Namespace, results: Results) -> None:
-    if not torch.cuda.is_available():
-        print("left out: the head's kernels are measured on a CUDA device")
-        return bench.on_cpu()
     bench.run(SHAPES, results)
 
 
 def one_step(args: argparse.Namespace, results: Results) -> None:
     if args.size != "tiny" and not torch.cuda.is_available():
         return print(f"left out: {args.size} needs a CUDA device; --size tiny runs anywhere")
-    device, usable = torch.device("cuda" if torch.cuda.is_available() else "cpu"), []
-    for name in ATTENTION:
-        try:
-            check_attention(Config(attn_implementation=name), device)
-            usable.append(name)
-        except ConfigError as error:
-            print(f"left out: {error}")
     flags = ["--size", args.size, "--prompt", str(PROMPT), "--optimizer", "sgd"]
     flags += ["--gradient_checkpointing", "--completion", *map(str, COMPLETIONS)]
-    step.run(step.parser().parse_args([*flags, "--attn_implementation", *usable]), results)
+    step.run(step.parser().parse_args([*flags, "--attn_implementation", *ATTENTION]), results)
 
 
 PARTS = dict(

@@ -73,7 +73,7 @@ class Results:
     def __init__(self, path: Path | None, columns: dict[str, str], minutes: float = math.inf):
         self.path, self.columns, self.end = path, columns, time.monotonic() + 60 * minutes
         self.about = dict(device=device()) | source() | surroundings()
-        self.rows, self.left_out = [], []
+        self.rows = []
         if path and path.exists():
             earlier = read(path)
             changed = [key for key in ("device", "commit", "dirty", "versions")
@@ -118,7 +118,6 @@ class Results:
         if found := self.find(**key):
             return found
         if self.over:
-            self.left_out.append(key)
             print(f"left out, the time is over: {json.dumps(key)}", flush=True)
             return None
         try:

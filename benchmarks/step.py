@@ -33,7 +33,7 @@ import torch
 import rollout
 import toy
 import video
-from benchmarks.origin import Results, markdown
+from benchmarks.origin import Results
 from config import Config, ConfigError, check_attention
 from data import TEMPLATES, Prompter, Question, Record
 from kernels import reference
@@ -86,8 +86,8 @@ class Phases:
         synchronize()
         self.seconds.setdefault(name, []).append(time.perf_counter() - start)
 
-    def median(self, name: str) -> float:
-        return statistics.median(self.seconds[name])
+    def medians(self) -> dict[str, float]:
+        return {name: statistics.median(values) for name, values in self.seconds.items()}
 
     @contextlib.contextmanager
     def decoding(self):
@@ -198,13 +198,14 @@ def measure(way: str, cfg: Config, policy: Policy, ask, optimizer, repeats: int)
             WAYS[way](cfg, policy, ask, optimizer, phases if repeat else Phases())
     finally:
         optimizer.zero_grad(set_to_none=True)  # also where it ran out of memory
-    row = {f"{name}_s": phases.median(name) for name in PHASES}
+    seconds = phases.medians()
+    row = {f"{name}_s": seconds[name] for name in PHASES}
     row["step_s"] = sum(row.values())
-    if "decode" in phases.seconds and cfg.max_completion_length > 1:
-        seconds = phases.median("decode") / (cfg.max_completion_length - 1)
+    if "decode" in seconds and cfg.max_completion_length > 1:
+        a_token = seconds["decode"] / (cfg.max_completion_length - 1)
         read = bytes_of_a_token(policy, len(ask().ids_P), cfg)
-        share = read / bandwidth(policy.device.type) / seconds
-        row |= dict(decode_ms=1e3 * seconds, read_gb=read / 1e9, roofline=share)
+        share = read / bandwidth(policy.device.type) / a_token
+        row |= dict(decode_ms=1e3 * a_token, read_gb=read / 1e9, roofline=share)
     return row | (dict(peak_gb=torch.cuda.max_memory_allocated() / 1e9) if on_cuda else {})
 
 
@@ -221,14 +222,18 @@ def run(args: argparse.Namespace, results: Results) -> None:
         size=args.size, prompt=len(ask().ids_P), num_generations=args.num_generations,
         optimizer=args.optimizer, gradient_checkpointing=args.gradient_checkpointing,
     )  # fmt: skip
-    cases = [("ours", a, T) for a in args.attn_implementation for T in args.completion]
+    cases = []
+    for attention in args.attn_implementation:
+        try:
+            check_attention(Config(attn_implementation=attention), policy.device)
+            cases += [("ours", attention, T) for T in args.completion]
+        except ConfigError as error:
+            print(f"left out: {error}")
     cases += [("official", "sdpa", T) for T in args.completion]
     for way, attention, T in cases:
         if way == (args.only or way):
-            cfg = Config(
-                num_generations=args.num_generations, max_completion_length=T,
-                attn_implementation=attention,
-            )  # fmt: skip
+            lengths = dict(num_generations=args.num_generations, max_completion_length=T)
+            cfg = Config(**lengths, attn_implementation=attention)
             work = functools.partial(measure, way, cfg, policy, ask, optimizer, args.repeats)
             results.measure(work, way=way, attention=attention, completion=T, **settings)
     for T in args.completion:
@@ -254,20 +259,11 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--only", choices=WAYS, help="one of the two")
     top.add_argument("--minutes", type=float, default=math.inf, help="then begin nothing new")
     top.add_argument("--json", type=Path, help="write the results to this file, way by way")
-    top.add_argument("--table", metavar="JSON", help="print a results file as Markdown and stop")
     return top
 
 
 def main() -> None:
     args = parser().parse_args()
-    if args.table:
-        return print(markdown(args.table, COLUMNS))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for name in args.attn_implementation:
-        try:
-            check_attention(Config(attn_implementation=name), device)
-        except ConfigError as error:
-            raise SystemExit(f"error: {error}") from None
     results = Results(args.json, COLUMNS, args.minutes)
     run(args, results)
     print(results.json())

@@ -1,7 +1,7 @@
 """Speed and memory of the head beside the matmuls it cannot avoid and the alternatives installed.
 
     python -m kernels.bench                               # the whole table, on a CUDA device
-    python -m kernels.bench --shapes 8192x3584x152064 --json out.json --plot out.png
+    python -m kernels.bench --shapes 8192x3584x152064 --json out.json
     python -m kernels.bench --table out.json              # a results file as a Markdown table
 
 Groups of G = 8 equally long completions, bf16, on-policy, forward and backward with D_t and w_t.
@@ -215,6 +215,8 @@ def measure(prepare, ceiling, N, D, V, **options):
 def run(shapes, results: Results) -> None:
     """Every variant at every shape, and the frozen and the ragged head at N = 8,192; our own at all
     shapes first."""
+    if not torch.cuda.is_available():
+        return on_cpu()
     found = variants()
     mine = {name: found.pop(name) for name in ("chunked", "fused")}
     for these in (mine, found):
@@ -234,30 +236,6 @@ def run(shapes, results: Results) -> None:
                 note = NOTES.get(name.removeprefix("chunked, "), "")
                 results.measure(work, impl=name, **shape, note=note)
                 torch.cuda.empty_cache()
-
-
-def plot(rows, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    rows = [r for r in rows if (r["D"], r["V"]) == (3584, 152064)]
-    rows = [r for r in rows if "," not in r["impl"]]  # without the frozen and the ragged head
-    for name in dict.fromkeys(r["impl"] for r in rows):
-        mine = [r for r in rows if r["impl"] == name and "failed" not in r]
-        left.plot([r["N"] for r in mine], [r["total_ms"] for r in mine], "o-", label=name)
-        right.plot(
-            [r["N"] for r in mine], [r.get("peak_mb", math.nan) for r in mine], "o-", label=name
-        )
-    left.set(
-        title="forward + backward, ms", xlabel="completion tokens N", xscale="log", yscale="log"
-    )
-    right.set(title="extra memory, MB", xlabel="completion tokens N", xscale="log", yscale="log")
-    left.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
 
 
 def chunked_in_torch(hidden_ND, weight_VD, targets_N, lengths_G, chunk_positions=8):
@@ -307,17 +285,12 @@ def main():
     parser.add_argument("--shapes", nargs="*", type=shape, default=SHAPES, metavar="NxDxV")
     parser.add_argument("--json", type=Path, help="write the results to this file, row by row")
     parser.add_argument("--minutes", type=float, default=math.inf, help="then begin nothing new")
-    parser.add_argument("--plot", help="draw them into this PNG")
     parser.add_argument("--table", metavar="JSON", help="print a results file as Markdown and stop")
     arguments = parser.parse_args()
     if arguments.table:
         return print(markdown(arguments.table, COLUMNS))
-    if not torch.cuda.is_available():
-        return on_cpu()
     results = Results(arguments.json, COLUMNS, arguments.minutes)
     run(arguments.shapes, results)
-    if arguments.plot:
-        plot(results.rows, arguments.plot)
     print(results.json())
 
 

@@ -38,9 +38,6 @@ class Argument:
     def data_ptr(self) -> int:
         return self.address
 
-    def ptr_range(self) -> int:  # read on AMD only
-        return 2**31
-
 
 class AbsentGPU:
     """As much of a driver as compiling for a GPU needs."""

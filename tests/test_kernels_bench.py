@@ -22,7 +22,7 @@ def test_without_cuda_it_says_so_and_exits_0():
     command = [sys.executable, "-m", "kernels.bench"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("No CUDA device")
+    assert "No CUDA device" in result.stdout
     assert "chunked" in result.stdout and "reference" in result.stdout
 
 
@@ -180,8 +180,8 @@ def test_without_a_gpu_the_one_command_says_what_it_leaves_out(tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu", "--out", tmp_path, "--minutes", "1"]
     result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    for part in ("python -m pytest", "the head's kernels", "7b needs a CUDA device"):
-        assert f"left out: {part}" in result.stdout.replace("`", "")
+    for part in ("left out: `python -m pytest`", "No CUDA device", "left out: 7b needs a CUDA"):
+        assert part in result.stdout
 
 
 def test_the_step_of_the_one_command_and_its_table(small, tmp_path, monkeypatch, capsys):
@@ -241,7 +241,7 @@ gpu.main()
     assert json.loads((tmp_path / "step.json").read_text())["rows"] == [dict(way="ours")]
 
 
-def test_table_and_plot_come_from_the_file(tmp_path, capsys, monkeypatch):
+def test_the_table_comes_from_the_file(tmp_path, capsys, monkeypatch):
     shape = dict(N=8192, D=3584, V=152064)
     done = dict(forward_ms=1.0, backward_ms=2.0, total_ms=3.0, spread_ms=0.1, tflops=4.0,
                 peak_mb=5.0, forward_ratio=1.5, ratio=1.25)  # fmt: skip
@@ -259,5 +259,3 @@ def test_table_and_plot_come_from_the_file(tmp_path, capsys, monkeypatch):
     assert "a device, a date, commit a commit" in printed
     assert "| chunked | 8192 | 3584 | 152064 | 1.0 | 2.0 | 3.0 |" in printed
     assert OUT_OF_MEMORY in printed and "no group weights" in printed
-    bench.plot(rows, tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").stat().st_size > 1000
