@@ -68,12 +68,14 @@ class Recorder:
 def correctness(args: argparse.Namespace, results: Results) -> None:
     if not torch.cuda.is_available():
         return print("left out: `python -m pytest` is the command for a machine without GPU")
-    import pytest
+    import pytest  # of the test requirements
 
     files = [str(PROJECT / "tests" / name) for name in TESTS]
     # pytest's own faulthandler would call off the one that ends a part.
     options = ["-n", "0", "-q", "-p", "no:faulthandler", "-c", str(PROJECT / "pyproject.toml")]
-    pytest.main([*options, *files], plugins=[Recorder(results)])
+    code = pytest.main([*options, *files], plugins=[Recorder(results)])
+    if code in (pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR):
+        raise SystemExit("error: pytest could not run the tests, see above")
 
 
 def kernels(args: argparse.Namespace, results: Results) -> None:
@@ -120,6 +122,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.table:
         return print(table(args.out))
+    if not 0 < args.minutes <= 24 * 60:
+        parser.error(f"--minutes must be above 0 and at most a day (1440), not {args.minutes}")
     end = time.monotonic() + 60 * args.minutes
     if args.part:
         faulthandler.dump_traceback_later(60 * args.minutes, exit=True)
@@ -130,7 +134,7 @@ def main() -> None:
         raise SystemExit(int(results.broken))
     failed = []
     for k, part in enumerate(PARTS):  # what one leaves of its minutes goes to the next
-        minutes = (end - time.monotonic()) / 60 / (len(PARTS) - k)
+        minutes = max((end - time.monotonic()) / 60 / (len(PARTS) - k), 0.1)
         command = [sys.executable, "-m", "benchmarks.gpu", "--part", part, "--size", args.size]
         command += ["--minutes", str(minutes), "--out", str(args.out.resolve())]
         failed += [part] if subprocess.run(command, cwd=PROJECT).returncode else []

@@ -184,6 +184,14 @@ def test_without_a_gpu_the_one_command_says_what_it_leaves_out(tmp_path):
         assert part in result.stdout
 
 
+@pytest.mark.parametrize("minutes", ["nan", "0", "-1", "1e300"])
+def test_minutes_that_are_none_are_refused_in_a_sentence(minutes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path), "--minutes", minutes])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert "--minutes must be above 0" in capsys.readouterr().err
+
+
 def test_the_step_of_the_one_command_and_its_table(small, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu.faulthandler, "dump_traceback_later", lambda *a, **k: None)
     flags = ["gpu", "--out", str(tmp_path), "--part", "step", "--size", "tiny"]
