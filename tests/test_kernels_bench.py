@@ -223,6 +223,7 @@ def test_skipped():
     for minutes in (0, 9, 9):  # the first ends after one test, the third repeats what failed
         results = Results(tmp_path / "correctness.json", gpu.OUTCOMES, minutes)
         pytest.main([str(option) for option in options], plugins=[gpu.Recorder(results)])
+        assert len(results.rows) == (3 if minutes else 1)
     shown = gpu.table(tmp_path)
     rows = json.loads((tmp_path / "correctness.json").read_text())["rows"]
     outcomes = {row["test"].split("::")[1]: row["outcome"] for row in rows}
