@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 
 from kernels.chunked import matmul_float32
+from kernels.tiles import VIEWS
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_word"], do_not_specialize_on_alignment=VIEWS)
 def softmax_gradient_kernel(
     logits_ptr, gradient_ptr, peak_ptr, log_sum_ptr, target_ptr, coefficient_ptr, upstream_ptr,
     first_word, words, inverse_temperature, BLOCK: tl.constexpr,

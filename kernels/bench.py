@@ -1,27 +1,29 @@
 """Speed and memory of the head beside the matmuls it cannot avoid and the alternatives installed.
 
     python -m kernels.bench                               # the whole table, on a CUDA device
-    python -m kernels.bench --shapes 8192x3584x152064 --json out.json --plot out.png
+    python -m kernels.bench --shapes 8192x3584x152064 --json out.json
     python -m kernels.bench --table out.json              # a results file as a Markdown table
 
 Groups of G = 8 equally long completions, bf16, on-policy, forward and backward with D_t and w_t.
+Ours are timed without the checks of their arguments, which wait for the GPU. The file is written
+after every row, and the same command goes on where it was interrupted.
 The ceiling is three bare cuBLAS products of the same shape: H Wᵀ, its gradient times W, times H.
 Without CUDA: says so, compares the reference with the chunked algorithm in plain torch, exits 0.
 """
 
 import argparse
-import importlib.metadata as metadata
-import json
+import functools
 import math
 import statistics
-import subprocess
 import time
-from datetime import UTC, datetime
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
+from benchmarks.origin import Results, markdown
 from kernels import reference, tw_grpo_head
+from kernels.head import kernel_head, lay_out
 
 G = 8
 SHAPES = [(N, 3584, 152064) for N in (1024, 2048, 4096, 8192, 16384, 32768)]
@@ -33,13 +35,19 @@ NOTES = {
     "compiled reference": "float32 matmuls",
     "Liger": "no group weights",
     "TRL": "log-probs only, no group weights",
+    "QuACK": "cross-entropy only, no advantages",
+    "CCE": "cross-entropy only; leaves out small gradients",
 }
+COLUMNS = dict(
+    impl="", N="", D="", V="", forward_ms=".1f", backward_ms=".1f", total_ms=".1f", spread_ms=".1f",
+    tflops=".0f", peak_mb=".0f", forward_ratio=".2f", ratio=".2f", note="",
+)  # fmt: skip
 
 
-def make_group(N, D, V, device, dtype, lengths=None):
+def make_group(N, D, V, device, dtype, lengths=None, frozen=False):
     torch.manual_seed(0)
     lengths = lengths or [N // G] * G
-    return dict(
+    group = dict(
         hidden_ND=torch.randn(sum(lengths), D, device=device, dtype=dtype, requires_grad=True),
         # Logits with a standard deviation of about 3, as a trained head's.
         weight_VD=(torch.randn(V, D, device=device, dtype=dtype) * 3 / D**0.5).requires_grad_(),
@@ -47,6 +55,8 @@ def make_group(N, D, V, device, dtype, lengths=None):
         lengths_G=torch.tensor(lengths, device=device),
         advantages_G=torch.linspace(-1, 1, len(lengths), device=device),
     )
+    group["weight_VD"].requires_grad_(not frozen)
+    return group
 
 
 def official(hidden_ND, weight_VD, targets_N, lengths_G, advantages_G, alpha=1.7):
@@ -64,40 +74,76 @@ def official(hidden_ND, weight_VD, targets_N, lengths_G, advantages_G, alpha=1.7
     return -(weights_T[position_N] * gain_N).mean()
 
 
+def ours(impl: str):
+    """Lays the rows out and is ready to run: what is left never waits for the GPU."""
+
+    def prepare(**group):
+        rows = lay_out(group["lengths_G"].tolist(), group["hidden_ND"].device)
+        return lambda: kernel_head(rows, **group, impl=impl).loss
+
+    return prepare
+
+
 def liger(hidden_ND, weight_VD, targets_N, lengths_G, advantages_G):
+    """liger-kernel 0.8.5."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     shape = len(lengths_G), int(lengths_G[0])
     head = LigerFusedLinearGRPOLoss(
         beta=0.0, epsilon_high=0.28, loss_type="bnpo", use_ref_model=False
     )
-    loss = head(
-        hidden_ND.view(*shape, -1), weight_VD, targets_N.view(shape),
-        torch.ones(shape, device=hidden_ND.device), advantages_G,
-    )  # fmt: skip
-    return loss[0] if isinstance(loss, tuple) else loss
+    mask = torch.ones(shape, device=hidden_ND.device)
+    return lambda: head(
+        hidden_ND.view(*shape, -1), weight_VD, targets_N.view(shape), mask, advantages_G
+    )[0]
 
 
 def trl(hidden_ND, weight_VD, targets_N, lengths_G, advantages_G):
+    """trl 1.16."""
     from trl.kernels import ChunkedLogProbFunction
 
-    logps_N = ChunkedLogProbFunction.apply(
-        hidden_ND, weight_VD, None, targets_N, 1.0, 8192, None, 1.0, ()
-    )[0]
-    gain_N = (logps_N - logps_N.detach()).exp() * advantages_G.repeat_interleave(lengths_G)
-    return -gain_N.mean()
+    advantages_N = advantages_G.repeat_interleave(lengths_G)
+
+    def forward():
+        logps_N = ChunkedLogProbFunction.apply(
+            hidden_ND, weight_VD, None, targets_N, 1.0, 8192, None, 1.0, ()
+        )[0]
+        return -((logps_N - logps_N.detach()).exp() * advantages_N).mean()
+
+    return forward
+
+
+def quack(hidden_ND, weight_VD, targets_N, **_):
+    """quack-kernels 0.6.5."""
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return lambda: chunked_linear_cross_entropy(hidden_ND, weight_VD, targets_N)
+
+
+def cce(hidden_ND, weight_VD, targets_N, **_):
+    """cut-cross-entropy 25.1.1."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    return lambda: linear_cross_entropy(hidden_ND, weight_VD, targets_N)
 
 
 def variants():
-    """{name: loss of a group} of everything that can run here."""
+    """{name: function of a group that returns the forward to time} of everything that can run."""
+    plain = torch.compile(lambda **group: tw_grpo_head(**group, impl="reference").loss)
     found = {
-        "chunked": lambda **g: tw_grpo_head(**g, impl="chunked").loss,
-        "fused": lambda **g: tw_grpo_head(**g, impl="fused").loss,
-        "official": official,
-        "compiled reference": torch.compile(lambda **g: tw_grpo_head(**g, impl="reference").loss),
+        "chunked": ours("chunked"),
+        "fused": ours("fused"),
+        "official": lambda **group: functools.partial(official, **group),
+        "compiled reference": lambda **group: functools.partial(plain, **group),
     }
-    found |= {"Liger": liger} if find_spec("liger_kernel") else {}
-    found |= {"TRL": trl} if find_spec("trl") else {}
+    for name, package, prepare in (
+        ("Liger", "liger_kernel", liger), ("TRL", "trl", trl),
+        ("QuACK", "quack", quack), ("CCE", "cut_cross_entropy", cce),
+    ):  # fmt: skip
+        if find_spec(package):
+            found[name] = prepare
+        else:
+            print(f"left out, not installed: {name} ({package})")
     return found
 
 
@@ -117,8 +163,8 @@ def milliseconds(work, repeats=7):
     return [(statistics.median(t), max(t) - min(t)) for t in work_times]
 
 
-def matmul_ceiling(N, D, V):
-    """Milliseconds of the three bare products, one median each."""
+def bare_matmuls(N, D, V):
+    """The row of the three bare products: the ceiling."""
     hidden, weight = (torch.randn(n, D, device="cuda", dtype=torch.bfloat16) for n in (N, V))
     logits = hidden @ weight.T
     products = [
@@ -126,114 +172,70 @@ def matmul_ceiling(N, D, V):
         lambda: logits @ weight,
         lambda: logits.T @ hidden,
     ]
-    return [median for median, _ in milliseconds(products)]
+    times = [median for median, _ in milliseconds(products)]
+    total = sum(times)
+    return dict(forward_ms=times[0], total_ms=total, tflops=6 * N * D * V / total / 1e9, ratio=1.0)
 
 
-def measure(name, loss_of, group, ceiling):
-    """One row of the results. "peak_mb" is memory beyond the inputs and the two gradients."""
+def measure(prepare, ceiling, N, D, V, **options):
+    """What the row of a variant holds. "peak_mb" is memory beyond the inputs and the gradients.
+
+    ceiling  what `bare_matmuls` measured;  options  of `make_group`
+    """
+    group = make_group(N, D, V, "cuda", torch.bfloat16, **options)
     leaves = [group[k] for k in ("hidden_ND", "weight_VD") if group[k].requires_grad]
-    kept = {}
+    run, kept = prepare(**group), {}
 
     def forward():
         for leaf in leaves:
             leaf.grad = None
-        kept["loss"] = loss_of(**group)
+        kept["loss"] = run()
 
     def backward():
         kept.pop("loss").backward()
 
-    N, D, V = *group["hidden_ND"].shape, len(group["weight_VD"])
-    row = dict(impl=name, N=N, D=D, V=V, note=NOTES.get(name.removeprefix("chunked, "), ""))
-    try:
-        (forward_ms, forward_spread), (backward_ms, spread) = milliseconds([forward, backward])
-        for leaf in leaves:
-            leaf.grad = None
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        forward()
-        backward()
-        gradients = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
-        peak_mb = (torch.cuda.max_memory_allocated() - before - gradients) / 1e6
-    except Exception as problem:  # an alternative that fails is a row, not the end of the table
-        if name.startswith(("chunked", "fused")):
-            raise
-        return row | dict(failed=type(problem).__name__)
+    (forward_ms, forward_spread), (backward_ms, spread) = milliseconds([forward, backward])
+    for leaf in leaves:
+        leaf.grad = None
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    forward()
+    backward()
+    gradients = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
     total = forward_ms + backward_ms
-    return row | dict(
+    return dict(
         forward_ms=forward_ms, backward_ms=backward_ms, total_ms=total,
-        spread_ms=forward_spread + spread, tflops=6 * N * D * V / total / 1e9, peak_mb=peak_mb,
-        forward_ratio=forward_ms / ceiling[0], ratio=total / sum(ceiling),
+        spread_ms=forward_spread + spread,
+        tflops=6 * len(group["hidden_ND"]) * D * V / total / 1e9,
+        peak_mb=(torch.cuda.max_memory_allocated() - before - gradients) / 1e6,
+        forward_ratio=forward_ms / ceiling["forward_ms"], ratio=total / ceiling["total_ms"],
     )  # fmt: skip
 
 
-def run(shapes):
-    """All rows: every variant at every shape, and the frozen and the ragged head at N = 8,192."""
-    rows = []
-    for N, D, V in shapes:
-        ceiling = matmul_ceiling(N, D, V)
-        bare = dict(impl="3 bare matmuls", N=N, D=D, V=V, forward_ms=ceiling[0], ratio=1.0)
-        rows.append(bare | dict(total_ms=sum(ceiling), tflops=6 * N * D * V / sum(ceiling) / 1e9))
-        print(line(rows[-1]), flush=True)
-        group = make_group(N, D, V, "cuda", torch.bfloat16)
-        cases = [(name, loss_of, group) for name, loss_of in variants().items()]
-        if N == 8192:
-            frozen = make_group(N, D, V, "cuda", torch.bfloat16)
-            frozen["weight_VD"].requires_grad_(False)
-            longest = N // G
-            lengths = [int(longest * (0.2 + 0.8 * i / (G - 1))) for i in range(G)]
-            ragged = make_group(N, D, V, "cuda", torch.bfloat16, lengths)
-            chunked = cases[0][1]
-            cases += [
-                ("chunked, frozen head", chunked, frozen),
-                ("chunked, 60 % full", chunked, ragged),
-            ]
-        for case in cases:
-            torch.cuda.empty_cache()
-            rows.append(measure(*case, ceiling))
-            print(line(rows[-1]), flush=True)
-    return rows
-
-
-COLUMNS = dict(
-    impl="", N="", D="", V="", forward_ms=".1f", backward_ms=".1f", total_ms=".1f", spread_ms=".1f",
-    tflops=".0f", peak_mb=".0f", forward_ratio=".2f", ratio=".2f", note="",
-)  # fmt: skip
-
-
-def line(row):
-    cells = [format(row[c], f) if c in row else row.get("failed", "") for c, f in COLUMNS.items()]
-    return "| " + " | ".join(cells) + " |"
-
-
-def table(results):
-    """A results file as Markdown, the way the README shows it."""
-    head = "{device}, {date}, commit {commit}, {versions}\n".format(**results)
-    rows = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    return "\n".join([head, *rows, *map(line, results["rows"])])
-
-
-def plot(results, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    rows = [r for r in results["rows"] if (r["D"], r["V"]) == (3584, 152064)]
-    rows = [r for r in rows if "," not in r["impl"]]  # without the frozen and the ragged head
-    for name in dict.fromkeys(r["impl"] for r in rows):
-        mine = [r for r in rows if r["impl"] == name and "failed" not in r]
-        left.plot([r["N"] for r in mine], [r["total_ms"] for r in mine], "o-", label=name)
-        right.plot(
-            [r["N"] for r in mine], [r.get("peak_mb", math.nan) for r in mine], "o-", label=name
-        )
-    left.set(
-        title="forward + backward, ms", xlabel="completion tokens N", xscale="log", yscale="log"
-    )
-    right.set(title="extra memory, MB", xlabel="completion tokens N", xscale="log", yscale="log")
-    left.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+def run(shapes, results: Results) -> None:
+    """Every variant at every shape, and the frozen and the ragged head at N = 8,192; our own at all
+    shapes first."""
+    if not torch.cuda.is_available():
+        return on_cpu()
+    found = variants()
+    mine = {name: found.pop(name) for name in ("chunked", "fused")}
+    for these in (mine, found):
+        for N, D, V in shapes:
+            shape = dict(N=N, D=D, V=V)
+            bare = functools.partial(bare_matmuls, **shape)
+            ceiling = results.measure(bare, impl="3 bare matmuls", **shape)
+            if not ceiling or "failed" in ceiling:
+                continue
+            cases = [(name, prepare, {}) for name, prepare in these.items()]
+            if these is mine and N == 8192:
+                ragged = [int(N // G * (0.2 + 0.8 * i / (G - 1))) for i in range(G)]
+                cases.append(("chunked, frozen head", mine["chunked"], dict(frozen=True)))
+                cases.append(("chunked, 60 % full", mine["chunked"], dict(lengths=ragged)))
+            for name, prepare, options in cases:
+                work = functools.partial(measure, prepare, ceiling, **shape, **options)
+                note = NOTES.get(name.removeprefix("chunked, "), "")
+                results.measure(work, impl=name, **shape, note=note)
+                torch.cuda.empty_cache()
 
 
 def chunked_in_torch(hidden_ND, weight_VD, targets_N, lengths_G, chunk_positions=8):
@@ -281,37 +283,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     shape = lambda text: tuple(map(int, text.split("x")))  # noqa: E731
     parser.add_argument("--shapes", nargs="*", type=shape, default=SHAPES, metavar="NxDxV")
-    parser.add_argument("--json", help="write the results to this file")
-    parser.add_argument("--plot", help="draw them into this PNG")
+    parser.add_argument("--json", type=Path, help="write the results to this file, row by row")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="then begin nothing new")
     parser.add_argument("--table", metavar="JSON", help="print a results file as Markdown and stop")
     arguments = parser.parse_args()
     if arguments.table:
-        try:
-            with open(arguments.table) as file:
-                return print(table(json.load(file)))
-        except (OSError, ValueError, KeyError) as error:
-            raise SystemExit(
-                f"error: {arguments.table}: not a file that --json wrote ({error})"
-            ) from None
-    if not torch.cuda.is_available():
-        return on_cpu()
-    names = [
-        n for n in ("torch", "triton", "liger-kernel", "trl") if find_spec(n.replace("-", "_"))
-    ]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    results = dict(
-        device=torch.cuda.get_device_name(), commit=commit.stdout.strip() or "unknown",
-        date=datetime.now(UTC).strftime("%Y-%m-%d"),
-        versions=", ".join(f"{n} {metadata.version(n)}" for n in names),
-        rows=run(arguments.shapes),
-    )  # fmt: skip
-    print(table(results))
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump(results, file, indent=1)
-    if arguments.plot:
-        plot(results, arguments.plot)
-    print(json.dumps(results))
+        return print(markdown(arguments.table, COLUMNS))
+    results = Results(arguments.json, COLUMNS, arguments.minutes)
+    run(arguments.shapes, results)
+    print(results.json())
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.tiles import group_spread
+from kernels.tiles import VIEWS, group_spread
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=VIEWS)
 def row_kernel(
     logits_ptr, target_ptr, order_ptr, logp_ptr, peak_ptr, log_sum_ptr,
     V, inverse_temperature, BLOCK: tl.constexpr,
@@ -43,7 +43,7 @@ def row_kernel(
     tl.store(logp_ptr + n, x - m - tl.log(s))  # log p(y) = x_y - m - log Σ e^(x-m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_t", "G"], do_not_specialize_on_alignment=VIEWS)
 def group_kernel(
     logits_ptr, peak_ptr, log_sum_ptr, order_ptr, start_ptr, partial_ptr,
     first_t, V, G, log_V, inverse_temperature, slice_words,
@@ -115,6 +115,9 @@ def forward(hidden_ND, weight_VD, targets_N, rows, temperature, divergence, ende
     slices, padded = 4, triton.next_power_of_2(G)
     block = max(sizes.group_elements // padded, 16)
     slice_words = triton.cdiv(triton.cdiv(V, block), slices) * block
+    # Four neighbouring words to each thread, and all the rows of a group: with more warps than that
+    # a group is spread over two of them, and each of its sums and maxima has to wait for both.
+    warps = min(max(block // 128, 1), 4)
     partial_TS = hidden_ND.new_empty(T, slices, dtype=torch.float32)
     for first, last in chunks:
         order = rows.order_N[rows.starts[first] : rows.starts[last]]
@@ -127,7 +130,7 @@ def forward(hidden_ND, weight_VD, targets_N, rows, temperature, divergence, ende
             logits, peak_N, log_sum_N, rows.order_N, rows.start_T1, partial_TS,
             first, V, G, math.log(V), 1 / temperature, slice_words,
             TEXTBOOK=divergence == "textbook", UNIFORM=ended_rows == "uniform",
-            SLICES=slices, ROWS=padded, BLOCK=block, num_warps=8,
+            SLICES=slices, ROWS=padded, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return logps_N, peak_N, log_sum_N, partial_TS.sum(1)
 

@@ -1,128 +1,191 @@
-"""Every kernel compiled ahead of time, without a GPU, with its registers, spills and shared memory.
+"""Every kernel compiled ahead of time, as the head launches it, without a GPU: registers, spills,
+shared memory, and barriers in the innermost loop.
 
     python -m kernels.compile_check             # sm_80, sm_90 and sm_100
     python -m kernels.compile_check --arch 90
 
-Block sizes, warps and dtypes are those of production (bf16 in, D = 3584, G = 8). Exits 1 if a
-kernel spills registers to memory. Needs Triton; must not run under TRITON_INTERPRET=1, where a
-kernel is never compiled.
+The head itself runs, forward and backward, on tensors without storage (device "meta") at production
+size; each launch compiles what Triton would compile for these arguments. So types, constants, warps
+and alignment are those of a real launch and are stated nowhere else. Exits 1 if a kernel spills
+registers, needs too much shared memory, or if the group kernel waits inside its loop. Needs Triton;
+must not run under TRITON_INTERPRET=1, where a kernel is never compiled.
 """
 
 import argparse
+import contextlib
 import itertools
 import re
 import subprocess
 import tempfile
 from pathlib import Path
+from unittest import mock
+
+import torch
+
+from kernels.head import Sizes, kernel_head, lay_out
 
 SHARED_LIMIT = {80: 163, 90: 227, 100: 227}  # KB of shared memory one program may use
+D, V = 3584, 152064
 
 
-# Types of the kernels' arguments, by name: pointers are *fp32 and numbers i32 unless listed here.
-POINTERS = dict(
-    target="*i64", length="*i64", order="*i32", start="*i32", completion="*i32", position="*i32"
-)
-FLOATS = "alpha eps_low eps_high beta log_V inverse_temperature".split()
+class Argument:
+    """What a launch looks at in a tensor: its dtype and its address modulo 16. Allocations are
+    aligned; views of them need not be."""
+
+    def __init__(self, tensor):
+        self.dtype, self.address = tensor.dtype, tensor.storage_offset() * tensor.element_size()
+
+    def data_ptr(self) -> int:
+        return self.address
 
 
-def cases(arch: int):
-    """(name, kernel, input dtype, constants, warps, stages) of all that the head launches there."""
-    from kernels import backward, chunked, fused, objective
-    from kernels.head import Sizes
+class AbsentGPU:
+    """As much of a driver as compiling for a GPU needs."""
 
-    sizes = Sizes()
-    for weights, old, ref in ((True, False, False), (True, True, True), (False, True, True)):
-        flags = dict(TOKEN_WEIGHTS=weights, HAS_OLD=old, HAS_REF=ref)
-        name = f"objective weights={weights:d} old={old:d} ref={ref:d}"
-        yield (
-            name,
-            objective.objective_kernel,
-            "fp32",
-            dict(**flags, BLOCK=sizes.objective_block),
-            8,
-            3,
-        )
-    yield "chunked rows", chunked.row_kernel, "fp32", dict(BLOCK=sizes.row_block), 8, 3
-    for rows, textbook in itertools.product((1, 8, 16), (False, True)):
-        name = f"chunked group rows={rows} textbook={textbook:d}"
-        constants = dict(TEXTBOOK=textbook, UNIFORM=True, SLICES=4, ROWS=rows)
-        constants["BLOCK"] = sizes.group_elements // rows
-        yield name, chunked.group_kernel, "fp32", constants, 8, 3
-    for dtype in ("bf16", "fp32"):
-        kernel, constants = backward.softmax_gradient_kernel, dict(BLOCK=sizes.gradient_block)
-        yield f"backward softmax gradient {dtype}", kernel, dtype, constants, 4, 3
-    for dtype, tile in (("bf16", fused.TILES[arch // 10]), ("fp32", fused.FLOAT32_TILE)):
-        run = tile.warps, tile.stages
-        constants = dict(WORDS=tile.words, TOKENS=tile.tokens, DEPTH=tile.depth, EVEN_D=True)
-        yield f"fused log-sum-exp {dtype}", fused.log_sum_exp_kernel, dtype, constants, *run
-        for rows, textbook in itertools.product((1, 2, 4, 8, 16), (False, True)):
-            name = f"fused divergence {dtype} rows={rows} textbook={textbook:d}"
-            narrow = fused.divergence_tile(tile, rows, textbook)
-            constants = dict(WORDS=narrow.words, TOKENS=narrow.tokens, DEPTH=narrow.depth)
-            constants |= dict(EVEN_D=True, TEXTBOOK=textbook, UNIFORM=True, ROWS=rows)
-            yield name, fused.divergence_kernel, dtype, constants, *run
+    def __init__(self, arch: int):
+        self.arch = arch
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch  # Triton keeps compiled kernels by device: one set for each architecture
+
+    def get_current_stream(self, device) -> int:
+        return 0
 
 
-def compile_for(arch: int, kernel, dtype: str, constants: dict, warps: int, stages: int) -> dict:
-    """Registers a thread, spilled bytes and KB of shared memory of one kernel, as ptxas says."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+@contextlib.contextmanager
+def compiling_for(arch: int):
+    """A dict {name: compiled kernel} that fills while the block launches kernels: each launch
+    compiles for `arch` and runs nothing. A second specialisation of the same constants gets a
+    name of its own, so that nothing launched goes unseen."""
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
 
-    inputs = dict.fromkeys(("hidden", "weight", "gradient"), "*" + dtype)
-    types = {}
-    for name in kernel.arg_names:
-        if name in constants:
-            types[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            types[name] = (POINTERS | inputs).get(name.removesuffix("_ptr"), "*fp32")
-        else:
-            types[name] = "fp32" if name in FLOATS else "i32"
-    # What the launcher sees by itself: tensors are aligned, and V, D, words are multiples of 16.
-    aligned = [n.endswith("_ptr") or n in ("V", "D", "words") for n in kernel.arg_names]
-    attributes = {(i,): [["tt.divisibility", 16]] for i, yes in enumerate(aligned) if yes}
-    source = ASTSource(kernel, types, constants, attributes)
-    options = dict(num_warps=warps, num_stages=stages)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    folder = Path(triton.__file__).parent / "backends/nvidia/bin"
-    ptxas = (
-        folder / "ptxas-blackwell"
-        if arch >= 100 and (folder / "ptxas-blackwell").exists()
-        else folder / "ptxas"
+    found, launch, before = {}, JITFunction.run, driver._active
+
+    def compile_instead(kernel, *args, grid, warmup=False, **options):
+        seen = [Argument(x) if getattr(x, "is_meta", False) else x for x in args]
+        compiled = launch(kernel, *seen, grid=grid, warmup=True, **options)
+        constants = [f"{k}={v:d}" for k, v in options.items() if k.isupper()]
+        types = {str(x.dtype)[6:] for x in args if isinstance(x, torch.Tensor)}
+        half = ["bf16"] if "bfloat16" in types else []
+        name = " ".join([kernel.__name__.removesuffix("_kernel"), *half, *constants])
+        while found.setdefault(name, compiled) is not compiled:
+            name += " again"
+
+    driver.set_active(AbsentGPU(arch))
+    try:
+        with mock.patch.object(JITFunction, "run", compile_instead):
+            yield found
+    finally:
+        driver._active = before
+
+
+def launch_head(
+    arch: int, lengths: list[int], impl="chunked", dtype=torch.bfloat16, sizes=None, old=False,
+    device="meta", **options,
+) -> None:  # fmt: skip
+    """Forward and backward of a group of these lengths, by default on tensors without storage."""
+    from kernels import fused
+
+    if sizes is None:
+        tile = fused.FLOAT32_TILE if dtype == torch.float32 else fused.TILES[arch // 10]
+        sizes = Sizes(tile=tile)
+    N, G = sum(lengths), len(lengths)
+    hidden_ND, weight_VD = (
+        torch.empty(n, D, dtype=dtype, device=device, requires_grad=True) for n in (N, V)
     )
-    full_arch = re.search(r"\.target (sm_\w+)", compiled.asm["ptx"])[1]
+    logps_N = torch.empty(N, device=device) if old else None
+    output = kernel_head(
+        lay_out(lengths, device), hidden_ND, weight_VD,
+        torch.empty(N, dtype=torch.int64, device=device),
+        torch.empty(G, dtype=torch.int64, device=device), torch.empty(G, device=device),
+        old_logps_N=logps_N, ref_logps_N=logps_N, impl=impl, sizes=sizes, **options,
+    )  # fmt: skip
+    output.loss.backward()
+
+
+def launch_everything(arch: int) -> None:
+    """Each kernel under each of its constants: group sizes, forms of D_t, loss types, dtypes."""
+    for loss_type, beta in (("tw_grpo", 0.04), ("grpo", 0.04)):
+        launch_head(arch, [300] * 8, old=True, loss_type=loss_type, beta=beta)
+    for dtype, impl, G, divergence in itertools.product(
+        (torch.bfloat16, torch.float32), ("chunked", "fused"), (1, 2, 4, 8, 16),
+        ("official", "textbook"),
+    ):  # fmt: skip
+        launch_head(arch, [300] * G, impl, dtype, divergence=divergence)
+
+
+def innermost_loop(ptx: str) -> list[str]:
+    """Instructions of the longest stretch that a branch jumps back over and that holds no other."""
+    lines = [line.partition("//")[0].strip() for line in ptx.splitlines()]
+    labels = {line[:-1]: k for k, line in enumerate(lines) if re.fullmatch(r"\$L\w+:", line)}
+    loops = []
+    for k, line in enumerate(lines):
+        jump = re.search(r"\bbra(?:\.uni)?\s+(\$L\w+);", line)
+        if jump and labels[jump[1]] < k:
+            loops.append((labels[jump[1]], k))
+    inner = [(a, b) for a, b in loops if not any(a <= c and d < b for c, d in loops)]
+    first, last = max(inner, key=lambda loop: loop[1] - loop[0], default=(0, 0))
+    return [line for line in lines[first:last] if line.endswith(";")]
+
+
+def barriers(ptx: str) -> int:
+    """How often the warps of a program wait for one another in one turn of its innermost loop."""
+    return sum(bool(re.search(r"\bbar(rier)?\.", line)) for line in innermost_loop(ptx))
+
+
+def properties(arch: int, compiled) -> dict:
+    """Registers a thread, spilled bytes, KB of shared memory, and barriers, as ptxas says."""
+    import triton
+
+    folder = Path(triton.__file__).parent / "backends/nvidia/bin"
+    ptxas = folder / "ptxas-blackwell"
+    ptxas = ptxas if arch >= 100 and ptxas.exists() else folder / "ptxas"
+    ptx = compiled.asm["ptx"]
+    target = re.search(r"\.target (sm_\w+)", ptx)[1]
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(compiled.asm["ptx"])
+        file.write(ptx)
         file.flush()
-        command = [ptxas, "-v", f"-arch={full_arch}", file.name, "-o", "/dev/null"]
+        command = [ptxas, "-v", f"-arch={target}", file.name, "-o", "/dev/null"]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    registers = int(re.search(r"Used (\d+) registers", report)[1])
-    spills = sum(map(int, re.findall(r"(\d+) bytes spill", report)))
     return dict(
-        arch=full_arch, registers=registers, spills=spills, shared=compiled.metadata.shared / 1024
+        target=target,
+        registers=int(re.search(r"Used (\d+) registers", report)[1]),
+        spills=sum(map(int, re.findall(r"(\d+) bytes spill", report))),
+        shared=compiled.metadata.shared / 1024,
+        barriers=barriers(ptx),
     )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="*", default=[80, 90, 100], choices=[80, 90, 100])
-    parser.add_argument("--only", default="", help="only kernels whose name contains this")
     arguments = parser.parse_args()
-    print(f"{'kernel':40} {'target':8} {'registers':>9} {'spills B':>9} {'shared KB':>10}")
+    print(f"{'kernel':92} {'target':8} registers  spills B  shared KB  barriers")
     failed = []
     for arch in arguments.arch:
-        for name, *case in cases(arch):
-            if arguments.only not in name:
-                continue
-            r = compile_for(arch, *case)
+        with compiling_for(arch) as found:
+            launch_everything(arch)
+        for name, compiled in found.items():
+            r = properties(arch, compiled)
             print(
-                f"{name:40} {r['arch']:8} {r['registers']:9} {r['spills']:9} {r['shared']:10.1f}",
+                f"{name:92} {r['target']:8} {r['registers']:9} {r['spills']:9} {r['shared']:10.1f}"
+                f" {r['barriers']:9}",
                 flush=True,
             )
-            if r["spills"] or r["shared"] > SHARED_LIMIT[arch]:
-                failed.append(f"{name} on {r['arch']}")
+            waits = name.startswith("group") and r["barriers"]
+            if r["spills"] or r["shared"] > SHARED_LIMIT[arch] or waits:
+                failed.append(f"{name} on {r['target']}")
     if failed:
-        raise SystemExit("spilled registers or too much shared memory: " + "; ".join(failed))
+        raise SystemExit(
+            "spilled registers, too much shared memory, or a barrier in the group kernel's loop: "
+            + "; ".join(failed)
+        )
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.tiles import group_spread
+from kernels.tiles import VIEWS, group_spread
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def rows_at(matrix_ptr, row, rows, D):
     return matrix_ptr + tl.minimum(row, rows - 1).to(tl.int64) * D
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "slice_tiles"], do_not_specialize_on_alignment=VIEWS)
 def log_sum_exp_kernel(
     hidden_ptr, weight_ptr, target_ptr, picked_ptr, peak_ptr, sum_ptr,
     N, V, D, inverse_temperature, slice_tiles,
@@ -105,7 +105,7 @@ def log_sum_exp_kernel(
     tl.store(picked_ptr + n, picked, here)  # one slice holds the target, and it alone writes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_t", "last_t", "T", "G", "slice_tiles"])
 def divergence_kernel(
     hidden_ptr, weight_ptr, lse_ptr, order_ptr, start_ptr, partial_ptr,
     first_t, last_t, V, D, T, G, log_V, inverse_temperature, slice_tiles,

@@ -184,12 +184,30 @@ def tw_grpo_head(
         raise ValueError(
             f"detach_weights=False needs impl='reference': {impl} has no gradient through w_t"
         )
+    return kernel_head(
+        lay_out(lengths, hidden_ND.device), hidden_ND, weight_VD, targets_N, lengths_G,
+        advantages_G, old_logps_N=old_logps_N, ref_logps_N=ref_logps_N, impl=impl, sizes=sizes,
+        temperature=temperature, divergence=divergence, ended_rows=ended_rows, **loss_options,
+    )  # fmt: skip
+
+
+def kernel_head(
+    rows: Rows, hidden_ND, weight_VD, targets_N, lengths_G, advantages_G, *,
+    old_logps_N=None, ref_logps_N=None, impl="chunked", sizes=None, temperature=1.0,
+    divergence="official", ended_rows="uniform", alpha=1.7, eps_low=0.2, eps_high=0.28, beta=0.0,
+    loss_type="tw_grpo",
+) -> HeadOutput:  # fmt: skip
+    """`tw_grpo_head` by the kernels and without its checks: nothing here waits for the GPU.
+
+    rows  from `lay_out(lengths, device)`; the rest as there. For those who measure the kernels.
+    """
+    loss_options = dict(
+        alpha=alpha, eps_low=eps_low, eps_high=eps_high, beta=beta, loss_type=loss_type
+    )
     return HeadOutput(
         *KernelHead.apply(
             hidden_ND, weight_VD, targets_N, lengths_G, advantages_G, old_logps_N, ref_logps_N,
-            lay_out(lengths, hidden_ND.device), impl, sizes or Sizes(), temperature, divergence,
-            ended_rows,
-            loss_options,
+            rows, impl, sizes or Sizes(), temperature, divergence, ended_rows, loss_options,
         )
     )  # fmt: skip
 

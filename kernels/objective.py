@@ -9,10 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.tiles import NAN_STAYS, clamp_log_ratio, k3
+from kernels.tiles import NAN_STAYS, VIEWS, clamp_log_ratio, k3
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "T", "G"], do_not_specialize_on_alignment=VIEWS)
 def objective_kernel(
     divergence_ptr, logp_ptr, old_ptr, ref_ptr,
     completion_ptr, position_ptr, length_ptr, advantage_ptr,

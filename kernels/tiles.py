@@ -8,6 +8,13 @@ that each equation is written once for the chunked kernels (tiles rows x words) 
 import triton
 import triton.language as tl
 
+# Triton compiles a kernel again whenever an integer becomes 1 or a multiple of 16, or a pointer is
+# aligned where it was not. Where that depends on the lengths of a group it would pause a step for
+# seconds and gain nothing. Such integers are named beside each kernel, such pointers here: rows of
+# larger tensors, and a caller's views.
+VIEWS = ["target_ptr", "order_ptr", "logp_ptr", "peak_ptr", "log_sum_ptr", "sum_ptr", "old_ptr",
+         "ref_ptr", "advantage_ptr", "length_ptr"]  # fmt: skip
+
 LOG_RATIO_CLAMP = tl.constexpr(11.0)  # nats, as in reference.py
 # Triton's clamp and minimum drop a NaN unless asked; a loss must not hide one.
 NAN_STAYS = tl.constexpr(tl.PropagateNan.ALL)

@@ -1,14 +1,17 @@
 """What several test files share: a small toy world, a tiny model, real samples if present."""
 
 import dataclasses
+import importlib.util
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 # Two test processes share the cores (pyproject.toml), so each computes in one thread; before torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,12 +22,44 @@ import toy
 from data import Prompter, Question, load_records
 from policy import Policy
 
+MISSING_CODECS = [name for name in ("av", "decord") if not importlib.util.find_spec(name)]
+INTERPRETER_IS_BROKEN = (
+    importlib.util.find_spec("triton") is not None
+    and version("triton").startswith("3.6.")
+    and not np.__version__.startswith(("2.0.", "2.1.", "2.2.", "2.3."))
+)
 PROJECT = Path(__file__).resolve().parent.parent
 SAMPLES = Path(os.environ.get("TWGRPO_SAMPLES", PROJECT.parent / "shared" / "data"))
 TOY_FLAGS = (
     "--max_frames 4 --min_pixels 3136 --max_pixels 3136 --max_completion_length 20 "
     "--dataloader_num_workers 0 --gradient_checkpointing false"
 ).split()
+
+
+def lacking(error: BaseException | None) -> str | None:
+    """What this machine lacks, if that is why a test failed."""
+    while error:
+        if isinstance(error, ModuleNotFoundError) and error.name in MISSING_CODECS:
+            return f"needs a video codec: the package {error.name} is not installed"
+        if type(error).__name__ == "InterpreterError" and INTERPRETER_IS_BROKEN:
+            return (
+                "Triton 3.6's interpreter fails with NumPy 2.4 and later; on a GPU it is not used"
+            )
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    try:
+        return (yield)
+    except Exception as error:
+        if why := lacking(error):
+            pytest.skip(why)
+        raise
+
+
+pytest_runtest_call = pytest_runtest_setup  # in a fixture or in the test itself
 
 
 @pytest.fixture

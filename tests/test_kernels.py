@@ -559,8 +559,33 @@ def test_on_a_cpu_kernels_ask_for_the_interpreter():
     raises=AssertionError, strict=True,  # and nowhere else: elsewhere 0 bytes are asserted
 )  # fmt: skip
 def test_kernels_compile_ahead_of_time_without_spills():
-    """Number 5. Compiling needs no GPU; interpreting is fixed at import, hence a process."""
+    """Number 5, and no barrier in the group kernel's loop. Compiling needs no GPU; interpreting is
+    fixed at import, hence a process."""
     result = python("from kernels import compile_check; compile_check.main()")
     print(result.stdout)
     assert result.returncode == 0, result.stdout + result.stderr
     assert all(f" {arch}" in result.stdout for arch in ("sm_80", "sm_90", "sm_100"))
+
+
+def test_what_is_checked_is_what_is_launched_whatever_the_lengths():
+    """Else the check says nothing, and a step would stop for seconds whenever lengths are new. Real
+    tensors and other lengths compile nothing that the tensors without storage have not."""
+    result = python("""
+from kernels import compile_check
+from kernels.compile_check import Sizes, compiling_for, launch_head
+compile_check.D, compile_check.V = 128, 4096
+with compiling_for(90) as found:
+    for impl in ("chunked", "fused"):
+        launch_head(90, [1, 1, 1, 1, 2, 2, 3, 4], impl, old=True)
+        checked = set(found)
+        launch_head(90, [1, 1, 1, 1, 2, 2, 3, 4], impl, old=True, device="cpu")
+        launch_head(90, [37, 4, 99, 17, 300, 5, 401, 600], impl, old=True)
+        launch_head(90, [7] * 8, impl, old=True, device="cpu")
+        assert set(found) == checked, set(found) - checked
+    group = found["group TEXTBOOK=0 UNIFORM=1 SLICES=4 ROWS=8 BLOCK=512"]
+    known = {group.src.fn.arg_names[place] for (place,), facts in group.src.attrs.items() if facts}
+    assert {"V", "slice_words", "logits_ptr"} <= known, known
+    launch_head(90, [300] * 8, sizes=Sizes(group_elements=2048))
+    assert "group TEXTBOOK=0 UNIFORM=1 SLICES=4 ROWS=8 BLOCK=256" in found
+""")
+    assert result.returncode == 0, result.stderr

@@ -1,7 +1,11 @@
-"""What only a GPU can show: bf16 in the fused design, memory and speed at real sizes.
+"""What only a GPU can show: bf16 in the fused design, memory and speed at real sizes; and, on
+frames that need no codec, captured decoding and packed attention.
 
-Numbers 3 and 4 of the specification, for one H200-class GPU; other GPUs skip the speed.
+Memory is what the docstrings derive. Of the speed only what must never be: twice the time that the
+arithmetic of a design takes. How fast it is, `python -m benchmarks.gpu` measures.
 """
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +15,24 @@ if not torch.cuda.is_available():
 
 from kernel_cases import make_group
 from test_kernels import check_against_float64
+from test_packing import groups, test_attention_on_a_gpu_equals_the_mask  # noqa: F401
+from test_policy import test_captured_steps_draw_the_tokens_of_eager_ones  # noqa: F401
 
-from kernels import bench, token_logps
+import toy
+from benchmarks import step
+from data import Prompter, Record
+from kernels import (
+    backward,
+    bench,
+    chunked,
+    compile_check,
+    fused,
+    objective,
+    token_logps,
+    tw_grpo_head,
+)
 from kernels.head import Sizes
+from video import Clip
 
 D, V = 3584, 152064
 KERNELS = pytest.mark.parametrize("impl", ["chunked", "fused"])
@@ -30,10 +49,9 @@ def test_bfloat16_at_production_sizes(impl, divergence, lengths):
     check_against_float64(group, impl, sizes=Sizes(), divergence=divergence, beta=0.04)
 
 
-def measured(impl, N, lengths=None, frozen=False):
-    group = bench.make_group(N, D, V, "cuda", torch.bfloat16, lengths)
-    group["weight_VD"].requires_grad_(not frozen)
-    row = bench.measure(impl, bench.variants()[impl], group, bench.matmul_ceiling(N, D, V))
+def measured(impl, N, **options):
+    ceiling = bench.bare_matmuls(N, D, V)
+    row = bench.measure(bench.ours(impl), ceiling, N, D, V, **options)
     torch.cuda.empty_cache()
     return row
 
@@ -63,19 +81,51 @@ def test_token_logps_hold_one_chunk_of_logits():
 
 
 @HOPPER
+@pytest.mark.parametrize("impl, matmuls", [("chunked", 4), ("fused", 5)])
 @pytest.mark.parametrize("N", [8192, 32768])
-def test_speed(N):
-    chunked, fused = measured("chunked", N), measured("fused", N)
-    assert chunked["ratio"] <= 1.70 and chunked["forward_ratio"] <= 1.45
-    assert fused["ratio"] <= 2.4
+def test_no_design_takes_twice_the_time_of_its_matmuls(impl, matmuls, N):
+    assert measured(impl, N)["ratio"] <= 2 * matmuls / 3
 
 
 @HOPPER
 def test_frozen_head_and_ragged_group_cost_less():
-    dense = measured("chunked", 8192)
-    frozen = measured("chunked", 8192, frozen=True)
-    one_matmul = dense["total_ms"] / dense["ratio"] / 3
-    assert frozen["total_ms"] <= 3.4 * one_matmul
+    dense = measured("chunked", 8192)["total_ms"]
+    assert measured("chunked", 8192, frozen=True)["total_ms"] < dense
     lengths = [int(1024 * (0.2 + 0.8 * i / 7)) for i in range(8)]
-    ragged = measured("chunked", 8192, lengths)
-    assert ragged["total_ms"] <= 0.65 * dense["total_ms"]
+    assert measured("chunked", 8192, lengths=lengths)["total_ms"] < dense
+
+
+@KERNELS
+def test_what_runs_is_what_compile_check_compiles(impl):
+    kernels = [chunked.row_kernel, chunked.group_kernel, fused.log_sum_exp_kernel,
+               fused.divergence_kernel, objective.objective_kernel,
+               backward.softmax_gradient_kernel]  # fmt: skip
+    device, arch = torch.cuda.current_device(), 10 * torch.cuda.get_device_capability()[0]
+    for kernel in kernels:
+        kernel.device_caches[device][0].clear()
+    lengths = [9, 4, 30, 1, 17, 5, 40, 22]
+    group = bench.make_group(128, D, V, "cuda", torch.bfloat16, lengths)
+    tw_grpo_head(**group, impl=impl).loss.backward()
+    with compile_check.compiling_for(arch):
+        compile_check.launch_head(arch, [300] * 8, impl)
+        compile_check.launch_head(arch, lengths, impl)
+    for kernel in kernels:
+        launched, checked = (set(kernel.device_caches[k][0]) for k in (device, arch))
+        assert launched <= checked, kernel.__name__
+
+
+# For the two tests that other files define, here on a machine without a codec too.
+
+
+@pytest.fixture
+def policy():
+    return step.build("tiny", 120, "cpu")[0]
+
+
+@pytest.fixture
+def questions(policy):
+    prompter = Prompter(policy.tokenizer, toy.CHAT_TEMPLATE, policy.geometry)
+    clip = Clip(torch.randint(255, (4, 3, 56, 56), dtype=torch.uint8), seconds=0.5)
+    problems = ("What?", "What? Look twice.", "What? Look closely, then look again.")
+    records = [Record("1", text, "<answer>A</answer>", Path("frames")) for text in problems]
+    return [prompter.question(record, clip) for record in records]

@@ -1,6 +1,10 @@
-"""Two processes on gloo: the same training as one, and no fault of one hangs the other."""
+"""Two processes on gloo: the same training as one, and no fault of one hangs the other.
+
+They see no GPU: with one, the second process would ask for another. Two GPUs have a test of theirs.
+"""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -12,6 +16,15 @@ from safetensors.torch import load_file
 from test_train import metrics
 
 LIMIT = 60  # seconds, for any of these runs: a hang is a failure
+
+
+@pytest.fixture(scope="module", autouse=True)
+def gpus():
+    """What CUDA_VISIBLE_DEVICES was before this file hid all GPUs from the processes it starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        before = os.environ.get("CUDA_VISIBLE_DEVICES")
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        yield before
 
 
 def run_two(world, out, *flags, fault=(), timeout=LIMIT):
@@ -53,9 +66,7 @@ def test_two_processes_train_like_one(two_ranks, world, tmp_path):
         for name in ("loss", "reward", "reward_std", "kl", "weight_mean", "completion_length"):
             assert a[name] == pytest.approx(b[name], abs=1e-5), name
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
-    ours, theirs = (
-        load_file(r / "checkpoint-5/model.safetensors") for r in (one_run, two_ranks)
-    )
+    ours, theirs = (load_file(r / "checkpoint-5/model.safetensors") for r in (one_run, two_ranks))
     assert max((ours[name] - theirs[name]).abs().max() for name in ours) < 1e-4
     assert json.loads((two_ranks / "config.json").read_text())["max_steps"] == 5
     ours, theirs = (json.loads((run / "eval.json").read_text()) for run in (one_run, two_ranks))
@@ -151,6 +162,43 @@ def test_a_disk_that_fills_up_on_one_rank_is_an_error_on_both(world, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_gpus_train(world, tmp_path):
-    result = run_two(world, tmp_path / "r", *FIVE, "1", timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
+def test_two_gpus_train_like_one(gpus, world, tmp_path, monkeypatch):
+    """In bf16 the last digits differ, so a draw may fall on another token and that completion goes
+    another way: most of a group stays the same, means stay near, and AdamW moves each weight by
+    about the learning rate a step whatever its gradient."""
+    if gpus is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    assert_two_train_like_one(world, tmp_path)
+
+
+def assert_two_train_like_one(world, tmp_path):
+    one_run, two_runs = tmp_path / "one", tmp_path / "two"
+    results = [run_twgrpo(world, one_run, *FIVE, "2"), run_two(world, two_runs, *FIVE, "1",
+                                                               timeout=300)]  # fmt: skip
+    for result in results:
+        assert result.returncode == 0, result.stderr[-3000:]
+    one, two = metrics(one_run), metrics(two_runs)
+    for rows in (one, two):
+        assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+        assert all(row["nonfinite"] == 0 for row in rows)
+        assert all(row["sampling_logp_difference"] < 0.05 for row in rows)
+    assert one[0]["reward"] == pytest.approx(two[0]["reward"], abs=0.3)
+    assert one[0]["completion_length"] == pytest.approx(two[0]["completion_length"], rel=0.2)
+    assert one[0]["grad_norm"] == pytest.approx(two[0]["grad_norm"], rel=0.5)
+    firsts = [
+        json.loads((run / "completions.jsonl").open().readline()) for run in (one_run, two_runs)
+    ]
+    assert firsts[0]["id"] == firsts[1]["id"]
+    texts = [[completion["text"] for completion in first["completions"]] for first in firsts]
+    same = sum(a == b for a, b in zip(*texts, strict=True))
+    assert same >= len(texts[0]) / 2
+    ours, theirs = (
+        load_file(run / "checkpoint-5/model.safetensors") for run in (one_run, two_runs)
+    )
+    before = load_file(world / "model/model.safetensors")
+    for name in before:
+        assert (ours[name].float() - theirs[name].float()).abs().max() < 2 * 5 * 1e-3, name
+    assert any((theirs[name].float() - value.float()).abs().max() > 1e-3
+               for name, value in before.items())  # fmt: skip
