@@ -200,6 +200,7 @@ def is_running(pid):
 def test_a_signal_to_the_whole_group_does_not_cost_a_clip(stuck):
     """torchrun, a terminal and a cluster send them to more than the run itself."""
     parent, decoder = start_parent(stuck, "slow.mp4")
+    assert os.getpgid(decoder) != os.getpgid(parent.pid)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         os.killpg(parent.pid, number)
         os.kill(decoder, number)
