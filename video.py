@@ -222,10 +222,7 @@ def _decode(path: str, indices: list[int], pts: list[int | None], keyframes: lis
             while number < k:
                 frame = next(frames, None)
                 if frame is None:
-                    raise VideoError(
-                        f"{path}: ends before frame {k} of the {len(pts)} it announces; it is cut "
-                        "short"
-                    )
+                    raise VideoError(f"{path}: is cut short: ends before frame {k} of {len(pts)}")
                 number = numbers.get(frame.pts, number + 1)
             if number > k:  # a jump went too far, or a time was not what its packet said
                 return _decode(path, indices, pts, [])
