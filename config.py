@@ -85,7 +85,7 @@ class Config:
     report_to: Literal["none", "tensorboard", "wandb"] = flag("none", "metrics also go there")
     save_only_model: bool = flag(False, "checkpoints without what resuming needs")
     resume_from_checkpoint: str | None = flag(None, "a checkpoint, or auto: the run's newest")
-    dataloader_num_workers: int = flag(4, "processes that decode clips ahead; 0: decode in line")
+    dataloader_num_workers: int = flag(4, "processes that decode clips ahead; 0: one, not ahead")
     clip_timeout: float = flag(60.0, "seconds after which a clip counts as unreadable")
     max_skip_fraction: float = flag(0.05, "more unreadable clips than this end the run")
     dry_run: bool = flag(False, "show prompt, clips, memory and schedule; train nothing")

@@ -180,7 +180,7 @@ class Prompter:
     style: str = "think"  # one of STYLES
     seconds_per_patch: float | None = None  # what the model is told; None: the truth
     repeat_frames: int = 0  # show exactly so many, sampled ones repeated; 0: those sampled
-    load_clip: Callable[..., video.Clip] = video.load_clip  # or a loader.ClipReader's
+    load_clip: Callable[..., video.Clip] = video.load_clip  # files of others need a ClipReader's
 
     def render(self, record: Record) -> str:
         """The prompt in the model's chat form: the clip's placeholder, then the question."""

@@ -1,8 +1,8 @@
 """Clips decoded ahead of the GPU, in processes that can be killed.
 
-A decoder that hangs on a broken file cannot be timed out from inside its own process. So a clip is
-decoded in a process that does nothing else, started as `python loader.py`; when the time is up it
-is killed, the clip counts as unreadable, and a fresh process takes the next one.
+A decoder that hangs on a broken file cannot be timed out from inside its own process. So every clip
+is decoded in a process that does nothing else, started as `python loader.py`; when the time is up
+it is killed, the clip counts as unreadable, and a fresh process takes the next one.
 
     ClipReader    video.load_clip with a time limit
     ClipWorkers   several of them, each kept busy by a thread: futures of clips
@@ -10,11 +10,13 @@ is killed, the clip counts as unreadable, and a fresh process takes the next one
 
 import os
 import pickle
+import select
 import signal
 import subprocess
 import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing import connection
 
 import torch
 
@@ -22,6 +24,7 @@ import video
 from video import Clip, VideoError
 
 START_S = 120.0  # seconds that a new process may take to import its modules
+LONGEST_WAIT_S = 1e6  # 11 days; the system's timers take no more than twice that
 
 
 class ClipReader:
@@ -50,40 +53,42 @@ class ClipReader:
         if self.process and self.process.poll() is not None:
             self.close()  # it died while it had nothing to do
         if self.process is None:
-            command = [sys.executable, __file__]
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            # In a session of its own, because Ctrl-C, a hangup and torchrun's SIGTERM go to the
+            # whole process group, and the run still needs its clips to finish the step.
+            self.process = subprocess.Popen(
+                [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                start_new_session=True,
+            )  # fmt: skip
             if self._answer(START_S) != "ready":
-                self.close()
                 raise VideoError(f"{path}: the process that decodes clips does not start")
-        pickle.dump((path, *settings), self.process.stdin)
-        self.process.stdin.flush()
-        answer = self._answer(self.timeout)
+        limit = max(0.0, min(self.timeout, LONGEST_WAIT_S))
+        answer = self._answer(limit, (limit, path, *settings))
         if isinstance(answer, str):
-            if self.process.poll() is not None:
-                self.close()
             raise VideoError(f"{path}: {answer.removeprefix(f'{path}: ')}")
         frames, seconds = answer
         return Clip(torch.from_numpy(frames), seconds)
 
-    def _answer(self, limit: float):
-        """What the process says within `limit` seconds, or in words why it said nothing."""
-        late = threading.Event()
-        timer = threading.Timer(limit, lambda: (late.set(), self.process.kill()))
-        timer.start()
+    def _answer(self, limit: float, request: tuple | None = None):
+        """What the process answers within `limit` seconds. If it does not, it is killed, and the
+        answer is a string that says so."""
         try:
-            return pickle.load(self.process.stdout)
-        except (EOFError, pickle.UnpicklingError):
-            self.process.wait()
-            return (
-                f"not decoded within {limit:g} s" if late.is_set() else "the decoder crashed on it"
-            )
-        finally:
-            timer.cancel()
+            if request:
+                pickle.dump(request, self.process.stdin)
+                self.process.stdin.flush()
+            if connection.wait([self.process.stdout], limit):
+                return pickle.load(self.process.stdout)
+            reason = f"not decoded within {limit:g} s"
+        except (EOFError, BrokenPipeError, pickle.UnpicklingError):
+            reason = "the decoder crashed on it"
+        self.close()
+        return reason
 
 
 def serve() -> None:
     """The other end of ClipReader: requests on stdin, answers on stdout, both pickled."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run, which then kills us
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # a cluster may send them to each process; see above
+    threading.Thread(target=end_with_parent, daemon=True).start()
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a decoder prints must not mix in
     answer = "ready"
@@ -91,36 +96,36 @@ def serve() -> None:
         pickle.dump(answer, answers)
         answers.flush()
         try:
-            arguments = pickle.load(sys.stdin.buffer)
+            limit, *arguments = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
+        signal.setitimer(signal.ITIMER_REAL, 2 * limit)  # ends us if nobody is left to do it
         try:
             clip = video.load_clip(*arguments)
             answer = (clip.frames.contiguous().numpy(), clip.seconds)
         except VideoError as error:
             answer = str(error)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def end_with_parent() -> None:
+    """Ends this process, whatever it is at, when its parent is gone, even by kill -9."""
+    hangup = select.poll()
+    hangup.register(sys.stdin.fileno(), 0)  # 0: wait only for the other end to be closed
+    hangup.poll()
+    os._exit(0)
 
 
 class ClipWorkers:
-    """`submit(path, ...)` is a future of the clip, or of a VideoError that says why there is none.
-
-    With count = 0 the clip is decoded here and now, and nothing can be timed out.
-    """
+    """`submit(path, ...)` is a future of the clip, or of a VideoError that says why not."""
 
     def __init__(self, count: int, timeout: float):
         self.readers = [ClipReader(timeout) for _ in range(count)]
-        self.threads = ThreadPoolExecutor(count, "clip") if count else None
+        self.threads = ThreadPoolExecutor(count, "clip")
         self.idle = list(self.readers)  # as many as threads, so a thread always finds one
 
     def submit(self, *arguments) -> Future:
-        if self.threads:
-            return self.threads.submit(self._load, *arguments)
-        future = Future()
-        try:
-            future.set_result(video.load_clip(*arguments))
-        except VideoError as error:
-            future.set_exception(error)
-        return future
+        return self.threads.submit(self._load, *arguments)
 
     def _load(self, *arguments) -> Clip:
         reader = self.idle.pop()
@@ -130,12 +135,15 @@ class ClipWorkers:
             self.idle.append(reader)
 
     def close(self) -> None:
-        """Kills the processes, whatever they are at."""
-        if self.threads:
-            self.threads.shutdown(wait=False, cancel_futures=True)
+        """Ends the processes, whatever they are at."""
+        self.threads.shutdown(wait=False, cancel_futures=True)
         for reader in self.readers:
-            if reader.process:
-                reader.process.kill()
+            reader.timeout = 0.0  # of a clip that a thread has just taken up
+            if process := reader.process:
+                process.kill()
+        self.threads.shutdown()
+        for reader in self.readers:
+            reader.close()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 import ranks
 import video
 from data import Prompter, Record, load_chat_template, step_records
+from loader import ClipReader
 from policy import ModelError, Policy
 
 GB = 1e9
@@ -29,17 +30,17 @@ def show(cfg, records: list[Record]) -> None:
             AutoModelForImageTextToText.from_config(config), tokenizer,
             load_chat_template(name, tokenizer),
         )  # fmt: skip
-    prompter = Prompter(
-        tokenizer, policy.chat_template, policy.geometry, cfg.question_type,
-        cfg.fps, cfg.max_frames, cfg.min_pixels, cfg.max_pixels,
-    )  # fmt: skip
-
     questions = []
-    for record in step_records(records, 0, min(QUESTIONS, len(records)), cfg.seed):
-        try:
-            questions.append(prompter(record))
-        except video.VideoError as error:
-            print(f"question {record.id}: would be skipped: {error}")
+    with ClipReader(cfg.clip_timeout) as reader:
+        prompter = Prompter(
+            tokenizer, policy.chat_template, policy.geometry, cfg.question_type,
+            cfg.fps, cfg.max_frames, cfg.min_pixels, cfg.max_pixels, load_clip=reader.load_clip,
+        )  # fmt: skip
+        for record in step_records(records, 0, min(QUESTIONS, len(records)), cfg.seed):
+            try:
+                questions.append(prompter(record))
+            except video.VideoError as error:
+                print(f"question {record.id}: would be skipped: {error}")
     if not questions:
         raise video.VideoError(f"none of the first {QUESTIONS} clips can be read")
     print("The first prompt, to the letter:\n" + questions[0].prompt + "\n")

@@ -12,8 +12,8 @@ from video import VideoError
 class QuestionsAhead:
     """This rank's questions of each step, their clips decoded a few steps ahead of the loop.
 
-    A clip that cannot be read costs its question: it is counted and named, and no other clip takes
-    its place. A step's questions are fixed by (seed, step), and the seed of a question's sampling
+    A question whose clip cannot be read is skipped, reported and counted; no other clip takes its
+    place. A step's questions are fixed by (seed, step), and the seed of a question's sampling
     by its place in the step, so everything else stays as it was.
     """
 
@@ -23,7 +23,7 @@ class QuestionsAhead:
         self, cfg, records: list[Record], prompter: Prompter, log: RunLog, first_step: int
     ):
         self.cfg, self.records, self.prompter, self.log = cfg, records, prompter, log
-        self.workers = ClipWorkers(cfg.dataloader_num_workers, cfg.clip_timeout)
+        self.workers = ClipWorkers(max(1, cfg.dataloader_num_workers), cfg.clip_timeout)
         self.next_step, self.submitted = first_step, deque()
 
     def _submit(self, step: int) -> None:

@@ -18,6 +18,7 @@ tokens of a question, D hidden size.
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -45,6 +46,7 @@ from config import (
 from data import DataError, Prompter, Question, Record
 from eval import evaluate
 from kernels import HeadOutput, token_logps, tw_grpo_head
+from loader import ClipReader
 from packing import Group
 from policy import ModelError, Policy
 from questions import QuestionsAhead
@@ -343,7 +345,8 @@ def measure(cfg: Config, policy: Policy, prompter: Prompter, records: list[Recor
     """Sampled and greedy accuracy, and sampled with the wrong video as a control."""
     common = dict(max_completion_length=cfg.max_completion_length, seed=cfg.seed)
     sampled = dict(temperature=cfg.temperature, num_generations=cfg.num_generations, **common)
-    with policy.gathered() as actor:
+    with policy.gathered() as actor, ClipReader(cfg.clip_timeout) as reader:
+        prompter = dataclasses.replace(prompter, load_clip=reader.load_clip)
         measures = {
             "sampled": evaluate(actor, prompter, records, **sampled),
             "greedy": evaluate(actor, prompter, records, temperature=0.0, **common),

@@ -2,7 +2,7 @@
 position ids.
 
 The path of one clip:
-    read_clip   file -> F frames and the seconds between them (by decord, or PyAV without it)
+    read_clip   file -> F frames and the seconds between them (decoded by PyAV, that is FFmpeg)
     resize      F frames -> F frames whose sides are multiples of 28 within a pixel budget
     patchify    F frames -> S patches of 14 x 14 pixels x 2 frames, and their grid (t, h, w)
     mrope_positions   token ids + grid + seconds -> positions on three axes (time, height, width)
@@ -15,11 +15,13 @@ qwen-vl-utils/src/qwen_vl_utils/ vision_process.py; of the patches: transformers
 Qwen2VLImageProcessor; of the positions: see `mrope_positions`. Equations: docs/equations.md.
 """
 
-import importlib.util
+import bisect
 import math
 import os
+import re
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,6 +30,18 @@ FPS = 2.0  # frames sampled per second of video
 MIN_FRAMES, MAX_FRAMES = 4, 16
 MIN_PIXELS, MAX_PIXELS = 128 * 28 * 28, 196 * 28 * 28  # per frame, after resizing
 MAX_ASPECT = 200
+MAX_FRAME_PIXELS = 4096 * 4096  # before resizing; 16 such frames take 0.8 GB
+CONTAINERS = {  # by FFmpeg's names: what such a file begins with
+    "mov": rb"....(ftyp|moov|mdat|free|skip|wide)",  # mp4, m4v and 3gp too
+    "matroska": rb"\x1aE\xdf\xa3",  # webm too
+    "avi": rb"RIFF....AVI",
+    "gif": rb"GIF8[79]a",
+    "mpegts": rb"G.{187}G.{187}G",
+    "mpeg": rb"\x00\x00\x01\xba",
+    "flv": rb"FLV\x01",
+    "ogg": rb"OggS",
+    "asf": rb"0&\xb2u\x8ef\xcf\x11",  # wmv
+}
 CLIP_MEAN = (
     0.48145466,
     0.4578275,
@@ -82,25 +96,34 @@ def frame_indices(
 
 
 def read_clip(path: str | os.PathLike, fps: float = FPS, max_frames: int = MAX_FRAMES) -> Clip:
-    """Sampled frames of a video file and the seconds between them. Raises VideoError naming the
-    file and the reason.
+    """Sampled frames of a video file, upright, and the seconds between them. Raises VideoError
+    naming the file and the reason.
 
     OFFICIAL: the time between frames is dropped, and the model is told 1 second per temporal patch
     for every video.
     OURS: the true spacing travels with the frames, which is what Qwen2.5-VL was trained to expect.
     """
     path = check_file(path)
-    decode = _decode_decord if importlib.util.find_spec("decord") else _decode_av
     try:
-        frames, indices, rate = decode(path, fps, max_frames)
+        with _open(path) as container:
+            stream = container.streams.video[0]
+            # Headers often lie about the number of frames, so count the packets.
+            packets = [(p.pts, p.is_keyframe) for p in container.demux(stream)
+                       if p.size and not p.is_discard]  # fmt: skip
+            rate, unit = float(stream.average_rate or 0), float(stream.time_base)
+            can_jump = container.format.name.startswith(("mov", "matroska"))  # both have an index
+        packets.sort(key=lambda packet: (packet[0] is not None, packet[0]))  # as shown, not as sent
+        pts = [time for time, _ in packets]
+        indices, seconds = choose_frames(np.array(pts, float) * unit, rate, fps, max_frames)
+        keyframes = [k for k, (_, is_keyframe) in enumerate(packets) if is_keyframe and can_jump]
+        return Clip(_decode(path, indices, pts, keyframes), seconds)
     except VideoError:
         raise
     except TooShort as error:
         raise VideoError(f"{path}: {error}") from None
-    except Exception as error:  # decord and PyAV have many types of their own for unreadable files
+    except Exception as error:  # PyAV has many types of its own for unreadable files
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise VideoError(f"{path}: cannot be decoded ({reason[0][:200]})") from error
-    return Clip(frames, (indices[-1] - indices[0]) / (len(indices) - 1) / rate)
 
 
 def check_file(path: str | os.PathLike) -> str:
@@ -126,45 +149,86 @@ def repeat_frames(clip: Clip, count: int) -> Clip:
     return Clip(clip.frames[indices], clip.seconds * (sampled - 1) / (count - 1))
 
 
-def _decode_decord(path: str, fps: float, max_frames: int) -> tuple[Tensor, list[int], float]:
-    import decord
+def choose_frames(
+    times: np.ndarray, rate: float, fps: float, max_frames: int
+) -> tuple[list[int], float]:
+    """Which frames to show, and the seconds between them, given every frame's time in seconds.
 
-    reader = decord.VideoReader(path, num_threads=1)
-    rate = _checked_rate(path, reader.get_avg_fps())
-    indices = frame_indices(len(reader), rate, fps, max_frames)
-    frames = torch.from_numpy(reader.get_batch(indices).asnumpy())
-    return frames.permute(0, 3, 1, 2), indices, rate
+    The header's rate, in frames a second, counts unless some frame is more than one frame away from
+    where that rate puts it: the rate varies, or the header is wrong. Then the frames are those on
+    screen at evenly spaced times, so one that stays for long is shown more than once. Containers
+    without times (NaN) leave only the header.
+    """
+    total, elapsed = len(times), times - times[:1]
+    increasing = total > 1 and np.isfinite(times).all() and (np.diff(times) > 0).all()
+    if rate > 0 and not (increasing and abs(elapsed - np.arange(total) / rate).max() > 1 / rate):
+        indices = frame_indices(total, rate, fps, max_frames)
+        return indices, (indices[-1] - indices[0]) / (len(indices) - 1) / rate
+    if not increasing:
+        raise TooShort("has neither a frame rate nor times of its frames")
+    count = len(frame_indices(total, (total - 1) / elapsed[-1], fps, max_frames))
+    shown = np.linspace(0, elapsed[-1], count)
+    return (np.searchsorted(elapsed, shown, "right") - 1).tolist(), elapsed[-1] / (count - 1)
 
 
-def _decode_av(path: str, fps: float, max_frames: int) -> tuple[Tensor, list[int], float]:
-    import av
+def _open(path: str):
+    """The file as an open av container with a video stream that is not too large to decode.
 
-    with av.open(
-        path
-    ) as container:  # headers often lie about the number of frames, so count the packets
-        if not container.streams.video:
-            raise VideoError(f"{path}: the file has no video stream")
-        rate = _checked_rate(path, float(container.streams.video[0].average_rate or 0))
-        total = sum(packet.size > 0 for packet in container.demux(video=0))
-    indices = frame_indices(total, rate, fps, max_frames)
-    wanted, frames = set(indices), []
-    with av.open(path) as container:
-        for k, frame in enumerate(container.decode(video=0)):
-            if k in wanted:
-                frames.append(torch.from_numpy(frame.to_ndarray(format="rgb24")))
-            if k == indices[-1]:
-                break
-    if len(frames) < len(indices):
+    FFmpeg opens whatever files and addresses a playlist lists, and playlists may pose as clips. So
+    the container is the one that the first bytes show, and it may open nothing but files.
+    """
+    try:
+        import av
+    except ImportError:
+        raise VideoError(f"{path}: decoding clips needs PyAV: pip install av") from None
+    with open(path, "rb") as file:
+        head = file.read(400)
+    name = next((n for n, start in CONTAINERS.items() if re.match(start, head, re.DOTALL)), None)
+    if name is None:
+        raise VideoError(f"{path}: is not a video file of a known format ({', '.join(CONTAINERS)})")
+    options = {"protocol_whitelist": "file"}
+    # The absolute path, because "concat:a.mp4" would be an instruction, and "/x/concat:a.mp4" not.
+    container = av.open(os.path.abspath(path), format=name, options=options)
+    if not container.streams.video:
+        raise VideoError(f"{path}: the file has no video stream")
+    codec = container.streams.video[0].codec_context
+    if codec.width * codec.height > MAX_FRAME_PIXELS:
         raise VideoError(
-            f"{path}: ends before frame {indices[-1]} of the {total} it announces; it is cut short"
+            f"{path}: its frames have {codec.width} x {codec.height} pixels; at most "
+            f"{MAX_FRAME_PIXELS:,} are decoded"
         )
-    return torch.stack(frames).permute(0, 3, 1, 2), indices, rate
+    codec.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # if the header lies about it
+    codec.thread_count = 1  # many small clips: starting threads takes longer than decoding
+    return container
 
 
-def _checked_rate(path: str, rate: float) -> float:
-    if not (math.isfinite(rate) and rate > 0):
-        raise VideoError(f"{path}: has no frame rate, so the time between its frames is unknown")
-    return rate
+def _decode(path: str, indices: list[int], pts: list[int | None], keyframes: list[int]) -> Tensor:
+    """The frames of those numbers, in order: (F, 3, H, W) uint8. `pts` are the times of all frames
+    in the container's units, `keyframes` the numbers of those to which we can jump, if any."""
+    from av.video.reformatter import VideoReformatter
+
+    # After a jump a frame is known by its time; without jumps frames are counted.
+    numbers = {t: k for k, t in enumerate(pts)} if keyframes else {}
+    with _open(path) as container:
+        stream, convert = container.streams.video[0], VideoReformatter()
+        size, frames = (stream.width, stream.height), container.decode(stream)
+        shown, number = [], -1
+        for k in indices:
+            start = bisect.bisect(keyframes, k) - 1
+            if start >= 0 and keyframes[start] > number + 1:
+                number = keyframes[start] - 1
+                container.seek(pts[number + 1], stream=stream)
+                frames = container.decode(stream)
+            while number < k:
+                frame = next(frames, None)
+                if frame is None:
+                    raise VideoError(f"{path}: is cut short: ends before frame {k} of {len(pts)}")
+                number = numbers.get(frame.pts, number + 1)
+            if number > k:  # a jump went too far, or a time was not what its packet said
+                return _decode(path, indices, pts, [])
+            picture = convert.reformat(frame, *size, format="rgb24").to_ndarray()
+            shown.append(torch.rot90(torch.from_numpy(picture), round(frame.rotation / 90)))
+        return torch.stack(shown).permute(0, 3, 1, 2)
 
 
 def resized_shape(
@@ -215,7 +279,9 @@ def load_clip(
         shape = resized_shape(*clip.frames.shape[-2:], min_pixels, max_pixels, factor)
     except ValueError as error:
         raise VideoError(f"{path}: {error}") from None
-    return Clip(resize(clip.frames, *shape).to(torch.uint8), clip.seconds)
+    # One by one, because whole clips in float32 take gigabytes.
+    frames = [resize(frame_3HW[None], *shape).to(torch.uint8) for frame_3HW in clip.frames]
+    return Clip(torch.cat(frames), clip.seconds)
 
 
 def patchify(frames_F3HW: Tensor, geometry: Geometry) -> tuple[Tensor, tuple[int, int, int]]:

@@ -15,7 +15,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import starmap
 from pathlib import Path
 
@@ -141,18 +141,16 @@ def shown_number(value) -> float | None:
     return None if math.isnan(number(value)) else value
 
 
-def shown_clip(path: str, config: dict) -> dict:
+def shown_clip(path: str, config: dict, load_clip: Callable) -> dict:
     """The frames that the model was shown, as small JPEGs in base64; or in words why not."""
     from PIL import Image
-
-    import video  # here, because it brings torch, and curves should not wait for that
 
     if not os.path.exists(path):
         return dict(missing=True, error=f"clip not found: {path}")
     settings = [config[name] for name in ("fps", "max_frames", "min_pixels", "max_pixels")]
     frames = []
     try:
-        clip = video.load_clip(path, *settings)
+        clip = load_clip(path, *settings)
         for frame_3HW in clip.frames:
             image, jpeg = Image.fromarray(frame_3HW.permute(1, 2, 0).numpy()), io.BytesIO()
             image.thumbnail((FRAME_PIXELS, FRAME_PIXELS))
@@ -186,6 +184,8 @@ def template_halves() -> list[str]:
 def page_data(run: Path, max_groups: int) -> Iterator[tuple[str, object]]:
     """What the page is told, by the names its script knows: at most `max_groups` groups, evenly
     spaced over the run; every clip once; and what they have in common. Raises VizError."""
+    from loader import ClipReader  # here, because it brings torch, and curves should not wait
+
     config, path = read_config(run), run / "completions.jsonl"
     lines = json_lines(path)
     chosen = evenly(lines, max_groups)
@@ -196,10 +196,11 @@ def page_data(run: Path, max_groups: int) -> Iterator[tuple[str, object]]:
     for k, group in enumerate(groups):
         yield f"group-{k}", group
     clips, missing = {group["video"]: 0 for group in groups}, 0
-    for k, name in enumerate(clips):
-        clip = shown_clip(name, config)
-        clips[name], missing = k, missing + clip.get("missing", 0)
-        yield f"clip-{k}", clip
+    with ClipReader() as reader:
+        for k, name in enumerate(clips):
+            clip = shown_clip(name, config, reader.load_clip)
+            clips[name], missing = k, missing + clip.get("missing", 0)
+            yield f"clip-{k}", clip
     if missing:
         where = "their paths start from the directory the run was started in"
         print(f"note: {missing} of {len(clips)} clips not found; {where}", file=sys.stderr)

@@ -315,7 +315,7 @@ def test_check_names_every_fault(world, tmp_path, capsys):
     path = write(tmp_path, json.dumps(rows))
     assert data.check(str(path), str(tmp_path), decode=True, timeout=60) is False
     out = capsys.readouterr().out
-    for fault in ("ok.mp4: known under 2 names: ./ok.mp4, ok.mp4", "text.mp4: cannot be decoded",
+    for fault in ("ok.mp4: known under 2 names: ./ok.mp4, ok.mp4", "text.mp4: is not a video",
                   "empty.mp4: the file is empty", "gone.mp4: no such video file",
                   "short.mp4: ", "at least 2 are needed",
                   "row 7: has the video path '../x.mp4'",

@@ -397,15 +397,14 @@ def test_every_clip_is_stored_once(tmp_path, capsys):
     assert "note: 1 of 3 clips not found" in capsys.readouterr().err
 
 
-def test_any_failure_of_a_clip_is_told_in_its_place(tmp_path, monkeypatch):
+def test_any_failure_of_a_clip_is_told_in_its_place(tmp_path):
     """A picture must not end, with a traceback, a training that is done."""
 
     def no_memory(*settings):
         raise MemoryError
 
-    monkeypatch.setattr(video, "load_clip", no_memory)
     (tmp_path / "a.mp4").touch()
-    clip = viewer.shown_clip(str(tmp_path / "a.mp4"), CONFIG)
+    clip = viewer.shown_clip(str(tmp_path / "a.mp4"), CONFIG, no_memory)
     assert clip == dict(missing=False, error="clip cannot be shown: MemoryError")
 
 

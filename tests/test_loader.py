@@ -1,0 +1,218 @@
+"""The processes that decode clips: what they return, when they are killed, and when not."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import PROJECT
+
+import loader
+import plan
+import twgrpo
+import video
+import viewer
+from config import Config
+from questions import QuestionsAhead
+from video import VideoError
+
+
+def test_the_clip_reader_returns_what_load_clip_does(world):
+    path = world / "clips/train_000.mp4"
+    expected = video.load_clip(path)
+    with loader.ClipReader() as reader:
+        for _ in range(2):  # one process serves both
+            clip = reader.load_clip(path)
+            assert clip.seconds == expected.seconds and torch.equal(clip.frames, expected.frames)
+        with pytest.raises(VideoError, match="gone.mp4: no such video file"):
+            reader.load_clip(world / "gone.mp4")
+        with pytest.raises(VideoError, match="train.jsonl: is not a video file"):
+            reader.load_clip(world / "train.jsonl")
+        assert reader.process.poll() is None
+
+
+# A decoder that hangs on one name, dies on another, and on a third hangs without letting any other
+# Python thread run.
+STUCK = """
+import ctypes, os, sys, time
+sys.argv[0] = sys.path[0] = {project!r}
+import loader
+import video
+real = video.read_clip
+
+def read_clip(path, *settings):
+    if path.endswith("hang.mp4"):
+        open(path + ".pid", "w").write(str(os.getpid()))
+        time.sleep(30)
+    if path.endswith("hold.mp4"):
+        open(path + ".pid", "w").write(str(os.getpid()))
+        ctypes.PyDLL(None).sleep(30)
+    if path.endswith("slow.mp4"):
+        open(path + ".pid", "w").write(str(os.getpid()))
+        time.sleep(1)
+    if path.endswith("crash.mp4"):
+        os.abort()
+    return real(path, *settings)
+
+video.read_clip = read_clip
+loader.serve()
+"""
+
+
+@pytest.fixture
+def stuck(world, tmp_path, monkeypatch):
+    """A directory of clips that are all the same, and a decoder that goes by their names."""
+    script = tmp_path / "stuck.py"
+    script.write_text(STUCK.format(project=str(PROJECT)))
+    monkeypatch.setattr(loader, "__file__", str(script))
+    good = (world / "clips/train_000.mp4").read_bytes()
+    for name in ("good", "hang", "hold", "slow", "crash"):
+        (tmp_path / f"{name}.mp4").write_bytes(good)
+    return tmp_path
+
+
+def test_a_clip_that_hangs_or_crashes_costs_itself_only(stuck):
+    """The clips before and after are read all the same, by a new process."""
+    with loader.ClipReader(timeout=20) as reader:
+        reader.load_clip(stuck / "good.mp4")
+        reader.timeout = 0.5
+        with pytest.raises(VideoError, match="hang.mp4: not decoded within 0.5 s"):
+            reader.load_clip(stuck / "hang.mp4")
+        reader.timeout = 20
+        with pytest.raises(VideoError, match="crash.mp4: the decoder crashed"):
+            reader.load_clip(stuck / "crash.mp4")
+        assert len(reader.load_clip(stuck / "good.mp4").frames) == 4
+
+
+def test_workers_go_on_after_a_clip_that_crashes_and_close_on_one_that_hangs(stuck):
+    workers = loader.ClipWorkers(1, timeout=60)
+    names = ("good", "crash", "good", "hang")
+    good, crash, again, _ = [workers.submit(stuck / f"{name}.mp4") for name in names]
+    assert len(good.result(60).frames) == 4
+    with pytest.raises(VideoError, match="crash.mp4: the decoder crashed"):
+        crash.result(60)
+    assert len(again.result(60).frames) == 4
+    process = workers.readers[0].process
+    workers.close()
+    assert process.returncode == -signal.SIGKILL  # though its clip would have taken longer
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("timeout", [1e300, float("inf")])
+def test_any_time_limit_works(world, timeout):
+    with loader.ClipReader(timeout) as reader:
+        assert len(reader.load_clip(world / "clips/train_000.mp4").frames) == 4
+
+
+# ------------------------------------------------------------------- whatever shows a model clips
+
+
+def stuck_records(stuck, records):
+    return [dataclasses.replace(r, video=stuck / f"{name}.mp4")
+            for r, name in zip(records, ("good", "hang", "crash"), strict=False)]  # fmt: skip
+
+
+def stuck_config(world, **settings):
+    sizes = dict(max_frames=4, min_pixels=3136, max_pixels=3136, max_completion_length=4)
+    return Config(str(world / "model"), "-", clip_timeout=1.0, **sizes, **settings)
+
+
+def test_evaluation_leaves_out_a_clip_that_hangs(world, stuck, policy, prompter, records):
+    cfg = stuck_config(world, num_generations=2)
+    measures = twgrpo.measure(cfg, policy, prompter, stuck_records(stuck, records)[:2])
+    assert [m["skipped"] for m in measures.values()] == [1, 1, 1]
+
+
+def test_a_dry_run_leaves_out_a_clip_that_hangs(world, stuck, records, capsys):
+    plan.show(stuck_config(world), stuck_records(stuck, records))
+    out = capsys.readouterr().out
+    assert "hang.mp4: not decoded within 1 s" in out and "crash.mp4: the decoder crashed" in out
+    assert "4 frames x 56 x 56 pixels" in out
+
+
+def test_training_without_workers_leaves_out_a_clip_that_hangs(world, stuck, prompter, records):
+    class Log:
+        asked = skipped = trained = 0
+        note = staticmethod(lambda key, message: None)
+
+    cfg = stuck_config(world, per_device_train_batch_size=3, dataloader_num_workers=0)
+    ahead = QuestionsAhead(cfg, stuck_records(stuck, records), prompter, Log(), first_step=1)
+    questions, _ = ahead.take(1)
+    ahead.close()
+    assert len(questions) == 1
+
+
+def test_the_page_leaves_out_a_clip_that_crashes_its_decoder(stuck):
+    config = dict(fps=2.0, max_frames=4, min_pixels=3136, max_pixels=3136)
+    with loader.ClipReader() as reader:
+        shown = viewer.shown_clip(str(stuck / "crash.mp4"), config, reader.load_clip)
+        assert shown["error"].endswith("crash.mp4: the decoder crashed on it")
+        assert (
+            len(viewer.shown_clip(str(stuck / "good.mp4"), config, reader.load_clip)["frames"]) == 4
+        )
+
+
+# --------------------------------------------------------------------------- signals and orphans
+
+PARENT = """
+import signal, sys
+sys.path.insert(0, {project!r})
+import loader
+loader.__file__ = {script!r}
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, lambda *_: None)  # as a run that first finishes its step
+clip = loader.ClipReader({timeout}).load_clip(sys.argv[1])
+print(len(clip.frames))
+"""
+
+
+def start_parent(stuck, name, timeout=60.0):
+    """A process, leading a group of its own, that reads the clip; and its decoder's id."""
+    code = PARENT.format(project=str(PROJECT), script=str(stuck / "stuck.py"), timeout=timeout)
+    path = stuck / name
+    parent = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE,
+                              start_new_session=True)  # fmt: skip
+    pid_file = path.with_name(name + ".pid")
+    wait_until(lambda: pid_file.exists() and pid_file.read_text())
+    return parent, int(pid_file.read_text())
+
+
+def wait_until(condition, seconds=30.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
+
+
+def is_running(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_signal_to_the_whole_group_does_not_cost_a_clip(stuck):
+    """torchrun, a terminal and a cluster send them to more than the run itself."""
+    parent, decoder = start_parent(stuck, "slow.mp4")
+    assert os.getpgid(decoder) != os.getpgid(parent.pid)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.killpg(parent.pid, number)
+        os.kill(decoder, number)
+    assert parent.communicate(timeout=30)[0] == b"4\n"
+    wait_until(lambda: not is_running(decoder))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("name, limit", [("hang.mp4", 1e300), ("hold.mp4", 1.0)])
+def test_a_decoder_ends_with_its_parent_even_while_it_decodes(stuck, name, limit):
+    """At once if Python threads can run in it; if not, after twice the limit of a clip."""
+    parent, decoder = start_parent(stuck, name, limit)
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.communicate()
+    wait_until(lambda: not is_running(decoder), seconds=10)
