@@ -17,7 +17,7 @@ from transformers import HfArgumentParser
 import ranks
 import toy
 import video
-from data import Record, load_records, select_records
+from data import MAX_PROMPT_LENGTH, Record, load_records, select_records
 from rewards import REWARDS
 
 
@@ -48,6 +48,9 @@ class Config:
     max_frames: int = flag(video.MAX_FRAMES, "frames, at most")
     min_pixels: int = flag(video.MIN_PIXELS, "pixels per frame after resizing, at least")
     max_pixels: int = flag(video.MAX_PIXELS, "pixels per frame after resizing, at most")
+    max_prompt_length: int = flag(
+        MAX_PROMPT_LENGTH, "tokens of a prompt with its video; longer ones are skipped"
+    )
     # The objective
     loss_type: Literal["tw_grpo", "grpo"] = flag(
         "tw_grpo", "tw_grpo: weighted mean over tokens; grpo: mean over sequences of their means"
@@ -126,7 +129,7 @@ class Config:
         }
         for name in ("max_completion_length", "num_iterations", "max_steps", "save_steps",
                      "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps",
-                     "train_samples"):  # fmt: skip
+                     "train_samples", "max_prompt_length"):  # fmt: skip
             rules[f"--{name} must be at least 1"] = getattr(self, name) >= 1
         for name in ("alpha", "beta", "temperature", "learning_rate", "epsilon_high", "fps"):
             rules[f"--{name} must be finite"] = math.isfinite(getattr(self, name))

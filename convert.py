@@ -16,14 +16,14 @@ OURS: what cannot be negated is kept whole and counted; one seed, one result; ca
 """
 
 import json
-import os
 import re
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
-from records import LETTERS, DataError, as_record, option_texts, read_rows
+from files import replacing
+from records import LETTERS, DataError, as_record, option_texts, read_rows, refuse
 from rewards import answer_set
 
 # ------------------------------------------------------------------------------------------ clevrer
@@ -197,22 +197,20 @@ def qai_file(path: str, out: str, seed: int, p: float = 0.5) -> Counter:
             rows.append(row)
         except ValueError as error:
             errors.append(f"{where}: {error}")
-    if errors or not rows:
-        listed = "\n  ".join(errors) or "holds no records"
-        raise DataError(f"{path}: {len(errors)} bad row(s):\n  {listed}", errors)
+    refuse(path, "bad row(s)", errors or ([] if rows else ["holds no records"]))
     made, counts = qai_rows(rows, seed, p)
     write_rows(made, out)
     return counts
 
 
 def write_rows(rows: list[dict], out: str) -> None:
-    """A JSON list, or JSONL if the name ends so; written beside, then renamed."""
+    """A JSON list, or JSONL if the name ends so. Raises DataError if it cannot be written."""
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     is_jsonl = out.endswith(".jsonl")
     text = "\n".join(lines) if is_jsonl else "[\n" + ",\n".join(lines) + "\n]"
-    partial = f"{out}.partial"
     try:
-        Path(partial).write_text(text + "\n", encoding="utf-8", errors="surrogatepass")
-        os.replace(partial, out)
+        with replacing(Path(out)) as beside:
+            # Half a character becomes "\\ud800", which is how JSON spells it.
+            beside.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror})") from None

@@ -3,6 +3,7 @@
     select_records   which questions to train on
     step_records     which of them a training step uses, fixed by (seed, step) alone
     Prompter         Record -> Question: prompt, token ids, position ids, patches of its clip
+    check_prompts    names every question that cannot become a prompt, before a run starts
 
     python data.py check FILE --video_root DIR [--decode]     every fault of a file, by name
     python data.py clevrer RAW.json OUT.json                  CLEVRER's own questions -> records
@@ -14,8 +15,10 @@ Letters in shapes: P prompt tokens, S patches of a clip, F frames.
 
 import argparse
 import collections
+import itertools
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +34,7 @@ from transformers.utils import cached_file
 import convert
 import video
 from loader import ClipReader
-from records import DataError, Record, load_records, option_letters, read_records  # noqa: F401
+from records import DataError, Record, load_records, printable, read_records, refuse  # noqa: F401
 from rewards import answer_set, tagged_answer
 
 
@@ -147,6 +150,7 @@ KIND_SUFFIX = {  # of the two general evaluators, by problem_type
 }
 WITH_KIND_SUFFIX = ("video_r1", "direct_letter")
 VIDEO_TOKEN = "<|video_pad|>"
+MAX_PROMPT_LENGTH = 4096  # tokens, text and video (official tw-grpo.sh)
 
 
 def question_text(record: Record, style: str = "think", question_type: str = "mixed") -> str:
@@ -181,32 +185,60 @@ class Prompter:
     seconds_per_patch: float | None = None  # what the model is told; None: the truth
     repeat_frames: int = 0  # show exactly so many, sampled ones repeated; 0: those sampled
     load_clip: Callable[..., video.Clip] = video.load_clip  # files of others need a ClipReader's
+    max_prompt_length: int = MAX_PROMPT_LENGTH  # tokens; a longer prompt is refused, never cut
 
-    def render(self, record: Record) -> str:
-        """The prompt in the model's chat form: the clip's placeholder, then the question."""
-        text = question_text(record, self.style, self.question_type)
+    def __post_init__(self):
+        added = self.tokenizer.added_tokens_decoder.values()
+        special = sorted((token.content for token in added if token.special), key=len, reverse=True)
+        self.special = re.compile("|".join(map(re.escape, special)))
+
+    def render(self, text: str) -> str:
+        """The prompt in the model's chat form: the clip's placeholder, then the question's text.
+        Raises DataError if the model's chat template fails."""
         content = [{"type": "video"}, {"type": "text", "text": text}]
         messages = [{"role": "user", "content": content}]
         if self.style in WITH_SYSTEM_PROMPT:
             messages.insert(0, {"role": "system", "content": SYSTEM_PROMPT})
-        text = self.tokenizer.apply_chat_template(
-            messages,
-            chat_template=self.chat_template,
-            tokenize=False,
-            add_generation_prompt=True,
-        )
-        count = text.count(VIDEO_TOKEN)
-        if count != 1:
-            raise DataError(
-                f"record {record.id}: its prompt holds {count} {VIDEO_TOKEN} instead of 1; the "
-                "question contains the token, or the model's chat template places no video"
-            )
-        return text
+        how = dict(chat_template=self.chat_template, tokenize=False, add_generation_prompt=True)
+        try:
+            return self.tokenizer.apply_chat_template(messages, **how)
+        except Exception as error:  # a template is a program and may raise anything
+            raise DataError(f"the model's chat template fails on it ({error})") from error
+
+    def tokenize(self, record: Record) -> tuple[str, list[int]]:
+        """The prompt and its ids, the clip as one placeholder. Raises DataError if there is none.
+
+        Special tokens come from the template alone. One that stands in the question is text: it is
+        spelled out by the ids of its letters.
+        """
+        text = question_text(record, self.style, self.question_type)
+        blotted = self.special.sub(lambda found: "." * len(found[0]), text)
+        prompt = self.render(text)
+        # What is special in this one is the template's, and it is at the same places.
+        template = prompt if blotted == text else self.render(blotted)
+        specials = list(self.special.finditer(template))
+        edges = [0, *(edge for m in specials for edge in m.span()), len(prompt)]
+        pieces = [prompt[start:end] for start, end in itertools.pairwise(edges)]
+        videos = pieces[1::2].count(VIDEO_TOKEN)
+        if videos != 1 or len(template) != len(prompt):
+            raise DataError(f"the chat template shows {videos} videos, or edits the question")
+        encoded = self.tokenizer(pieces[::2], add_special_tokens=False, split_special_tokens=True)
+        special_ids = self.tokenizer.convert_tokens_to_ids(pieces[1::2])
+        ids = encoded["input_ids"][0]
+        for special_id, text_ids in zip(special_ids, encoded["input_ids"][1:], strict=True):
+            ids = [*ids, special_id, *text_ids]
+        if len(ids) > self.max_prompt_length:
+            raise DataError(self._too_long(len(ids)))
+        return prompt, ids
+
+    def _too_long(self, tokens: int) -> str:
+        limit = f"--max_prompt_length and the model allow {self.max_prompt_length:,}"
+        return f"its prompt has {tokens:,} tokens; {limit}"
 
     def __call__(self, record: Record, clip_of: Record | None = None) -> Question:
         """The question of `record`, about its own clip (or about another's, as a control).
 
-        Raises video.VideoError when the clip cannot be used.
+        Raises video.VideoError when the clip cannot be used, or gives too many tokens.
         """
         return self.question(record, self.load_clip(*self.clip_arguments(clip_of or record)))
 
@@ -220,10 +252,11 @@ class Prompter:
         if self.repeat_frames:
             clip = video.repeat_frames(clip, self.repeat_frames)
         patches, grid = video.patchify(clip.frames, self.geometry)
-        prompt = self.render(record)
-        ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        prompt, ids = self.tokenize(record)
         video_id = self.tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
         place, tokens = ids.index(video_id), len(patches) // self.geometry.merge_size**2
+        if (length := len(ids) - 1 + tokens) > self.max_prompt_length:
+            raise video.VideoError(f"{record.video}: {self._too_long(length)}")
         ids_P = torch.tensor(ids[:place] + [video_id] * tokens + ids[place + 1 :])
         seconds_per_patch = self.seconds_per_patch
         if seconds_per_patch is None:
@@ -232,19 +265,38 @@ class Prompter:
         return Question(record, prompt, ids_P, positions, patches, grid, clip.seconds)
 
 
+def check_prompts(prompter: Prompter, records: list[Record], path: str) -> None:
+    """Renders and tokenizes every question of the file `path`, without its clip. Raises DataError
+    naming all that cannot become a prompt."""
+    errors = []
+    for record in records:
+        try:
+            prompter.tokenize(record)
+        except DataError as error:
+            errors.append(f"record {record.id}: {error}")
+    refuse(path, "question(s) that cannot become a prompt", errors)
+
+
 def load_chat_template(model_name_or_path: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The processor's chat template if the checkpoint has one, else the tokenizer's."""
+    """The processor's chat template if the checkpoint has one, else the tokenizer's. Raises
+    DataError if there is none."""
+    template = tokenizer.chat_template
     for name in ("chat_template.jinja", "chat_template.json"):
         file = cached_file(model_name_or_path, name, _raise_exceptions_for_missing_entries=False,
                            _raise_exceptions_for_connection_errors=False)  # fmt: skip
         if file:
-            text = Path(file).read_text(encoding="utf-8")
-            return text if name.endswith(".jinja") else json.loads(text)["chat_template"]
-    if not tokenizer.chat_template:
+            try:
+                template = Path(file).read_text(encoding="utf-8")
+                if name.endswith(".json"):
+                    template = json.loads(template)["chat_template"]
+            except (OSError, ValueError, LookupError, TypeError) as error:
+                raise DataError(f"{file}: is not a chat template ({error})") from None
+            break
+    if not template or not isinstance(template, str):
         raise DataError(
             f"{model_name_or_path}: has no chat template; a Qwen-VL instruct checkpoint is needed"
         )
-    return tokenizer.chat_template
+    return template
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -267,13 +319,14 @@ def check(path: str, video_root: str, decode: bool, timeout: float) -> bool:
         "right answers": [len(answer_set(r.solution)) for r in records if is_choice(r)],
     }.items():
         counts = sorted(collections.Counter(values).items(), key=lambda item: str(item[0]))
-        print(f"  by {title}: " + ", ".join(f"{name} {count}" for name, count in counts))
+        counted = ", ".join(f"{name} {count}" for name, count in counts)
+        print(printable(f"  by {title}: {counted}"))
     clip_errors = check_clips(records, decode, timeout)
     clips = len({r.video for r in records})
     state = "decoded" if decode else "looked for, not decoded (--decode does)"
     print(f"  clips: {clips}, {state}; {len(clip_errors)} with a fault")
     for error in errors + clip_errors:
-        print(f"  {error}")
+        print(printable(f"  {error}"))
     if not records and not errors:
         print(f"  {path}: holds no records")
     return bool(records) and not errors and not clip_errors
@@ -333,15 +386,17 @@ def main() -> None:
     args = parser().parse_args()
     try:
         if args.command == "check":
+            if not 0 < args.timeout <= 86_400:
+                raise DataError("--timeout must be above 0 and at most 86,400 seconds")
             sys.exit(0 if check(args.file, args.video_root, args.decode, args.timeout) else 1)
         if args.command == "clevrer":
             counts = convert.clevrer_file(args.raw, args.out)
         else:
-            if not 0 <= args.p <= 1:
-                raise DataError("--p is a share of the questions: 0 to 1")
+            if not 0 <= args.p <= 1 or args.seed < 0:
+                raise DataError("--p is a share of the questions, 0 to 1; --seed is 0 or more")
             counts = convert.qai_file(args.file, args.out, args.seed, args.p)
     except (DataError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+        raise SystemExit(f"error: {printable(str(error))}") from None
     print(f"{args.out}: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
 
 

@@ -7,7 +7,7 @@
 `run` answers every question with the policy's own rollout, so what is measured is what is trained.
 Each answer is one line of the log, in the official logs' form, written the moment it exists: a run
 killed at any point goes on where it stopped. Under torchrun each rank takes every n-th question,
-and all append to the one log. Scores are computed from logs, in scoring.py.
+and all append to the one log. Logs are written and scored in scoring.py.
 
 Prompt styles are in data.py; which of them gives which row of the paper is in docs/prompts.md.
 Letters in shapes: B questions answered together, G completions of each, T positions.
@@ -15,8 +15,6 @@ Letters in shapes: B questions answered together, G completions of each, T posit
 
 import argparse
 import contextlib
-import fcntl
-import json
 import os
 import sys
 from collections import deque
@@ -32,12 +30,12 @@ from transformers.utils import logging as transformers_logging
 import ranks
 import scoring
 import video
-from data import STYLES, Prompter, load_records
+from data import MAX_PROMPT_LENGTH, STYLES, Prompter, check_prompts, load_records
 from kernels import tw_grpo_head
 from loader import ClipReader
 from packing import Group
 from policy import ModelError, Policy
-from records import LETTERS, DataError, Record
+from records import LETTERS, DataError, Record, printable
 from rewards import (
     accuracy_reward,
     compare_answers,
@@ -101,7 +99,8 @@ def evaluate(
                 seeds.append((seed, k, 0, 2))  # 2: no other stream ends so
             except VideoError as error:
                 skipped += 1
-                tqdm.write(f"left out question {records[k].id}: {error}", file=sys.stderr)
+                note = printable(f"left out question {records[k].id}: {error}")
+                tqdm.write(note, file=sys.stderr)
         if not questions:
             continue
         G = num_generations if temperature > 0 else 1
@@ -121,62 +120,6 @@ def evaluate(
 
 
 # ----------------------------------------------------------------------------------------- eval run
-
-
-class RowLog:
-    """A JSONL log that several processes append to, and that survives kill -9.
-
-    A row is one write under a file lock. What a killed process left of a line is cut off by the
-    next one that opens the log.
-    """
-
-    def __init__(self, path: str, settings: dict):
-        self.path, self.settings = path, settings
-        try:
-            self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        except OSError as error:
-            raise DataError(f"--out {path}: cannot be written ({error.strerror})") from None
-        fcntl.flock(self.descriptor, fcntl.LOCK_EX)
-        try:
-            self._cut_torn_line()
-            self.done = self._read_done()
-        finally:
-            fcntl.flock(self.descriptor, fcntl.LOCK_UN)
-
-    def _cut_torn_line(self) -> None:
-        data = Path(self.path).read_bytes()
-        if data and not data.endswith(b"\n"):
-            os.ftruncate(self.descriptor, data.rfind(b"\n") + 1)
-
-    def _read_done(self) -> set[str]:
-        """Keys of the questions that are answered. Raises DataError if this is another log."""
-        if os.path.getsize(self.path) == 0:
-            return set()
-        errors, done = [], set()
-        for where, row in scoring.read_rows(Path(self.path), errors):
-            if not isinstance(row, dict) or "question" not in row:
-                errors.append(f"{where}: is no row of an evaluation")
-                continue
-            changed = [k for k, v in self.settings.items() if row.get("run", {}).get(k) != v]
-            if changed:
-                raise DataError(
-                    f"--out {self.path}: {where} was made with another {', '.join(changed)}; "
-                    "choose another file"
-                )
-            done.add(scoring.question_key(row["question"]))
-        if errors:
-            raise DataError(f"--out {self.path}: {errors[0]}; choose another file")
-        return done
-
-    def append(self, row: dict) -> None:
-        line = json.dumps(row | {"run": self.settings}, ensure_ascii=False) + "\n"
-        fcntl.flock(self.descriptor, fcntl.LOCK_EX)
-        try:
-            os.write(self.descriptor, line.encode())
-        except OSError as error:
-            raise DataError(f"--out {self.path}: cannot be written ({error.strerror})") from None
-        finally:
-            fcntl.flock(self.descriptor, fcntl.LOCK_UN)
 
 
 def ahead(items: Iterable, work: Callable, depth: int) -> Iterator:
@@ -257,60 +200,70 @@ def log_row(group: Group, style: str) -> dict:
 
 
 def run(args: argparse.Namespace) -> None:
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """Answers the questions that the log does not hold yet, each rank its share of them."""
+    ranks.start()
     style = args.prompt or BENCHMARKS[args.benchmark]
     records = list({scoring.question_key(r.row): r for r in load_records(
         args.data, args.video_root)}.values())[: args.limit]  # fmt: skip
     settings = {"benchmark": args.benchmark, "model": args.model, "prompt": style}
     settings |= {k: getattr(args, k) for k in DECIDES_ANSWERS}
-    log = RowLog(args.out, settings)
-    mine = [(k, r) for k, r in enumerate(records) if k % world == rank]
-    todo = [(k, r) for k, r in mine if scoring.question_key(r.row) not in log.done]
-    if len(todo) < len(mine):
-        print(f"{args.out}: {len(mine) - len(todo)} of {len(mine)} answered before", flush=True)
-    skipped, hits = [], []
-    if todo:
-        policy = load_policy(args)
-        with ClipReader(args.timeout) as reader:
-            prompter = make_prompter(args, policy, style, reader)
-            bar = tqdm(total=len(todo), desc=args.benchmark, **({"disable": True} if rank else {}))
-
-            def prepare(item):
-                k, record = item
-                try:
-                    return prompter(record), (args.seed, k)
-                except (VideoError, DataError) as error:
-                    skipped.append(record.id)
-                    tqdm.write(f"skipped question {record.id}: {error}", file=sys.stderr)
-                    bar.update()
-
-            def generate(batch):
-                questions, seeds = [q for q, _ in batch], [s for _, s in batch]
-                return rollout(policy, questions, seeds, args)
-
-            with contextlib.closing(ahead(todo, prepare, args.batch_size)) as prepared:
-                readable = (question for question in prepared if question is not None)
-                for group in answered(readable, generate, args.batch_size):
-                    row = log_row(group, style)
-                    log.append(row)
-                    hits.append(row["accuracy_score"] == 1.0)
-                    bar.update()
-                    bar.set_postfix(strict=f"{100 * np.mean(hits):.1f}", refresh=False)
-            bar.close()
-    print(f"rank {rank}: {len(hits)} questions answered, {len(skipped)} skipped", flush=True)
-    if not hits and not log.done:
+    with scoring.open_log(args.out, settings) as log:
+        keys = [scoring.question_key(r.row) for r in records]
+        todo = [(k, r) for k, r in enumerate(records) if keys[k] not in log.done]
+        if len(todo) < len(records) and ranks.is_main():
+            before = len(records) - len(todo)
+            print(f"{args.out}: {before} of {len(records)} answered before", flush=True)
+        mine = [(k, r) for k, r in todo if k % ranks.world() == ranks.rank()]
+        counts = answer_all(args, records, mine, style, log) if mine else (0, 0)
+        count, skipped = map(sum, zip(*ranks.gather(counts), strict=True))
+    if not count and not log.done:
         raise DataError(f"{args.data}: none of its {len(todo)} questions could be shown")
-    if world == 1:
+    if ranks.is_main():
+        print(f"{count} questions answered, {skipped} skipped", flush=True)
         scored = scoring.read_log(args.out)
         print(scoring.report(scored, scoring.summarize(scored)))
 
 
+def answer_all(
+    args: argparse.Namespace, records: list[Record], todo: list, style: str, log: scoring.RowLog
+) -> tuple[int, int]:
+    """Answers this rank's questions into the log; how many were answered, and how many skipped."""
+    skipped, hits = [], []
+    policy = load_policy(args)
+    with ClipReader(args.timeout) as reader:
+        prompter = make_prompter(args, policy, style, reader)
+        check_prompts(prompter, records, args.data)
+        bar = tqdm(total=len(todo), desc=args.benchmark, disable=not ranks.is_main())
+
+        def prepare(item):
+            k, record = item
+            try:
+                return prompter(record), (args.seed, k)
+            except VideoError as error:
+                skipped.append(record.id)
+                note = printable(f"skipped question {record.id}: {error}")
+                tqdm.write(note, file=sys.stderr)
+                bar.update()
+
+        def generate(batch):
+            questions, seeds = [q for q, _ in batch], [s for _, s in batch]
+            return rollout(policy, questions, seeds, args)
+
+        with contextlib.closing(ahead(todo, prepare, args.batch_size)) as prepared:
+            readable = (question for question in prepared if question is not None)
+            for group in answered(readable, generate, args.batch_size):
+                row = log_row(group, style)
+                log.append(row)
+                hits.append(row["accuracy_score"] == 1.0)
+                bar.update()
+                bar.set_postfix(strict=f"{100 * np.mean(hits):.1f}", refresh=False)
+        bar.close()
+    return len(hits), len(skipped)
+
+
 def load_policy(args: argparse.Namespace) -> Policy:
     transformers_logging.disable_progress_bar()
-    device = "cpu"
-    if torch.cuda.is_available():
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    return Policy.load(args.model, device, freeze_vision_modules=True)
+    return Policy.load(args.model, ranks.start(), freeze_vision_modules=True)
 
 
 def make_prompter(
@@ -323,6 +276,7 @@ def make_prompter(
         seconds_per_patch=1.0 if args.timing == "fixed" else None,
         repeat_frames=args.repeat_frames,
         load_clip=reader.load_clip,
+        max_prompt_length=policy.longest_prompt(args.max_prompt_length),
     )  # fmt: skip
 
 
@@ -364,8 +318,8 @@ def ask(args: argparse.Namespace) -> None:
 
 
 def dimmed_think(text: str, colours: bool) -> str:
-    """The text, its think part in dim letters; nothing in it that a terminal would obey."""
-    text = "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+    """The text, printable, its think part in dim letters."""
+    text = printable(text)
     if not colours:
         return text
     before, opening, rest = text.partition("<think>")
@@ -413,6 +367,7 @@ def add_model_flags(command: argparse.ArgumentParser) -> None:
     add("--max_frames", type=int, default=video.MAX_FRAMES, help="frames, at most")
     add("--min_pixels", type=int, default=video.MIN_PIXELS, help="per frame, at least")
     add("--max_pixels", type=int, default=video.MAX_PIXELS, help="per frame, at most")
+    add("--max_prompt_length", type=int, default=MAX_PROMPT_LENGTH, help="longer ones are skipped")
     add("--repeat_frames", type=int, default=0, help="exactly so many frames; official: 16")
     told = "the seconds the model is told: the clip's, or 1 per temporal patch (official)"
     add("--timing", choices=("true", "fixed"), default="true", help=told)
@@ -450,24 +405,34 @@ def parser() -> argparse.ArgumentParser:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises DataError on a flag that makes no sense."""
+    options = getattr(args, "options", [])
     rules = {
-        "--resamples must be at least 1": getattr(args, "resamples", 1) >= 1,
+        "--resamples must be in 1..1,000,000": getattr(args, "resamples", 1) in range(1, 1_000_001),
         "--batch_size must be at least 1": getattr(args, "batch_size", 1) >= 1,
-        "--limit must be at least 1": (getattr(args, "limit", None) or 1) >= 1,
-        "--num_generations must be at least 2": getattr(args, "num_generations", 2) >= 2,
-        "--options takes at most 26": len(getattr(args, "options", [])) <= 26,
-        "--alpha must be at least 1": getattr(args, "alpha", 1) >= 1,
+        "--limit must be at least 1": getattr(args, "limit", None) is None or args.limit >= 1,
+        "--num_generations must be in 2..1,024": (
+            getattr(args, "num_generations", 2) in range(2, 1025)
+        ),
+        "--options takes at most 26": len(options) <= 26,
+        "--question and --options must be UTF-8 text": not any(
+            "\ud800" <= c <= "\udfff" for c in getattr(args, "question", "") + "".join(options)
+        ),
+        "--alpha must be at least 1, and finite": 1 <= getattr(args, "alpha", 1) < np.inf,
     }
     if args.command != "score":
         rules |= {
-            "--temperature must be 0 or more": args.temperature >= 0,
+            "--temperature must be 0 or more, and finite": 0 <= args.temperature < np.inf,
+            "--seed must be 0 or more": args.seed >= 0,
             "--top_p must be above 0 and at most 1": 0 < args.top_p <= 1,
-            "--max_completion_length must be at least 1": args.max_completion_length >= 1,
-            "--fps must be above 0": args.fps > 0,
-            "--max_frames must be at least 2": args.max_frames >= 2,
+            "--max_completion_length must be in 1..131,072": (
+                args.max_completion_length in range(1, 131_073)
+            ),
+            "--max_prompt_length must be at least 1": args.max_prompt_length >= 1,
+            "--fps must be above 0, and finite": 0 < args.fps < np.inf,
+            "--max_frames must be in 2..9,999": args.max_frames in range(2, 10_000),
             "--min_pixels must be in 1..max_pixels": 0 < args.min_pixels <= args.max_pixels,
             "--repeat_frames must be 0 or an even number": args.repeat_frames in range(0, 9999, 2),
-            "--timeout must be above 0": args.timeout > 0,
+            "--timeout must be above 0 and at most 86,400": 0 < args.timeout <= 86_400,
         }
     for message, holds in rules.items():
         if not holds:
@@ -488,11 +453,13 @@ def main() -> None:
             texts = [scoring.report(*pair) for pair in scored]
             print(scoring.markdown(scored) if args.markdown else "\n\n".join(texts))
     except (DataError, ModelError, VideoError) as error:
-        raise SystemExit(f"error: {error}") from None
+        raise SystemExit(f"error: {printable(str(error))}") from None
     except KeyboardInterrupt:
         raise SystemExit(
             "interrupted; a run goes on where it stopped if it is given again"
         ) from None
+    finally:
+        ranks.stop()
 
 
 if __name__ == "__main__":

@@ -5,13 +5,14 @@ what each GPU will hold, and the schedule.
 """
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import ranks
 import video
-from data import Prompter, Record, load_chat_template, step_records
+from data import Prompter, Record, check_prompts, load_chat_template, step_records
 from loader import ClipReader
-from policy import ModelError, Policy
+from policy import ModelError, Policy, read_config
+from records import printable
 
 GB = 1e9
 QUESTIONS = 3
@@ -20,11 +21,11 @@ QUESTIONS = 3
 def show(cfg, records: list[Record]) -> None:
     """Prints the plan of a run with `cfg`, a config.Config. Raises VideoError on a bad clip."""
     name = cfg.model_name_or_path
+    config = read_config(name)
     try:
-        config = AutoConfig.from_pretrained(name)
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # of several libraries
-        raise ModelError(f"{name}: its config or tokenizer cannot be loaded ({error})") from error
+        raise ModelError(f"{name}: its tokenizer cannot be loaded ({error})") from error
     with torch.device("meta"):
         policy = Policy(
             AutoModelForImageTextToText.from_config(config), tokenizer,
@@ -35,21 +36,24 @@ def show(cfg, records: list[Record]) -> None:
         prompter = Prompter(
             tokenizer, policy.chat_template, policy.geometry, cfg.question_type,
             cfg.fps, cfg.max_frames, cfg.min_pixels, cfg.max_pixels, load_clip=reader.load_clip,
+            max_prompt_length=policy.longest_prompt(cfg.max_prompt_length),
         )  # fmt: skip
+        check_prompts(prompter, records, cfg.jsonl_path)
         for record in step_records(records, 0, min(QUESTIONS, len(records)), cfg.seed):
             try:
                 questions.append(prompter(record))
             except video.VideoError as error:
-                print(f"question {record.id}: would be skipped: {error}")
+                print(printable(f"question {record.id}: would be skipped: {error}"))
     if not questions:
         raise video.VideoError(f"none of the first {QUESTIONS} clips can be read")
-    print("The first prompt, to the letter:\n" + questions[0].prompt + "\n")
+    print("The first prompt, to the letter:\n" + printable(questions[0].prompt) + "\n")
     for question in questions:
         (t, h, w), p = question.grid, policy.geometry.patch_size
         frames = t * policy.geometry.temporal_patch_size
         tokens = len(question.patches) // policy.geometry.merge_size**2
+        shown = printable(question.record.id)
         print(
-            f"question {question.record.id}: {frames} frames x {h * p} x {w * p} pixels, "
+            f"question {shown}: {frames} frames x {h * p} x {w * p} pixels, "
             f"{question.seconds:.2f} s apart = {tokens} video tokens; "
             f"prompt {len(question.ids_P)} tokens"
         )

@@ -34,6 +34,7 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -58,6 +59,24 @@ PROCESSOR_FILES = (  # not needed here, but saved checkpoints carry them along f
 
 class ModelError(Exception):
     """A checkpoint that cannot be used. The message names it and says what is wrong."""
+
+
+class NonFiniteLogits(ModelError):
+    """The model's logits in a rollout were NaN or infinite: nothing can be sampled from them."""
+
+
+def read_config(name: str | os.PathLike) -> PreTrainedConfig:
+    """The config of a checkpoint directory or hub name. Code that a checkpoint brings along is
+    never run. Raises ModelError if it is no Qwen-VL."""
+    try:
+        kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
+        if kind in MODEL_TYPES:
+            return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # config.json is checked by several libraries
+        raise ModelError(f"{name}: not a checkpoint for transformers ({_first(error)})") from error
+    if kind is None:
+        raise ModelError(f"{name}: not a checkpoint; it has no config.json with a model_type")
+    raise ModelError(f"{name}: is a {kind!r} model; {' or '.join(MODEL_TYPES)} is needed")
 
 
 class Root(nn.Module):
@@ -115,22 +134,15 @@ class Policy:
         looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
         if looks_local and not os.path.isdir(name):
             raise ModelError(f"{name}: no such model directory; give one, or a hub name")
-        try:
-            config = AutoConfig.from_pretrained(name)
-        except Exception as error:  # config.json is checked by several libraries
-            raise ModelError(
-                f"{name}: not a checkpoint for transformers ({_first(error)})"
-            ) from error
-        if config.model_type not in MODEL_TYPES:
-            kinds = " or ".join(MODEL_TYPES)
-            raise ModelError(f"{name}: is a {config.model_type!r} model; {kinds} is needed")
+        config = read_config(name)
         if set(config.text_config.layer_types) != {"full_attention"}:
             raise ModelError(f"{name}: has sliding-window layers, which packed rows do not support")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
             model, found = AutoModelForImageTextToText.from_pretrained(
-                name, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
-            )
+                name, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True,
+                trust_remote_code=False,
+            )  # fmt: skip
         except Exception as error:  # of transformers, tokenizers, safetensors, each their own types
             raise ModelError(
                 f"{name}: its weights or tokenizer cannot be loaded ({_first(error)})"
@@ -142,6 +154,14 @@ class Policy:
             raise ModelError(
                 f"{name}: its tokenizer does not have <|video_pad|> where config.json does"
             )
+        ends = model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        for end in [tokenizer.eos_token_id, *ends]:
+            if type(end) is not int or not 0 <= end < config.text_config.vocab_size:
+                raise ModelError(
+                    f"{name}: its end token {end!r} (generation_config.json, or eos_token of the "
+                    "tokenizer) is no id of its vocabulary"
+                )
         policy = cls(model.to(device).eval(), tokenizer, load_chat_template(name, tokenizer))
         policy.save_dtype = config.dtype or torch.float32
         policy.vision.requires_grad_(not freeze_vision_modules)
@@ -155,6 +175,10 @@ class Policy:
     @property
     def head_VD(self) -> Tensor:
         return self.model.lm_head.weight
+
+    def longest_prompt(self, limit: int) -> int:
+        """Tokens of a prompt, at most: `limit`, or fewer if the model has not as many positions."""
+        return min(limit, self.text.config.max_position_embeddings)
 
     @property
     def vision_is_frozen(self) -> bool:
@@ -338,11 +362,12 @@ class Policy:
     def _groups(
         self, questions: list[Question], tokens_RT: Tensor, logps_RT: Tensor, G: int
     ) -> list[Group]:
-        """Eq. 6: cuts each row after its first end token."""
+        """Eq. 6: cuts each row after its first end token. Raises NonFiniteLogits naming the
+        questions with a log-prob that is not finite."""
         is_eos_RT = torch.isin(tokens_RT, self.eos_ids)
         finished_R = is_eos_RT.any(1).tolist()
         first_R = is_eos_RT.int().argmax(1).tolist()
-        groups = []
+        groups, bad = [], []
         for b, question in enumerate(questions):
             rows = range(b * G, (b + 1) * G)
             ends = [first_R[r] + 1 if finished_R[r] else tokens_RT.shape[1] for r in rows]
@@ -357,6 +382,13 @@ class Policy:
                         [logps_RT[r, :end] for r, end in zip(rows, ends, strict=True)]
                     ),
                 )
+            )
+            if not groups[-1].sampled_logps_N.isfinite().all():
+                bad.append(question.record.id)
+        if bad:
+            raise NonFiniteLogits(
+                f"the model's logits were not finite on question(s) {', '.join(bad)}; its weights, "
+                "or the arithmetic on this machine, are broken"
             )
         return groups
 

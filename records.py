@@ -120,18 +120,22 @@ def read_records(path: str | Path, video_root: str | Path = "") -> tuple[list[Re
     return records, errors
 
 
+def refuse(path: str | Path, what: str, errors: list[str]) -> None:
+    """Raises DataError if there are `errors`: the first ten in its message, all in its `errors`."""
+    if errors:
+        more = f"\n  ... and {len(errors) - 10} more" if len(errors) > 10 else ""
+        message = f"{path}: {len(errors)} {what}:\n  " + "\n  ".join(errors[:10]) + more
+        raise DataError(message, errors)
+
+
 def load_records(path: str | Path, video_root: str | Path = "") -> list[Record]:
     """All records of a file, their video paths joined to `video_root`.
 
     Whether the clips can be read is found out when they are (or by `python data.py check`); the
-    rows themselves are all checked first, and DataError lists every bad one (the first ten in its
-    message, all in its `errors`).
+    rows themselves are all checked first, and DataError lists every bad one.
     """
     records, errors = read_records(path, video_root)
-    if errors:
-        more = f"\n  ... and {len(errors) - 10} more" if len(errors) > 10 else ""
-        message = f"{path}: {len(errors)} bad row(s):\n  " + "\n  ".join(errors[:10]) + more
-        raise DataError(message, errors)
+    refuse(path, "bad row(s)", errors)
     if not records:
         raise DataError(f"{path}: holds no records")
     return records

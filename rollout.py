@@ -119,7 +119,8 @@ def sample(
         mass_RV = F.softmax(allowed_RV, dim=-1).double().cumsum(-1)
         at_R1 = (uniform_R * mass_RV[:, -1])[:, None]
         tokens_R = torch.searchsorted(mass_RV, at_R1, right=True)[:, 0]
-        tokens_R = tokens_R.clamp(max=len(banned_V) - 1)  # only NaN logits can lie beyond
+        # Only NaN logits can lie beyond. The log-prob is NaN too, and ends the rollout.
+        tokens_R = tokens_R.clamp(max=len(banned_V) - 1)
     return tokens_R, logps_RV.gather(1, tokens_R[:, None])[:, 0]
 
 

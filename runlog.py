@@ -25,6 +25,7 @@ from tqdm import tqdm
 import ranks
 from kernels import HeadOutput
 from packing import Group
+from records import printable
 
 
 class RunLog:
@@ -74,7 +75,7 @@ class RunLog:
         """A line on the terminal, once per key."""
         if key not in self.named:
             self.named.add(key)
-            tqdm.write(message, file=sys.stderr)
+            tqdm.write(printable(message), file=sys.stderr)
 
     def scored(self, step: int, groups: list[Group], outputs: list[HeadOutput]) -> None:
         """What the completions of a micro-batch measured at their first scoring."""

@@ -1,5 +1,6 @@
-"""Accuracy from evaluation logs, this project's and the official ones: every number recomputed.
+"""Evaluation logs: written a row at a time, and scored, the official ones too.
 
+    open_log     the log of a run, for its ranks alone; a run that was killed goes on in it
     read_log     JSONL of answered questions -> Log: one Answer a question, duplicates set aside
     summarize    Log -> accuracy with its 95 % interval: overall, single, multi, by task
     report, markdown    the same as text, and as one table of several logs
@@ -15,15 +16,21 @@ OURS: all rows, each question once, the first of its rows counted.
 Letters in shapes: Q questions, R resamples.
 """
 
+import contextlib
+import fcntl
 import json
+import os
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from records import DataError, read_rows, task_of
+import files
+import ranks
+from records import DataError, printable, read_rows, task_of
 from rewards import compare_answers, extract_answer, number, strict_format_reward, tagged_answer
 
 _LETTERS = re.compile(r"[A-Z](?:\s*,\s*[A-Z])*,?")
@@ -125,6 +132,92 @@ def answer_of(row: dict) -> str:
     return whole if row.get("extracted_answer") == whole else extracted
 
 
+# ----------------------------------------------------------------------------------- a log to write
+
+
+class RowLog:
+    """The JSONL log of a run, which all its ranks append to, and which survives kill -9."""
+
+    def __init__(self, path: str, settings: dict, done: set[str]):
+        self.path, self.settings, self.done = path, settings, done
+        self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def append(self, row: dict) -> None:
+        """Raises DataError if the row does not fit on the disk; the log is then as it was."""
+        text = json.dumps(row | {"run": self.settings}, ensure_ascii=False) + "\n"
+        rest = text.encode(errors="backslashreplace")  # half a character, as JSON spells it
+        fcntl.flock(self.descriptor, fcntl.LOCK_EX)
+        try:
+            before = os.fstat(self.descriptor).st_size
+            while rest:  # a disk that is nearly full takes a part, and then refuses
+                rest = rest[os.write(self.descriptor, rest) :]
+        except OSError as error:
+            os.ftruncate(self.descriptor, before)
+            raise DataError(
+                f"--out {self.path}: cannot be written ({error.strerror}); its rows are whole, and "
+                "the same command goes on from there"
+            ) from None
+        finally:
+            fcntl.flock(self.descriptor, fcntl.LOCK_UN)
+
+
+@contextlib.contextmanager
+def open_log(path: str, settings: dict) -> Iterator[RowLog]:
+    """The log, for all ranks of this run and for no other run while this one lasts. Raises
+    DataError on every rank, and leaves the file as it is, if it cannot be had."""
+    lock = done = refusal = None
+    try:
+        if ranks.is_main():
+            directory, name = os.path.split(os.path.realpath(path))
+            beside = Path(directory, f".{name}.lock")
+            try:
+                lock = files.lock(beside)
+                if lock is None:
+                    raise DataError("another eval.py run is writing to it")
+                done = mend(Path(path), settings)
+            except (DataError, OSError) as error:
+                refusal = getattr(error, "strerror", None) or str(error)
+                if lock is not None:
+                    beside.unlink()  # it would lie beside a file that is not ours
+        refusal, done = ranks.gather((refusal, done))[0]
+        if refusal:
+            raise DataError(f"--out {path}: {refusal}")
+        yield RowLog(path, settings, done)
+        ranks.barrier()  # the first rank holds the lock for all
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def mend(path: Path, settings: dict) -> set[str]:
+    """Cuts off a last row that a killed run left unfinished; returns the keys of the questions that
+    are answered. Raises DataError, and changes nothing, if this is no log of these settings."""
+    if os.path.lexists(path) and not path.is_file():
+        raise DataError("is not a file")
+    *lines, last = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    done = set()
+    for k, line in enumerate([*lines, last], 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            if k > len(lines) and line.startswith(b'{"question": '):  # it was cut short
+                break
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("run"), dict):
+            raise DataError(f"line {k} is not a row of eval.py run; choose another file")
+        changed = [name for name, v in settings.items() if row["run"].get(name) != v]
+        if changed:
+            changes = ", ".join(changed)
+            raise DataError(f"line {k} was made with another {changes}; choose another file")
+        if k <= len(lines):
+            done.add(question_key(row.get("question")))
+    if last:
+        os.truncate(path, path.stat().st_size - len(last))
+    return done
+
+
 # ------------------------------------------------------------------------------------------ numbers
 
 
@@ -193,7 +286,7 @@ def summarize(log: Log, resamples: int = 1000, seed: int = 0) -> Summary:
 
 
 def report(log: Log, summary: Summary) -> str:
-    lines = [f"{log.path.name}: {len(log.answers)} questions"]
+    lines = [f"{one_line(log.path.name, 200)}: {len(log.answers)} questions"]
     lines.append(f"{'':32} questions   strict [95 %]           soft [95 %]")
     for name, s in summary.shares.items():
         lines.append(
@@ -248,6 +341,6 @@ def markdown(logs: list[tuple[Log, Summary]]) -> str:
 
 
 def one_line(text: str, length: int) -> str:
-    """Untrusted text for a terminal: printable characters only, on one line, cut to `length`."""
+    """Text from a file, for a terminal or a table: on one line, cut to `length`."""
     text = text[:length] + ("..." if len(text) > length else "")
-    return "".join(c if c.isprintable() else " " for c in text)
+    return printable(text).replace("\n", " ")

@@ -43,13 +43,14 @@ from config import (
     prepare_toy,
     training_records,
 )
-from data import DataError, Prompter, Question, Record
+from data import DataError, Prompter, Question, Record, check_prompts
 from eval import evaluate
 from kernels import HeadOutput, token_logps, tw_grpo_head
 from loader import ClipReader
 from packing import Group
 from policy import ModelError, Policy
 from questions import QuestionsAhead
+from records import printable
 from rewards import REWARDS
 from runlog import RunLog
 from video import VideoError
@@ -400,7 +401,10 @@ def run(cfg: Config) -> Path:
     prompter = Prompter(
         policy.tokenizer, policy.chat_template, policy.geometry, cfg.question_type,
         cfg.fps, cfg.max_frames, cfg.min_pixels, cfg.max_pixels,
+        max_prompt_length=policy.longest_prompt(cfg.max_prompt_length),
     )  # fmt: skip
+    check_prompts(prompter, records, cfg.jsonl_path)
+    check_prompts(prompter, held_out, cfg.eval_jsonl_path)
     log = RunLog(cfg, directory)
     measures_file, measures = directory / "eval.json", {}
     if held_out and resume and measures_file.exists():
@@ -426,9 +430,9 @@ def main() -> None:
     try:
         run(parse_config())
     except (ConfigError, DataError, ModelError, RunError, CheckpointError) as error:
-        raise SystemExit(f"error: {error}") from None
+        raise SystemExit(f"error: {printable(str(error))}") from None
     except (VideoError, ImportError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+        raise SystemExit(f"error: {printable(str(error))}") from None
     except KeyboardInterrupt:
         raise SystemExit("interrupted; what was written so far is whole") from None
     finally:

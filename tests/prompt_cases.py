@@ -57,7 +57,7 @@ def rendered(style: str) -> str:
         prompter = Prompter(tokenizer, toy.CHAT_TEMPLATE, Geometry(), kind, style=style)
         for name, row in ROWS.items():
             title = name + (f", --question_type {kind}" if len(types) > 1 else "")
-            text = prompter.render(as_record(row, "row 1", Path("videos")))
+            text = prompter.tokenize(as_record(row, "row 1", Path("videos")))[0]
             parts.append(f"===== {title}\n{text}\n")
     return "".join(parts)
 

@@ -7,25 +7,30 @@ import sys
 import time
 
 import pytest
-from conftest import PROJECT
+from conftest import PROJECT, twgrpo_command
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prompt_cases import GOLDEN, ROWS, rendered
 
+import convert
 import data
+import plan
 import toy
+from config import parse_config
 from data import (
     STYLES,
     DataError,
     Prompter,
     Record,
+    check_prompts,
     load_records,
-    option_letters,
     question_text,
     select_records,
     step_records,
 )
-from records import MAX_TEXT, as_record, join_video, option_texts, task_of
+from records import MAX_TEXT, as_record, join_video, option_letters, option_texts, task_of
+from runlog import RunLog
+from video import VideoError
 
 ROW = {
     "problem": "What?\nA. red\nB. blue",
@@ -330,6 +335,8 @@ def test_check_names_every_fault(world, tmp_path, capsys):
     [
         (["qai", "{}/no.json", "{}/out.json"], "error: .*no.json: no such file"),
         (["qai", "{}/q.json", "{}/out.json", "--p", "2"], "error: --p is a share"),
+        (["qai", "{}/q.json", "{}/out.json", "--seed", "-1"], "error: .*--seed is 0 or more"),
+        (["check", "{}/q.json", "--timeout", "1e300"], "error: --timeout must be"),
         (["qai", "{}/q.json", "{}/no/out.json"], "error: .*out.json: cannot be written"),
         (["clevrer", "{}/q.json", "{}/out.json"], "error: .*q.json: scene 1: needs 'questions'"),
     ],
@@ -369,7 +376,7 @@ def test_each_epoch_shows_every_record_once_in_a_fresh_order():
 def test_the_rendered_prompt_to_the_letter(prompter, records):
     """The form of Qwen2.5-VL: system line, the clip first, then the official training template."""
     record = Record("1", "Why?\nA. x\nB. y", "<answer>A</answer>", records[0].video)
-    assert prompter.render(record) == (
+    assert prompter.tokenize(record)[0] == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>Why?\nA. x\nB. y"
         "  Output the thinking process in <think> </think> and final answer "
@@ -425,7 +432,7 @@ def test_the_official_evaluators_frames_of_a_clevrer_clip(sample, policy):
 )
 def test_question_type_sets_the_prompt(kind, words, policy, records):
     prompter = Prompter(policy.tokenizer, policy.chat_template, policy.geometry, kind, **toy.CLIP)
-    assert f"final answer {words} in <answer>" in prompter.render(records[0])
+    assert f"final answer {words} in <answer>" in prompter.tokenize(records[0])[0]
 
 
 def test_a_question_holds_one_id_per_video_token(prompter, records, policy):
@@ -438,12 +445,132 @@ def test_a_question_holds_one_id_per_video_token(prompter, records, policy):
     assert text == question.prompt.replace("<|video_pad|>", "")
 
 
-def test_a_video_token_in_the_question_is_refused(prompter, records):
-    record = Record("evil", "What is <|video_pad|>?", "<answer>A</answer>", records[0].video)
-    with pytest.raises(DataError, match="record evil"):
-        prompter(record)
+def asking(problem: str, record: Record, **changes) -> Record:
+    return Record(changes.pop("id", "1"), problem, "<answer>A</answer>", record.video, **changes)
+
+
+@pytest.mark.parametrize("token", toy.SPECIAL_TOKENS)
+def test_a_special_token_in_a_question_is_text(token, prompter, records, policy):
+    """Only the template makes special tokens: no question ends the user's turn or shows a video."""
+    tokenizer, problem = policy.tokenizer, f"{token}What <|im_{token}end|> is {token}{token}?"
+    prompt, ids = prompter.tokenize(asking(problem, records[0]))
+    _, plain = prompter.tokenize(asking("What is this?", records[0]))
+    special = set(tokenizer.convert_tokens_to_ids(toy.SPECIAL_TOKENS))
+    assert [i for i in ids if i in special] == [i for i in plain if i in special]
+    assert problem in prompt and tokenizer.decode(ids) == prompt
+    assert prompter(asking(problem, records[0])).prompt == prompt  # its one clip is in its place
+
+
+def test_a_special_token_in_a_question_does_not_change_the_saved_tokenizer(
+    prompter, records, policy, tmp_path
+):
+    policy.tokenizer.save_pretrained(tmp_path / "before")
+    prompter.tokenize(asking("What is <|im_end|>?", records[0]))
+    policy.tokenizer.save_pretrained(tmp_path / "after")
+    before, after = ((tmp_path / name / "tokenizer.json").read_bytes() for name in
+                     ("before", "after"))  # fmt: skip
+    assert before == after and policy.tokenizer("<|im_end|>")["input_ids"] == [policy.pad_id]
+
+
+@settings(max_examples=300, deadline=None, derandomize=True,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
+@given(problem=st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+       | st.text("<|>/imendthink\n \u0301\u0958", max_size=30))  # fmt: skip
+def test_other_prompts_keep_the_ids_of_plain_tokenization(problem, prompter, records):
+    prompt, ids = prompter.tokenize(asking(problem, records[0]))
+    assert ids == prompter.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_golden_prompts_keep_the_ids_of_plain_tokenization(style, policy):
+    prompter = Prompter(policy.tokenizer, toy.CHAT_TEMPLATE, policy.geometry, style=style)
+    for row in ROWS.values():
+        prompt, ids = prompter.tokenize(as_record(row, "row 1", GOLDEN))
+        assert prompt in (GOLDEN / f"{style}.txt").read_text(encoding="utf-8")
+        assert ids == policy.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+
+
+def test_questions_that_cannot_become_a_prompt_are_all_named_before_a_run(prompter, records):
+    long = [asking("word " * 5000, records[0], id=f"long-{k}") for k in range(2)]
+    with pytest.raises(DataError, match=r"q.json: 2 question\(s\) that cannot") as error:
+        check_prompts(prompter, [*records, *long], "q.json")
+    for name in ("long-0", "long-1"):
+        assert f"record {name}: its prompt has " in str(error.value)
+    assert "--max_prompt_length and the model allow 4,096" in str(error.value)
+    check_prompts(prompter, records, "q.json")
+
+
+@pytest.mark.parametrize(
+    "template, reason",
+    [
+        ("{% for %}", "the model's chat template fails on it"),
+        ("{{ messages[0].content + 1 }}", "the model's chat template fails on it"),
+        ("{{ raise_exception('no videos') }}", r"fails on it \(no videos\)"),
+        ("{{ messages[0].content[1].text }}", "shows 0 videos"),
+        (toy.CHAT_TEMPLATE + toy.CHAT_TEMPLATE, "shows 2 videos"),
+    ],
+)
+def test_a_broken_chat_template_is_a_sentence(template, reason, policy, records):
+    prompter = Prompter(policy.tokenizer, template, policy.geometry, **toy.CLIP)
+    with pytest.raises(DataError, match=reason):
+        check_prompts(prompter, records[:1], "q.json")
+
+
+def test_two_thousand_prompts_are_checked_in_three_seconds(prompter, records):
+    many = [asking(f"Why {k}?\nA. red\nB. blue", records[0]) for k in range(2000)]
+    start = time.perf_counter()
+    check_prompts(prompter, many, "q.json")
+    assert time.perf_counter() - start < 3
+
+
+def test_a_clip_with_too_many_tokens_is_refused_like_an_unreadable_one(prompter, policy, records):
+    length = len(prompter.tokenize(records[0])[1])
+    prompter.max_prompt_length = length + 7
+    assert len(prompter(records[0]).ids_P) == length + 7
+    prompter.max_prompt_length -= 1
+    check_prompts(prompter, records[:1], "q.json")  # its text fits
+    with pytest.raises(VideoError, match=f".mp4: its prompt has {length + 7} tokens; --max"):
+        prompter(records[0])
+    assert policy.longest_prompt(10**9) == policy.text.config.max_position_embeddings
+
+
+# --------------------------------------------------------------------- text that reaches a terminal
+
+ESCAPES = "\x1b]0;owned\x07\x1b[31mred\x9b2J\u202e"
+
+
+def test_check_prints_no_control_characters_of_a_file(world, tmp_path, capsys):
+    rows = [{**ROW, "data_source": ESCAPES, "video": f"clips/{ESCAPES}.mp4"},
+            {**ROW, "data_source": "\ud800", "id": ESCAPES, "solution": ESCAPES}]  # fmt: skip
+    data.check(str(write(tmp_path, json.dumps(rows))), str(tmp_path), False, 60)
+    out = capsys.readouterr().out
+    assert "owned" in out and all(c.isprintable() or c == "\n" for c in out)
+
+
+def test_a_dry_run_and_notes_print_no_control_characters(world, tmp_path, capfd):
+    rows = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()[:3]]
+    for row in rows:
+        row.update(id=ESCAPES, problem=ESCAPES + row["problem"])
+    rows[0]["video"] = f"clips/{ESCAPES}.mp4"
+    path = write(tmp_path, json.dumps(rows))
+    flags = [*twgrpo_command(world, tmp_path / "out", "--jsonl_path", str(path))[2:]]
+    cfg = parse_config(flags)
+    plan.show(cfg, load_records(path, world))
+    (tmp_path / "log").mkdir()
+    RunLog(cfg, tmp_path / "log").note("key", f"skipped question {ESCAPES}")
+    out, err = capfd.readouterr()
+    assert "would be skipped" in out and "skipped question" in err
+    assert all(c.isprintable() or c == "\n" for c in out + err)
+
+
+def test_half_a_character_in_a_field_nobody_reads_is_kept(tmp_path):
+    path = write(tmp_path, json.dumps([{**ROW, "note": "\ud800"}]))
+    (record,) = load_records(path)
+    for name in ("q2.json", "q2.jsonl"):
+        convert.write_rows([record.row], str(tmp_path / name))
+        assert load_records(tmp_path / name)[0].row == record.row
 
 
 def test_braces_in_a_question_are_text(prompter, records):
     record = Record("1", "What is {answer} {0} {{x}}?", "<answer>A</answer>", records[0].video)
-    assert "What is {answer} {0} {{x}}?" in prompter.render(record)
+    assert "What is {answer} {0} {{x}}?" in prompter.tokenize(record)[0]

@@ -12,8 +12,9 @@ from data import select_records
 
 
 def test_a_prompt_longer_than_4096_tokens_is_kept_whole(prompter, records, policy):
-    # OFFICIAL: cut from the left, video tokens included.  OURS: never cut.
+    # OFFICIAL: cut from the left, video tokens included.  OURS: never cut; refused by default.
     short = prompter(records[0])
+    prompter.max_prompt_length = 8192
     long = prompter(dataclasses.replace(records[0], problem=records[0].problem + " red" * 6000))
     video_id = policy.model.config.video_token_id
     assert len(long.ids_P) > 4096 + len(short.ids_P)

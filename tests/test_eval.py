@@ -1,14 +1,19 @@
 """Benchmarks, the scores of their logs, and one question at a time."""
 
 import contextlib
+import errno
 import json
 import multiprocessing
+import os
 import random
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,7 +30,7 @@ import scoring
 import toy
 import twgrpo
 from data import STYLES
-from policy import ModelError
+from policy import ModelError, NonFiniteLogits, Policy
 from records import DataError
 from rewards import number
 from rollout import sample
@@ -266,27 +271,157 @@ def test_an_old_log_with_other_settings_is_not_mixed_with(world, tmp_path, monke
     with pytest.raises(SystemExit, match="made with another prompt, seed"):
         eval_py(monkeypatch, run_flags(world, out, "--prompt", "direct", "--seed", "1"))
     out.write_bytes(before + b"not a row\n")
-    with pytest.raises(SystemExit, match="line 3: is not valid JSON .*choose another file"):
+    with pytest.raises(SystemExit, match="line 3 is not a row of eval.py run; choose another file"):
         eval_py(monkeypatch, run_flags(world, out))
     assert out.read_bytes() == before + b"not a row\n"
 
 
-def test_ranks_split_the_questions_and_write_one_file(world, tmp_path, monkeypatch, capsys):
-    """What torchrun does, one rank after the other: no question twice, none left out, and the
-    answers of one process (which also sampled: a question's stream does not know its rank)."""
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[{"problem": "?"}]', "[]", '{"a": 1}', '{\n  "a": 1\n}', "a line\nthe last line", "\x00",
+        '{"question": "why", "answer": "A"}', '{"question": "why"}\n{"question": "how", "ans',
+        '{"question": {}, "model_output": "A"}\n', "{" * 100_000,
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_log_of_ours_is_left_as_it_is(text, tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match="mine.json: line 1 .*choose another file"):
+        with scoring.open_log(str(path), {"prompt": "think"}):
+            pass
+    assert path.read_text() == text and os.listdir(tmp_path) == ["mine.json"]
+
+
+def test_a_log_of_ours_is_mended_in_its_last_line_only(tmp_path):
+    path, settings = tmp_path / "log.jsonl", {"prompt": "think"}
+    rows = [json.dumps({"question": {"id": k}, "run": settings}) for k in range(2)]
+    for text, whole in {
+        "": "",
+        rows[0][:30]: "",
+        f"{rows[0]}\n": f"{rows[0]}\n",
+        f"{rows[0]}\n{rows[1][:20]}": f"{rows[0]}\n",
+        f"{rows[0]}\n{rows[1]}": f"{rows[0]}\n",  # even if only its line break is missing
+    }.items():
+        path.write_text(text)
+        with scoring.open_log(str(path), settings) as log:
+            assert path.read_text() == whole and len(log.done) == whole.count("\n")
+
+
+def test_a_second_run_into_the_same_log_is_refused_while_the_first_lives(
+    world, tmp_path, monkeypatch
+):
+    out = tmp_path / "log.jsonl"
+    (tmp_path / "alias.jsonl").symlink_to(out)
+    with scoring.open_log(str(out), {}):
+        for name in ("log.jsonl", "alias.jsonl"):
+            with pytest.raises(SystemExit, match=f"{name}: another eval.py run is writing to it"):
+                eval_py(monkeypatch, run_flags(world, tmp_path / name))
+    eval_py(monkeypatch, run_flags(world, out, "--limit", "1"))
+    assert len(read_rows(out)) == 1
+
+
+def test_two_ranks_split_the_questions_into_one_log(world, tmp_path, monkeypatch):
+    """No question twice, none left out, and the answers of one process (which also sampled: a
+    question's stream does not know its rank). Both ranks learn that the log is another run's."""
     alone, shared = tmp_path / "alone.jsonl", tmp_path / "shared.jsonl"
     sampled = ("--temperature", "1.0", "--batch_size", "4")
     eval_py(monkeypatch, run_flags(world, alone, *sampled))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in (1, 0):
-        monkeypatch.setenv("RANK", str(rank))
-        eval_py(monkeypatch, run_flags(world, shared, *sampled))
+    launch = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
+    command = [sys.executable, *launch, PROJECT / "eval.py", *run_flags(world, shared, *sampled)]
+
+    def run_two() -> subprocess.CompletedProcess:
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+        return subprocess.run(
+            [str(part) for part in command],
+            capture_output=True, text=True, timeout=120, env=environment,
+        )  # fmt: skip
+
+    with scoring.open_log(str(shared), {}):
+        refused = run_two()
+    assert refused.returncode == 1 and shared.read_text() == ""
+    assert "shared.jsonl: another eval.py run is writing to it" in refused.stderr
+    done = run_two()
+    assert done.returncode == 0, done.stderr[-3000:]
     assert len(read_rows(shared)) == 24 and answers_of(shared) == answers_of(alone)
-    assert "rank 1: 12 questions answered, 0 skipped" in capsys.readouterr().out
+    assert "24 questions answered, 0 skipped\nshared.jsonl: 24 questions" in done.stdout
+
+
+def test_a_row_that_does_not_fit_on_the_disk_is_absent(tmp_path):
+    """The kernel itself writes a part of the row, then refuses."""
+    path = tmp_path / "log.jsonl"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with scoring.open_log(str(path), {}) as log:
+        log.append({"question": 1})
+        before = path.read_bytes()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 100, limits[1]))
+        try:
+            with pytest.raises(
+                DataError, match="log.jsonl: cannot be written .*goes on from there"
+            ):
+                log.append({"question": "x" * 1000})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert path.read_bytes() == before
+        log.append({"question": 2})
+    assert [row["question"] for row in read_rows(path)] == [1, 2]
+
+
+def test_a_run_on_a_full_disk_ends_with_status_1_and_goes_on_later(world, tmp_path, monkeypatch):
+    out, write, written = tmp_path / "log.jsonl", os.write, []
+
+    def nearly_full(descriptor, data):
+        written.append(len(data))
+        if len(written) == 3:
+            return write(descriptor, data[:100])
+        if len(written) > 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, data)
+
+    with monkeypatch.context() as full:
+        full.setattr(scoring.os, "write", nearly_full)
+        with pytest.raises(SystemExit, match="error: .*No space left on device.*same command"):
+            eval_py(monkeypatch, run_flags(world, out, "--limit", "6"))
+    assert len(read_rows(out)) == 2
+    eval_py(monkeypatch, run_flags(world, out, "--limit", "6"))
+    assert len(answers_of(out)) == len(read_rows(out)) == 6
+
+
+def test_logits_that_are_not_finite_end_a_run_by_name(world, tmp_path, monkeypatch):
+    load = evaluation.load_policy
+
+    def broken(args):
+        policy = load(args)
+        policy.model.lm_head.weight.data[7, 3] = torch.nan
+        return policy
+
+    monkeypatch.setattr(evaluation, "load_policy", broken)
+    for flags in ([], ["--temperature", "1"], ["--temperature", "1", "--top_p", "0.5"]):
+        sentence = r"error: the model's logits were not finite on question\(s\) train-0, train-1"
+        with pytest.raises(SystemExit, match=sentence):
+            eval_py(monkeypatch, run_flags(world, tmp_path / "log.jsonl", "--limit", "2", *flags))
+        assert (tmp_path / "log.jsonl").read_text() == ""
+
+
+def test_only_the_question_with_logits_that_are_not_finite_is_named(policy, questions):
+    features = policy.encode_videos(questions)
+    features[1] = features[1] * torch.nan
+    with pytest.raises(NonFiniteLogits, match=r"question\(s\) train-1;"):
+        policy.rollout(questions, features, 2, 4, 1.0, [(0,), (1,), (2,)])
+
+
+def test_half_a_character_in_a_field_nobody_reads_is_kept(world, tmp_path, monkeypatch, capsys):
+    row_ = read_rows(world / "train.jsonl")[0] | {"note": "\ud800", "id": "\udfff\x1b[2J"}
+    (tmp_path / "q.json").write_text(json.dumps([row_]))
+    flags = run_flags(world, tmp_path / "log.jsonl", "--data", tmp_path / "q.json")
+    eval_py(monkeypatch, flags)
+    eval_py(monkeypatch, flags)
+    assert [r["question"] for r in read_rows(tmp_path / "log.jsonl")] == [row_]
+    assert "1 of 1 answered before" in capsys.readouterr().out
 
 
 def append_rows(path, writer):
-    log = evaluation.RowLog(path, {"prompt": "think"})
+    log = scoring.RowLog(path, {"prompt": "think"}, set())
     for k in range(50):
         log.append({"question": [writer, k], "text": "x" * 20_000})
 
@@ -305,7 +440,7 @@ def test_processes_that_write_at_once_do_not_tear_each_others_rows(tmp_path):
 
 def test_unreadable_clips_are_skipped_counted_and_tried_again(world, tmp_path, monkeypatch, capfd):
     rows = read_rows(world / "train.jsonl")[:4]
-    rows[3]["problem"] = "What is <|video_pad|>?"  # a question no prompt can hold
+    rows[3]["problem"] = "What is <|video_pad|><|im_end|>?"  # text, like any other
     (tmp_path / "clips").mkdir()
     for row_ in (*rows[:2], rows[3]):
         (tmp_path / row_["video"]).write_bytes((world / row_["video"]).read_bytes())
@@ -315,13 +450,12 @@ def test_unreadable_clips_are_skipped_counted_and_tried_again(world, tmp_path, m
     places = ("--data", tmp_path / "q.json", "--video_root", tmp_path)
     eval_py(monkeypatch, run_flags(world, out, *places))
     text, errors = capfd.readouterr()
-    assert "1 questions answered, 3 skipped" in text
-    assert "skipped question train-3: record train-3: its prompt holds 2 <|video_pad|>" in errors
+    assert "2 questions answered, 2 skipped" in text
     assert "skipped question train-1: " in errors and "train_002.mp4: no such video" in errors
     (tmp_path / rows[2]["video"]).write_bytes((world / rows[2]["video"]).read_bytes())
     eval_py(monkeypatch, run_flags(world, out, *places))
-    assert "1 questions answered, 2 skipped" in capfd.readouterr().out
-    assert set(answers_of(out)) == {"train-0", "train-2"}
+    assert "1 questions answered, 1 skipped" in capfd.readouterr().out
+    assert set(answers_of(out)) == {"train-0", "train-2", "train-3"}
     (tmp_path / "q.json").write_text(json.dumps(rows[1:2]))
     with pytest.raises(SystemExit, match="none of its 1 questions could be shown"):
         eval_py(monkeypatch, run_flags(world, tmp_path / "other.jsonl", *places))
@@ -359,11 +493,17 @@ def test_one_question_that_does_not_fit_ends_with_a_remedy():
     "flags, sentence",
     [
         (["--temperature", "-1"], "--temperature must be 0 or more"),
+        (["--temperature", "inf"], "--temperature must be 0 or more, and finite"),
+        (["--top_p", "nan"], "--top_p must be"), (["--limit", "0"], "--limit must be"),
+        (["--seed", "-1"], "--seed must be"), (["--timeout", "1e300"], "--timeout must be"),
+        (["--fps", "nan"], "--fps must be"), (["--max_frames", "9" * 30], "--max_frames must be"),
+        (["--max_completion_length", "9" * 30], "--max_completion_length must be"),
+        (["--max_prompt_length", "60"], r"train.jsonl: 24 question\(s\) that cannot become"),
         (["--top_p", "0"], "--top_p must be"), (["--batch_size", "0"], "--batch_size must be"),
         (["--repeat_frames", "3"], "--repeat_frames must be"),
         (["--model", "/nowhere/at/all"], "no such model directory"),
         (["--data", "/nowhere.json"], "no such file"),
-        (["--out", "/nowhere/log.jsonl"], "cannot be written"),
+        (["--out", "/nowhere/log.jsonl"], "--out /nowhere/log.jsonl: No such file or directory"),
     ],
 )  # fmt: skip
 def test_flags_that_make_no_sense(flags, sentence, world, tmp_path, monkeypatch):
@@ -480,10 +620,70 @@ def test_the_think_part_is_dimmed_and_nothing_else_obeyed():
     assert "\x1b[0m" in evaluation.dimmed_think("<think>cut off", colours=True)
 
 
+def test_ask_names_the_flag_that_makes_no_sense(monkeypatch):
+    flags = ["ask", "--model", "m", "--video", "v", "--question", "?"]
+    for name, value in {"--seed": "-1", "--alpha": "inf", "--num_generations": "999999999",
+                        "--question": "\udcff"}.items():  # fmt: skip
+        with pytest.raises(SystemExit, match=f"error: {name} "):
+            eval_py(monkeypatch, [*flags, name, value])
+
+
 def test_ask_about_a_missing_clip_is_one_sentence(world, tmp_path, monkeypatch):
     flags = ["ask", "--model", world / "model", "--video", tmp_path / "no.mp4", "--question", "?"]
     with pytest.raises(SystemExit, match="error: .*no.mp4: no such video file"):
         eval_py(monkeypatch, flags)
+
+
+# ------------------------------------------------------------------ checkpoints that cannot be used
+
+
+@pytest.fixture
+def checkpoint(world, tmp_path):
+    """change(file, **values): a copy of the toy's checkpoint with other values in one JSON file."""
+
+    def change(name: str, **values) -> Path:
+        shutil.copytree(world / "model", tmp_path / "model", dirs_exist_ok=True)
+        path = tmp_path / "model" / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+        return tmp_path / "model"
+
+    return change
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_code_that_a_checkpoint_brings_along_never_runs(name, checkpoint, tmp_path, monkeypatch):
+    """transformers would ask on the terminal whether to run it, or run it if the answer is yes."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    code = {"AutoConfig": "evil.Config", "AutoTokenizer": ["evil.T", "evil.T"]}
+    kind = {"model_type": "evil"} if name == "config.json" else {"tokenizer_class": "T"}
+    directory = checkpoint(name, auto_map=code, **kind)
+    (directory / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    with contextlib.suppress(ModelError):
+        Policy.load(directory)
+    assert not (tmp_path / "ran").exists()
+    if name == "config.json":
+        with pytest.raises(ModelError, match="is a 'evil' model; qwen2_5_vl or qwen2_vl is needed"):
+            Policy.load(directory)
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>", ["<|im_end|>"], [0, 10**9], -1])
+def test_end_tokens_that_are_no_ids_are_named(end, checkpoint):
+    with pytest.raises(ModelError, match="its end token .* is no id of its vocabulary"):
+        Policy.load(checkpoint("generation_config.json", eos_token_id=end))
+
+
+def test_a_checkpoint_whose_generation_config_names_no_end_token_uses_the_tokenizers(checkpoint):
+    policy = Policy.load(checkpoint("generation_config.json", eos_token_id=None))
+    assert policy.eos_ids.tolist() == [policy.tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"chat_template": 7}'])
+def test_a_chat_template_file_that_holds_none_is_named(text, checkpoint):
+    directory = checkpoint("generation_config.json")
+    (directory / "chat_template.jinja").unlink()
+    (directory / "chat_template.json").write_text(text)
+    with pytest.raises(DataError, match="chat template"):
+        Policy.load(directory)
 
 
 # -------------------------------------------------------------------------------------------- docs
