@@ -32,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 import ranks
 import scoring
 import video
-from data import STYLES, Prompter, load_records
+from data import STYLES, Prompter, Question, load_records
 from kernels import tw_grpo_head
 from loader import ClipReader
 from packing import Group
@@ -270,8 +270,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"{args.out}: {len(mine) - len(todo)} of {len(mine)} answered before", flush=True)
     skipped, hits = [], []
     if todo:
-        policy = load_policy(args)
-        with ClipReader(args.timeout) as reader:
+        with load_policy(args).gathered() as policy, ClipReader(args.timeout) as reader:
             prompter = make_prompter(args, policy, style, reader)
             bar = tqdm(total=len(todo), desc=args.benchmark, **({"disable": True} if rank else {}))
 
@@ -343,9 +342,12 @@ def ask(args: argparse.Namespace) -> None:
     kind = "multiple choice" if lines else "numerical" if args.prompt == "count" else "free-form"
     problem = "\n".join([args.question, *lines])
     record = Record("asked", problem, "", Path(args.video), kind=kind)
-    policy = load_policy(args)
-    with ClipReader(args.timeout) as reader:
+    with load_policy(args).gathered() as policy, ClipReader(args.timeout) as reader:
         question = make_prompter(args, policy, args.prompt, reader)(record)
+        show_answer(args, policy, question)
+
+
+def show_answer(args: argparse.Namespace, policy: Policy, question: Question) -> None:
     t, h, w = question.grid
     size = policy.geometry.patch_size
     print(
