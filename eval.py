@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 import ranks
 import scoring
 import video
-from data import MAX_PROMPT_LENGTH, STYLES, Prompter, check_prompts, load_records
+from data import MAX_PROMPT_LENGTH, STYLES, Prompter, Question, check_prompts, load_records
 from kernels import tw_grpo_head
 from loader import ClipReader
 from packing import Group
@@ -229,8 +229,7 @@ def answer_all(
 ) -> tuple[int, int]:
     """Answers this rank's questions into the log; how many were answered, and how many skipped."""
     skipped, hits = [], []
-    policy = load_policy(args)
-    with ClipReader(args.timeout) as reader:
+    with load_policy(args).gathered() as policy, ClipReader(args.timeout) as reader:
         prompter = make_prompter(args, policy, style, reader)
         check_prompts(prompter, records, args.data)
         bar = tqdm(total=len(todo), desc=args.benchmark, disable=not ranks.is_main())
@@ -297,9 +296,12 @@ def ask(args: argparse.Namespace) -> None:
     kind = "multiple choice" if lines else "numerical" if args.prompt == "count" else "free-form"
     problem = "\n".join([args.question, *lines])
     record = Record("asked", problem, "", Path(args.video), kind=kind)
-    policy = load_policy(args)
-    with ClipReader(args.timeout) as reader:
+    with load_policy(args).gathered() as policy, ClipReader(args.timeout) as reader:
         question = make_prompter(args, policy, args.prompt, reader)(record)
+        show_answer(args, policy, question)
+
+
+def show_answer(args: argparse.Namespace, policy: Policy, question: Question) -> None:
     t, h, w = question.grid
     size = policy.geometry.patch_size
     print(

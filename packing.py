@@ -22,6 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface
+from transformers.vision_utils import (
+    get_vision_cu_seqlens,
+    get_vision_position_ids,
+    get_vision_window_index,
+)
 
 from data import Question
 
@@ -89,12 +94,12 @@ def pack(groups: list[Group], pad_id: int) -> tuple[Tensor, Tensor, Tensor, list
 # ------------------------------------------------------------------------------ sdpa: a dense mask
 
 
-def packed_mask(segments_BL: Tensor) -> Tensor:
+def packed_mask(segments_BL: Tensor, device: torch.device | str = "cpu") -> Tensor:
     """Eq. 7: who sees whom, (B, 1, L, L) bool. A token sees the prompt and its segment, up to
     itself."""
-    L = segments_BL.shape[1]
+    segments_BL, L = segments_BL.to(device), segments_BL.shape[1]
     key, query = segments_BL[:, None, :], segments_BL[:, :, None]
-    causal = torch.ones(L, L, dtype=torch.bool, device=segments_BL.device).tril()
+    causal = torch.ones(L, L, dtype=torch.bool, device=device).tril()
     return (causal & ((key == 0) | (key == query)))[:, None]
 
 
@@ -120,10 +125,10 @@ def packed_rule(segments_BL: Tensor):
     return sees
 
 
-def packed_blocks(segments_BL: Tensor) -> BlockMask:
+def packed_blocks(segments_BL: Tensor, device: torch.device | str = "cpu") -> BlockMask:
     """The rule, and a list of the blocks in which anything is seen. Making it looks at all L x L
     pairs once, in bytes; on CUDA compiled, block by block."""
-    (B, L), device = segments_BL.shape, segments_BL.device
+    (B, L), segments_BL = segments_BL.shape, segments_BL.to(device)
     make = compiled(create_block_mask) if segments_BL.is_cuda else create_block_mask
     return make(packed_rule(segments_BL), B, None, L, L, device=device)
 
@@ -153,12 +158,12 @@ class Sequences:
     longest_key: int
 
 
-def packed_sequences(segments_BL: Tensor) -> Sequences:
+def packed_sequences(segments_BL: Tensor, device: torch.device | str = "cpu") -> Sequences:
     """The prompt over itself, and each completion over [prompt, own]. Causal, and with the last
     query at the last key, that is the rule of `packed_mask`. Padding asks nothing; it gets 0."""
     places_BL = torch.arange(segments_BL.numel()).view(segments_BL.shape)
     queries, keys = [], []
-    for places_L, segments_L in zip(places_BL, segments_BL.cpu(), strict=True):
+    for places_L, segments_L in zip(places_BL, segments_BL, strict=True):
         prompt = places_L[segments_L == 0]
         queries.append(prompt)
         keys.append(prompt)
@@ -170,10 +175,10 @@ def packed_sequences(segments_BL: Tensor) -> Sequences:
 
     def starts(parts: list[Tensor]) -> Tensor:
         ends = torch.tensor([len(part) for part in parts]).cumsum(0)
-        return F.pad(ends, (1, 0)).to(segments_BL.device, torch.int32)
+        return F.pad(ends, (1, 0)).to(device, torch.int32)
 
     return Sequences(
-        torch.cat(queries).to(segments_BL.device), torch.cat(keys).to(segments_BL.device),
+        torch.cat(queries).to(device), torch.cat(keys).to(device),
         starts(queries), starts(keys), max(map(len, queries)), max(map(len, keys)),
     )  # fmt: skip
 
@@ -204,3 +209,72 @@ ATTENTION = {
 }
 AttentionInterface.register("packed_flex", flex_attend)
 AttentionInterface.register("packed_varlen", flash_attend)
+
+
+# ------------------------------------------------------- the vision tower: attention within windows
+
+
+@dataclass
+class Segments:
+    """A sequence of N tokens cut into segments that attend only within themselves."""
+
+    runs: list[tuple[int, int]]  # neighbours of one length: how many, how many tokens each
+    order_N: Tensor | None = None  # int64: where their tokens are; None: as they stand
+    back_N: Tensor | None = None  # its inverse
+
+
+def runs_of(lengths: Tensor) -> list[tuple[int, int]]:
+    length, count = lengths.unique_consecutive(return_counts=True)
+    return list(zip(count.tolist(), length.tolist(), strict=True))
+
+
+def tower_layout(grids_B3: Tensor, config, device: torch.device) -> dict:
+    """What the vision tower works out from the grids of its clips, as keywords that hand it over.
+
+    Left to itself it reads the window lengths from the GPU in every layer, and calls attention once
+    per window: 2,120 calls for a clip of the recipe. Here windows are sorted by length. Lengths
+    given as 0 are not asked for either.
+    """
+    merge, unit = config.spatial_merge_size, config.spatial_merge_size**2
+    lengths = get_vision_cu_seqlens(grids_B3).diff()  # of the frames: full attention is within one
+    layout = dict(cu_seqlens=Segments(runs_of(lengths)), max_seqlen=0)
+    layout["position_ids"] = get_vision_position_ids(grids_B3, merge).to(device)
+    if hasattr(config, "window_size"):  # Qwen2.5-VL
+        index, starts = get_vision_window_index(
+            grids_B3, merge, config.window_size, config.patch_size
+        )
+        sizes, by_length = starts.diff().sort(stable=True)
+        windows = index.split((starts.diff() // unit).tolist())
+        index = torch.cat([windows[k] for k in by_length.tolist()])
+        frame_of = torch.repeat_interleave(lengths // unit)[index]
+        order_N = (frame_of.argsort(stable=True)[:, None] * unit + torch.arange(unit)).flatten()
+        layout |= dict(
+            window_index=index.to(device),
+            cu_seqlens=Segments(runs_of(lengths), order_N.to(device), order_N.argsort().to(device)),
+            cu_window_seqlens=Segments(runs_of(sizes)),
+            max_window_seqlen=0,
+        )
+    return layout
+
+
+def attend_within(module, query, key, value, attention_mask, *, scaling, cu_seq_lens_q, **_):
+    """Attention of each token over its own segment, neighbours of one length as one batch.
+
+    query, key, value (1, H, N, d); `cu_seq_lens_q` is the Segments from `tower_layout`. Returns
+    (1, N, H, d).
+    """
+    segments, parts = cu_seq_lens_q, []
+    qkv = [x[0].transpose(0, 1) for x in (query, key, value)]
+    if segments.order_N is not None:
+        qkv = [x[segments.order_N] for x in qkv]
+    sizes = [count * length for count, length in segments.runs]
+    for run, *three in zip(segments.runs, *(x.split(sizes) for x in qkv), strict=True):
+        batch = (x.unflatten(0, run).transpose(1, 2) for x in three)
+        out = F.scaled_dot_product_attention(*batch, scale=scaling)
+        parts.append(out.transpose(1, 2).flatten(0, 1))
+    out = torch.cat(parts)
+    return (out if segments.back_N is None else out[segments.back_N])[None], None
+
+
+# Only a function with "flash" in its name gets a layer's windows in one call, not one by one.
+AttentionInterface.register("segments_flash", attend_within)

@@ -63,7 +63,7 @@ def show(cfg, records: list[Record]) -> None:
     for part, size in parts.items():
         print(f"  {part:44}{size / GB:8.2f}")
     always = sum(size for part, size in parts.items() if part.startswith("always"))
-    for phase in ("rollout", "update"):
+    for phase in ("rollout", "score", "update"):
         size = always + sum(s for part, s in parts.items() if part.startswith(phase))
         print(f"  {'= during the ' + phase:44}{size / GB:8.2f}")
 
@@ -79,34 +79,63 @@ def show(cfg, records: list[Record]) -> None:
 def memory(cfg, policy: Policy, prompt: int) -> dict[str, float]:
     """What a GPU holds at completions of full length, bytes; the phase it is held in comes first.
 
-    float32 parameters, gradients and two AdamW moments, spread over the ranks; a whole bf16 copy to
-    decode with; activations as one bf16 vector per token and layer where they are checkpointed, and
-    about 34 without (Korthikanti et al. 2022, arXiv 2205.05198, attention matrix not counted).
+    Each phase counts what is alive together at its peak. tests/test_fake_gpu.py compares it with
+    every tensor of a run on one GPU; what FSDP gathers is worked out, not measured. Activations are
+    counted in bytes per token of a decoder layer of D hidden and F intermediate features. Not
+    counted: the activations of a vision tower that is trained.
     """
     model, text = policy.model, policy.model.config.text_config
+    D, F, V = text.hidden_size, text.intermediate_size, text.vocab_size
     everything = sum(p.numel() for p in model.parameters())
     frozen = sum(p.numel() for p in policy.vision.parameters()) if cfg.freeze_vision_modules else 0
-    trained, world = everything - frozen, ranks.world()
+    layers = sum(p.numel() for p in policy.text.layers.parameters())
+    trained, world, layer = everything - frozen, ranks.world(), layers / text.num_hidden_layers
     B, G, T = cfg.per_device_train_batch_size, cfg.num_generations, cfg.max_completion_length
-    tokens = B * (prompt + G * T)
-    head_dim = text.hidden_size // text.num_attention_heads
+    length = prompt + G * T
+    tokens, accumulates = B * length, cfg.gradient_accumulation_steps
+    head_dim = D // text.num_attention_heads
     cached = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * 2  # bytes a token
-    vectors = 1 if cfg.gradient_checkpointing else 17
-    layer = 34 * text.hidden_size * tokens  # bytes: one layer at work
-    kept = vectors * 2 * text.hidden_size * tokens * text.num_hidden_layers
+
+    masks = 2 * B * length**2 if cfg.attn_implementation == "sdpa" else 0  # a layer's, bf16
+    if cfg.gradient_checkpointing:  # the input of each layer, in the dtype of the embeddings
+        kept = text.num_hidden_layers * tokens * D * (2 if world > 1 else 4)
+        forward = tokens * (6 * F + 4 * D) + masks
+    else:
+        kept = text.num_hidden_layers * (tokens * (8 * F + 34 * D) + masks)
+        forward = 0
+    if world > 1:  # gathered: embedding and head for the whole phase, and two layers in turn
+        in_bf16, in_backward = 2 * (2 * V * D + 2 * layer), 2 * (4 * V * D + 2 * layer)
+    else:  # autocast's copies; they last until the forward ends, or without checkpoints longer
+        in_bf16 = 2 * (layers + B * V * D)  # the head is cast for each question
+        in_backward = 2 * layer
+    gradients = 4 * trained / world
+    head = 1.3e9 + 4 * D * B * G * T
     parts = {
         "always: parameters, float32": 4 * everything / world,
         "always: AdamW moments, float32": 8 * trained / world,
     }
     if cfg.beta > 0:
         parts["always: reference model, float32"] = 4 * everything / world
-    questions = B * cfg.gradient_accumulation_steps
-    return parts | {
+    parts |= {
         "rollout: gathered weights, bf16": 2 * everything,
-        "rollout: keys and values, bf16": cached * questions * (prompt + G * T),
-        "update: gradients, float32": 4 * trained / world,
-        "update: kept activations, bf16": kept,
-        "update: one layer at work": layer,
-        "update: embedding and head gathered, bf16": 2 * 2 * text.vocab_size * text.hidden_size,
-        "update: head, chunked, with dH": 1.3e9 + 4 * text.hidden_size * B * G * T,
+        "rollout: keys and values, bf16": cached * B * accumulates * length,
+        "score: kept activations": kept,
+        "score: weights in bf16": in_bf16,
+        "score: one layer or the head at work": max(forward, head),
     }
+    if accumulates > 1:
+        parts["score: gradients of earlier micro-batches"] = gradients
+    # The backward frees activations as it makes gradients: its peak is at one of its ends.
+    first = {
+        "update: kept activations": kept,
+        "update: weights in bf16": in_bf16 if not cfg.gradient_checkpointing else in_backward,
+        "update: head at work, its gradient": max(head + 2 * V * D, 4 * V * D * min(B, 2)),
+        "update: gradients of earlier micro-batches": gradients if accumulates > 1 else 0,
+    }
+    layer_at_work = tokens * (16 * F + 28 * D) + 1.5 * masks
+    last = {
+        "update: gradients, float32": gradients,
+        "update: weights in bf16": in_backward,
+        "update: one layer at work, no embedding yet": max(0, layer_at_work - 4 * V * D / world),
+    }
+    return parts | max(first, last, key=lambda moment: sum(moment.values()))

@@ -42,7 +42,7 @@ from transformers.utils import cached_file
 
 import ranks
 from data import Question, Record, load_chat_template
-from packing import ATTENTION, Group, pack
+from packing import ATTENTION, Group, pack, tower_layout
 from rollout import Decoder, GroupCache
 from video import Geometry, mrope_positions
 
@@ -204,10 +204,19 @@ class Policy:
     @contextlib.contextmanager
     def gathered(self):
         """A policy with whole weights on this rank, to decode with: itself on one CPU process; else
-        a copy, bf16 on CUDA, gathered now and freed at the end."""
+        a copy, bf16 on CUDA, gathered now and freed when the block ends."""
         if self.root is None and self.device.type == "cpu":
             yield self
             return
+        actor = self._whole_copy()
+        try:
+            yield actor
+        finally:
+            # The caller's variable still names the copy, so its weights are taken from it.
+            for module in actor.model.modules():
+                module._parameters.clear()
+
+    def _whole_copy(self) -> "Policy":
         config = copy.deepcopy(self.model.config)  # its own: a config says how its model attends
         with torch.device("meta"):
             actor = type(self.model)(config)
@@ -224,7 +233,7 @@ class Policy:
         policy = Policy(actor.eval(), self.tokenizer, self.chat_template)
         policy.eos_ids = self.eos_ids
         policy.attend_with(self.attn_implementation)
-        yield policy
+        return policy
 
     def save(self, directory: Path, processor_from: str | None = None) -> None:
         """An ordinary Hugging Face checkpoint in the dtype the model came in, with the processor
@@ -263,20 +272,23 @@ class Policy:
     def encode_videos(self, questions: list[Question]) -> list[Tensor]:
         """Video tokens of each question, B x (tokens, D), from one pass of the vision tower."""
         patches = torch.cat([q.patches for q in questions]).to(self.device)
-        grids = torch.tensor([q.grid for q in questions], device=self.device)
-        with self.compute():
-            features = self.vision(patches, grid_thw=grids).pooler_output
+        grids_B3 = torch.tensor([q.grid for q in questions])  # stays on the host, where it is read
+        layout = tower_layout(grids_B3, self.vision.config, self.device)
+        with self.compute(), self.attention(self.vision, "segments_flash"):
+            features = self.vision(patches, grid_thw=grids_B3, **layout).pooler_output
         return list(
             features.split([len(q.patches) // self.geometry.merge_size**2 for q in questions])
         )
 
     def _embed(self, ids_BL: Tensor, features: list[Tensor]) -> Tensor:
-        """Token embeddings, the video tokens in the places of their placeholders: (B, L, D)."""
-        embeds, videos = self.text.embed_tokens(ids_BL), torch.cat(features)
-        places = ids_BL == self.model.config.video_token_id
+        """Token embeddings, the video tokens in the places of their placeholders: (B, L, D). The
+        ids are on the host: counting the places on a GPU would wait for it."""
+        places, videos = ids_BL == self.model.config.video_token_id, torch.cat(features)
         if int(places.sum()) != len(videos):
             raise ValueError(f"{int(places.sum())} video placeholders, {len(videos)} video tokens")
-        return embeds.masked_scatter(places[..., None], videos.to(embeds.dtype))
+        embeds = self.text.embed_tokens(ids_BL.to(self.device))
+        places = places[..., None].to(self.device)
+        return embeds.masked_scatter(places, videos.to(embeds.dtype))
 
     @torch.no_grad()
     def rollout(
@@ -314,9 +326,9 @@ class Policy:
         mask = (causal_PP & real_BP[:, None, :] | itself_PP)[:, None]
         cache = GroupCache(len(self.text.layers), G, T, real_BP)
         self.text.eval()
-        with self.compute(), self.attention("sdpa"):
+        with self.compute(), self.attention(self.text, "sdpa"):
             hidden_BD = self.text(
-                inputs_embeds=self._embed(ids_BP.to(device), features),
+                inputs_embeds=self._embed(ids_BP, features),
                 position_ids=positions_3BP.to(device),
                 attention_mask={"full_attention": mask},
                 past_key_values=cache,
@@ -324,7 +336,7 @@ class Policy:
 
         # Decode: R = B G rows side by side.
         following_B = torch.stack([q.positions_3P.max() + 1 for q in questions])
-        with self.compute(), self.attention("group"):
+        with self.compute(), self.attention(self.text, "group"):
             decoder = Decoder(
                 self.text,
                 self.model.lm_head,
@@ -350,9 +362,9 @@ class Policy:
         self.text.config._attn_implementation, _ = ATTENTION[attn_implementation]
 
     @contextlib.contextmanager
-    def attention(self, name: str):
-        """Another attention function in the language model, for a while."""
-        config = self.text.config
+    def attention(self, part: PreTrainedModel, name: str):
+        """Another attention function in the language model or the vision tower, for a while."""
+        config = part.config
         before, config._attn_implementation = config._attn_implementation, name
         try:
             yield
@@ -407,9 +419,9 @@ class Policy:
         _, who_sees_whom = ATTENTION[self.attn_implementation]
         with self.compute():
             hidden_BLD = self.text(
-                inputs_embeds=self._embed(ids_BL.to(device), features),
+                inputs_embeds=self._embed(ids_BL, features),
                 position_ids=positions_3BL.to(device),
-                attention_mask={"full_attention": who_sees_whom(segments_BL.to(device))},
+                attention_mask={"full_attention": who_sees_whom(segments_BL, device)},
                 use_cache=False,
             ).last_hidden_state
         return [hidden_BLD[b, rows.to(device)] for b, rows in enumerate(rows_N)]

@@ -36,10 +36,11 @@ class GroupCache:
 
     def begin_decoding(self, t_1: Tensor) -> None:
         self.t_1 = t_1
-        for layer, (key, _) in enumerate(self.prompt):
+        for layer, (key, value) in enumerate(self.prompt):
             B, heads, _, d = key.shape
             shape = (B * self.num_generations, heads, self.length, d)
-            self.own[layer] = (key.new_zeros(shape), key.new_zeros(shape))
+            # Each in its own dtype: under autocast, a float32 model has float32 keys, bf16 values.
+            self.own[layer] = (key.new_zeros(shape), value.new_zeros(shape))
 
     def unwritten_W(self) -> Tensor:
         """-inf at the positions of the own cache that are read but not yet written, else 0."""
@@ -55,7 +56,6 @@ class GroupCache:
         return tuple(buffer[:, :, : self.width] for buffer in self.own[layer_idx])
 
 
-@torch.autocast("cuda", enabled=False)
 def group_attention(module, query, key, value, attention_mask, *, scaling, group_cache, **_):
     """Attention of one new token per row over [prompt of its question, its own completion].
 
@@ -77,11 +77,12 @@ def group_attention(module, query, key, value, attention_mask, *, scaling, group
     def by_row(x: Tensor) -> Tensor:  # and back
         return x.reshape(B, heads, G, shared, -1).transpose(1, 2).reshape(R, heads, shared, -1)
 
-    q_own = query.view(R, heads, shared, d) * scaling
-    to_prompt = by_question(q_own) @ prompt_key.mT + group_cache.unreal_B11P
-    to_own = by_question(q_own @ key.mT + group_cache.unwritten_W())
-    p_prompt, p_own = torch.cat([to_prompt, to_own], -1).softmax(-1).split([P, W], -1)
-    out = by_row(p_prompt @ prompt_value) + by_row(p_own) @ value
+    with torch.autocast(query.device.type, enabled=False):
+        q_own = query.view(R, heads, shared, d) * scaling
+        to_prompt = by_question(q_own) @ prompt_key.mT + group_cache.unreal_B11P
+        to_own = by_question(q_own @ key.mT + group_cache.unwritten_W())
+        p_prompt, p_own = torch.cat([to_prompt, to_own], -1).softmax(-1).split([P, W], -1)
+        out = by_row(p_prompt @ prompt_value) + by_row(p_own) @ value
     return out.reshape(R, 1, H, d).to(dtype), None
 
 

@@ -68,8 +68,11 @@ class RunLog:
     def add(self, weight: float = 1.0, **values) -> None:
         for name, value in values.items():
             self.this_step.setdefault(name, []).append(float(value))
-            self.sums[name] += weight * float(value)
-            self.weights[name] += weight
+            if name.endswith("_max"):
+                self.sums[name] = max(self.sums[name], float(value))
+            else:
+                self.sums[name] += weight * float(value)
+                self.weights[name] += weight
 
     def note(self, key: str, message: str) -> None:
         """A line on the terminal, once per key."""
@@ -83,7 +86,7 @@ class RunLog:
             reward_G = group.rewards_GK.sum(-1)
             weights_T, lengths = output.weights_T, group.lengths_G
             names = [f"rewards/{name}" for name in self.cfg.reward_funcs]
-            drift_N = group.sampled_logps_N - output.logps_N.cpu()
+            drift_N = (group.sampled_logps_N - output.logps_N.cpu()).abs()
             self.add(
                 reward=reward_G.mean(),
                 reward_std=reward_G.std(),
@@ -98,7 +101,9 @@ class RunLog:
                 # does, the official rule stretches it to 1..alpha within every group.
                 weight_std=weights_T.std(correction=0),
                 # The rollout's opinion of its tokens against the scoring's: numerics only.
-                sampling_logp_difference=drift_N.abs().mean(),
+                sampling_logp_difference=drift_N.mean(),
+                sampling_logp_difference_p99=drift_N.quantile(0.99),
+                sampling_logp_difference_max=drift_N.max(),
             )
             self.tokens += int(lengths.sum())
 
@@ -131,7 +136,11 @@ class RunLog:
         sums, weights, seconds, tokens, memory = zip(*ranks.gather(mine), strict=True)
         if ranks.is_main():
             names = dict.fromkeys(name for values in sums for name in values)
-            row = {n: sum(s[n] for s in sums) / sum(w[n] for w in weights) for n in names}
+            row = {
+                n: max(s[n] for s in sums) if n.endswith("_max")
+                else sum(s[n] for s in sums) / sum(w[n] for w in weights)
+                for n in names
+            }  # fmt: skip
             for phase in self.seconds:
                 row[f"time/{phase}"] = mean([s[phase] for s in seconds]) / self.steps
             row["tokens_per_second"] = sum(tokens) / max(sum(self.seconds.values()), 1e-9)

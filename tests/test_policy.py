@@ -5,8 +5,10 @@ video features in place, causal attention over the sequence, logits. `pack`, `pa
 prefilled cache and the left padding must change nothing.
 """
 
+import math
 import statistics
 import time
+import types
 
 import numpy as np
 import pytest
@@ -113,6 +115,19 @@ def test_rollout_logps_equal_a_full_forward(policy, questions):
             for rows, c in zip(separate_logits(policy, group), group.completions, strict=True)
         ]
         assert (group.sampled_logps_N - torch.cat(logps)).abs().max() < 1e-5
+
+
+def test_a_float32_policy_decodes_under_autocast(policy, questions, monkeypatch):
+    """As on a GPU: keys are float32 once they are rotated, values bf16. The scoring agrees."""
+    monkeypatch.setattr(policy, "compute", lambda: torch.autocast("cpu", torch.bfloat16))
+    with torch.no_grad():
+        features = policy.encode_videos(questions)
+        groups = policy.rollout(questions, features, 3, 12, 1.0, [(0, b) for b in range(3)])
+        hidden = policy.hidden_states(groups, features)
+    for group, hidden_ND in zip(groups, hidden, strict=True):
+        logps = policy.model.lm_head(hidden_ND.float()).log_softmax(-1)
+        scored_N = logps.gather(1, group.targets_N[:, None])[:, 0]
+        assert (group.sampled_logps_N - scored_N).abs().max() < 0.1
 
 
 def test_rollout_last_logits_equal_a_full_forward(policy, questions, monkeypatch):
@@ -226,6 +241,35 @@ def test_sampling_at_the_edges_of_the_uniform_number():
     banned = torch.tensor([True, False, False, True])
     tokens, _ = sample(logits, 1.0, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), banned)
     assert tokens.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("kind, calls", [("qwen2_5_vl", 4 + 4 + 3), ("qwen2_vl", 3)])
+def test_the_vision_tower_attends_in_batches(kind, calls, policy, monkeypatch):
+    """Clips of two sizes, their windows cut off at the borders, in two windowed layers and a full
+    one: the tower of transformers, which calls attention once per window, and its gradients."""
+    model = toy.build_model(policy.tokenizer, vision_depth=3)
+    policy = Policy(model, policy.tokenizer, policy.chat_template)
+    policy = as_qwen2_vl(policy) if kind == "qwen2_vl" else policy
+    sizes = [(2, 22, 34), (1, 6, 10), (3, 22, 34)]
+    clips = [types.SimpleNamespace(grid=s, patches=torch.randn(math.prod(s), 1176)) for s in sizes]
+    counted, attend = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention",
+        lambda *args, **more: counted.append(1) or attend(*args, **more),
+    )  # fmt: skip
+
+    ours = torch.cat(policy.encode_videos(clips))
+    assert len(counted) == calls  # four lengths of windows; three runs of frames of one size
+    ours.square().mean().backward()
+    our_gradients = gradients(policy)
+    policy.model.zero_grad()
+    patches, grids = torch.cat([clip.patches for clip in clips]), torch.tensor(sizes)
+    theirs = policy.vision(patches, grid_thw=grids).pooler_output
+    assert len(counted) >= 3 * calls
+    assert (ours - theirs).abs().max() < 1e-5
+    theirs.square().mean().backward()
+    for name, gradient in gradients(policy).items():
+        assert relative(our_gradients[name], gradient) < 1e-5, name
 
 
 def test_frozen_vision_gets_no_gradient(world, prompter, records):

@@ -87,12 +87,28 @@ def test_metrics_hold_every_name_and_a_line_a_step(short_run):
         "completion_length truncated_frac kl clip_ratio divergence_mean weight_mean "
         "weight_mean_all_alive weight_std grad_norm learning_rate time/data time/rollout "
         "time/score time/update tokens_per_second peak_memory_gb skipped nonfinite "
-        "sampling_logp_difference"
+        "sampling_logp_difference sampling_logp_difference_p99 sampling_logp_difference_max"
     )
     assert all(set(row) == {"step", *names.split()} for row in rows)
     assert all(row["sampling_logp_difference"] < 1e-5 for row in rows)
+    assert all(row["sampling_logp_difference_max"] < 1e-4 for row in rows)  # one policy, float32
+    for row in rows:
+        mean, p99, most = (row[f"sampling_logp_difference{end}"] for end in ("", "_p99", "_max"))
+        assert 0 < mean < p99 < most
     assert all(1 <= row["weight_mean"] <= 1.7 for row in rows)
     assert rows[0]["learning_rate"] == 1e-3 and rows[-1]["learning_rate"] == pytest.approx(2e-4)
+
+
+def test_a_maximum_stays_one_over_questions_and_ranks(tmp_path, monkeypatch):
+    log = RunLog(parse_config([]), tmp_path)
+    for value in (1.0, 3.0, 2.0):
+        log.add(far=value, far_max=value)
+    other_rank = (dict(far=8.0, far_max=4.0), dict(far=1.0), {}, 0, 0.0)
+    monkeypatch.setattr("ranks.gather", lambda mine: [mine, other_rank])
+    log.steps = 1
+    log.write(1)
+    (row,) = metrics(tmp_path)
+    assert row["far"] == 14 / 4 and row["far_max"] == 4
 
 
 def test_completions_hold_a_group_with_its_weights(short_run, policy):
@@ -370,13 +386,13 @@ def test_the_memory_table_in_the_readme_is_what_the_plan_computes(monkeypatch):
     for gpus in (2, 1):
         monkeypatch.setattr("ranks.world", lambda gpus=gpus: gpus)
         parts = plan.memory(Config(), policy, prompt=1100)
-        always, rollout, update = (
+        always, *phases = (
             sum(size for part, size in parts.items() if part.startswith(phase)) / 1e9
-            for phase in ("always", "rollout", "update")
+            for phase in ("always", "rollout", "score", "update")
         )
-        columns.append([always, rollout, update, always + max(rollout, update)])
+        columns.append([always, *phases, always + max(phases)])
     readme = (PROJECT / "README.md").read_text(encoding="utf-8")
-    table = readme[readme.index("| GB (1e9 bytes)") :].splitlines()[2:6]
+    table = readme[readme.index("| GB (1e9 bytes)") :].splitlines()[2:7]
     cells = [re.findall(r"[0-9]+[.][0-9]+", row) for row in table]
     shown = [[float(cell) for cell in row] for row in cells]
     assert shown == [[round(value, 1) for value in row] for row in zip(*columns, strict=True)]
