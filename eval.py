@@ -496,4 +496,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    ranks.run_script(main)

@@ -26,8 +26,9 @@ import torch
 
 import toy
 from benchmarks.origin import source, surroundings
-from config import Config, ConfigError, check_attention
+from config import Config, check_attention
 from data import TEMPLATES, Prompter, Record
+from files import UserError
 from kernels import reference
 from packing import ATTENTION
 from policy import Policy
@@ -165,7 +166,7 @@ def main() -> None:
     )  # fmt: skip
     try:
         check_attention(cfg, torch.device(device))
-    except ConfigError as error:
+    except UserError as error:
         raise SystemExit(f"error: {error}") from None
     policy, prompter, record = build(args.size, args.prompt, device)
     trained = [p for p in policy.model.parameters() if p.requires_grad]

@@ -53,9 +53,7 @@ def test_two_processes_train_like_one(two_ranks, world, tmp_path):
         for name in ("loss", "reward", "reward_std", "kl", "weight_mean", "completion_length"):
             assert a[name] == pytest.approx(b[name], abs=1e-5), name
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
-    ours, theirs = (
-        load_file(r / "checkpoint-5/model.safetensors") for r in (one_run, two_ranks)
-    )
+    ours, theirs = (load_file(r / "checkpoint-5/model.safetensors") for r in (one_run, two_ranks))
     assert max((ours[name] - theirs[name]).abs().max() for name in ours) < 1e-4
     assert json.loads((two_ranks / "config.json").read_text())["max_steps"] == 5
     ours, theirs = (json.loads((run / "eval.json").read_text()) for run in (one_run, two_ranks))
@@ -154,3 +152,24 @@ def test_a_disk_that_fills_up_on_one_rank_is_an_error_on_both(world, tmp_path):
 def test_two_gpus_train(world, tmp_path):
     result = run_two(world, tmp_path / "r", *FIVE, "1", timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_an_error_that_all_ranks_know_of_saves_the_steps_before_it(world, tmp_path):
+    """In the rollout, before the ranks compute together: they can still agree to save."""
+    flags = "--max_steps 9 --per_device_train_batch_size 1".split()
+    result = run_two(world, tmp_path / "r", *flags, fault=("rollout", 1, 3))
+    assert result.returncode != 0 and "a fault in the rollout" in result.stderr
+    assert "stopped after step 2; " in result.stderr and "checkpoint-2 holds" in result.stderr
+    assert (tmp_path / "r" / "checkpoint-2" / "trainer_state" / "checksums.json").exists()
+    more = ["2", "--max_steps", "9", "--learning_rate", "1e-6"]
+    result = run_twgrpo(world, tmp_path / "r", *FIVE, *more, "--resume_from_checkpoint", "auto")
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_an_error_that_one_rank_alone_knows_of_ends_both_and_saves_nothing(world, tmp_path):
+    """In the backward pass, where the other rank waits in a collective."""
+    flags = "--max_steps 9 --save_steps 2 --per_device_train_batch_size 1".split()
+    result = run_two(world, tmp_path / "r", *flags, fault=("backward", 1, 4))
+    assert result.returncode != 0 and "a fault in the backward" in result.stderr
+    assert "checkpoint-2 holds the run so far" in result.stderr
+    assert [path.name for path in (tmp_path / "r").glob("*checkpoint*")] == ["checkpoint-2"]
