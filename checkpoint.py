@@ -5,13 +5,16 @@
 
 A checkpoint is written beside its place and renamed when it is whole, so a kill at any moment
 leaves the older one. The trainer state is a torch.distributed.checkpoint: another number of ranks
-can load it.
+can load it. checksums.json beside it holds the CRC-32 of each of its files. Loading unpickles its
+.metadata, which can run code: resume only from checkpoints that you trust.
 """
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import sys
 import warnings
 from pathlib import Path
 
@@ -19,15 +22,76 @@ import torch.distributed.checkpoint as dcp
 from torch import optim
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from tqdm import tqdm
 
+import files
 import ranks
+from config import Config, check_changes, read_settings
+from files import UserError
 from policy import Policy
+from runlog import COUNTERS, RunLog, step_of
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
 
 
-class CheckpointError(Exception):
-    """A checkpoint that cannot be written or read. The message names it and the remedy."""
+# ------------------------------------------------------------------------------------------- saving
+
+
+class Saver:
+    """Saves a run: when the loop asks for it, and before an error ends it.
+
+    If a step raises before it has changed a weight, the steps before it are saved first; several
+    ranks do so only if all of them know of the error (ranks.alone), since saving takes them all.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        policy: Policy,
+        optimizer: optim.Optimizer,
+        log: RunLog,
+        resume: tuple[Path, dict] | None,
+    ):
+        self.cfg, self.policy, self.optimizer, self.log = cfg, policy, optimizer, log
+        self.saved = resume[0] if resume else None  # the newest checkpoint
+        self.step = self.saved_step = resume[1]["step"] if resume else 0
+        self.finished(self.step)
+        optimizer.register_step_pre_hook(self._weights_change)
+
+    def _weights_change(self, *_) -> None:
+        self.between_steps = False
+
+    def finished(self, step: int) -> None:
+        """The weights and counters are those after `step`, until the optimizer steps again."""
+        self.step, self.counters, self.between_steps = step, self.log.counters(), True
+
+    def save(self) -> Path:
+        """Writes the checkpoint of the step that is finished. Called by all ranks."""
+        self.log.write(self.step)
+        self.saved_step = self.step  # even if it fails: once is enough
+        counters = {"step": self.step, **self.counters}
+        model_only, source = self.cfg.save_only_model, self.cfg.model_name_or_path
+        self.saved = save(self.policy, self.optimizer, counters, self.log.dir, source, model_only)
+        return self.saved
+
+    @contextlib.contextmanager
+    def rescuing(self):
+        """The loop runs in here. Called by all ranks."""
+        try:
+            yield
+        except Exception as error:
+            agreed = ranks.world() == 1 or getattr(error, "agreed", False)
+            kept = "nothing was saved"
+            try:
+                if agreed and self.between_steps and self.step > self.saved_step:
+                    self.save()
+            except UserError as another:  # the first error is the one to be raised
+                kept = str(another)
+            if self.saved:
+                kept = f"{self.saved} holds the run so far"
+            if ranks.is_main() or not agreed:
+                tqdm.write(f"stopped after step {self.step}; {kept}", file=sys.stderr)
+            raise
 
 
 def save(
@@ -35,71 +99,79 @@ def save(
     optimizer: optim.Optimizer,
     counters: dict,
     run: Path,
-    step: int,
     processor_from: str,
     model_only: bool = False,
 ) -> Path:
-    """Writes run/checkpoint-STEP. Called by all ranks. Raises CheckpointError on all of them."""
-    final, partial = run / f"checkpoint-{step}", run / f".checkpoint-{step}.partial"
+    """Writes run/checkpoint-STEP, where counters["step"] is the step. Called by all ranks. Raises
+    UserError on all of them."""
+    final = run / f"checkpoint-{counters['step']}"
+    partial = run / f".{final.name}.partial"
+    state = partial / "trainer_state"
 
     def begin() -> None:
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / "trainer_state").mkdir(parents=True)
+        for killed in run.glob(".checkpoint-*.partial"):
+            shutil.rmtree(killed)
+        state.mkdir(parents=True)
 
-    def finish() -> None:
+    def write_state() -> None:
+        whole = _state(policy, optimizer)
+        dcp.save(whole, checkpoint_id=state, no_dist=ranks.world() == 1)
+
+    def sums() -> dict[str, int]:
+        """Of the files of this rank, which are the newest in this machine's memory."""
+        mine = [path for path in state.iterdir() if path.name.startswith(f"__{ranks.rank()}_")]
+        return {path.name: files.checksum(path) for path in mine}
+
+    def finish(checksums: dict[str, int]) -> None:
         if model_only:
-            shutil.rmtree(partial / "trainer_state")
+            state.rmdir()
         else:
-            text = json.dumps({"step": step, **counters})
-            (partial / "trainer_state" / "counters.json").write_text(text, encoding="utf-8")
-        _flush(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-        for older in [] if model_only else run.glob("checkpoint-*/trainer_state"):
-            if older.parent != final:
-                shutil.rmtree(older)
+            (state / "counters.json").write_text(json.dumps(counters), encoding="utf-8")
+            for name in ("counters.json", ".metadata"):
+                checksums[name] = files.checksum(state / name)
+            (state / "checksums.json").write_text(json.dumps(checksums), encoding="utf-8")
+        for path in [*partial.rglob("*"), partial]:  # on the disk before the rename says so
+            files.flush(path)
+        os.rename(partial, final)  # fails if something has that name
+        for older in [] if model_only else checkpoints(run).values():
+            if older != final and not (older / "trainer_state").is_symlink():
+                shutil.rmtree(older / "trainer_state", ignore_errors=True)
 
-    _together(partial, begin, main_only=True)
-    _together(partial, policy.save, partial, processor_from)
+    _together(final, begin, main_only=True)
+    _together(final, policy.save, partial, processor_from)
+    everyones = []
     if not model_only:
-        _together(
-            partial,
-            dcp.save,
-            _state(policy, optimizer),
-            checkpoint_id=partial / "trainer_state",
-            no_dist=ranks.world() == 1,
-        )
-    _together(partial, finish, main_only=True)
+        _together(final, write_state)
+        everyones = _together(final, sums)
+    checksums = {name: crc for mine in everyones for name, crc in mine.items()}
+    _together(final, finish, checksums, main_only=True)
     return final
 
 
-def _together(partial: Path, action, *arguments, main_only: bool = False, **options) -> None:
-    """One stage of a save. If it fails on any rank it fails on all, and no rank waits alone."""
-    reason = None
+def _together(final: Path, action, *arguments, main_only: bool = False) -> list:
+    """One stage of a save; what it returned on each rank. If it fails on any rank it fails on all,
+    and no rank waits alone."""
+    reason = result = None
     try:
         if ranks.is_main() or not main_only:
-            action(*arguments, **options)
+            result = action(*arguments)
     except (Exception, CheckpointException) as error:  # of safetensors, torch and the disk
-        if isinstance(error, CheckpointException):  # no Exception; one error of each failed rank
-            error = next(iter(error.failures.values()))[0]
-        free = shutil.disk_usage(partial.parent).free / 1e9
-        reason = f"{str(error).strip().splitlines()[-1][:200]}; {free:.2f} GB free there"
-    reasons = [r for r in ranks.gather(reason) if r is not None]
-    if reasons:
+        free = shutil.disk_usage(final.parent).free / 1e9
+        reason = f"{_sentence(error)}; {free:.2f} GB free there"
+    reasons, results = zip(*ranks.gather((reason, result)), strict=True)
+    if failed := [r for r in reasons if r is not None]:
         if ranks.is_main():
-            shutil.rmtree(partial, ignore_errors=True)
-        name = partial.with_name(partial.name.strip(".").removesuffix(".partial"))
-        raise CheckpointError(
-            f"{name} could not be written ({reasons[0]}); earlier checkpoints are whole"
+            shutil.rmtree(final.with_name(f".{final.name}.partial"), ignore_errors=True)
+        raise UserError(
+            f"{final} could not be written ({failed[0]}); earlier checkpoints are whole"
         )
+    return list(results)
 
 
-def _flush(directory: Path) -> None:
-    """Has the disk hold every file before the rename says that it does."""
-    for path in [*directory.rglob("*"), directory]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):  # no Exception; one error of each failed rank
+        error = next(iter(error.failures.values()))[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
 
 
 def _state(policy: Policy, optimizer: optim.Optimizer) -> dict:
@@ -107,56 +179,128 @@ def _state(policy: Policy, optimizer: optim.Optimizer) -> dict:
     return {"model": model, "optimizer": state}
 
 
+# ----------------------------------------------------------------------------------------- resuming
+
+
+def checkpoints(run: Path) -> dict[int, Path]:
+    """{step: checkpoint-STEP} of a run; other names and links are not ours."""
+    found = {}
+    for path in run.iterdir() if run.is_dir() else ():
+        name = re.fullmatch("checkpoint-(0|[1-9][0-9]{0,15})", path.name)
+        if name and path.is_dir() and not path.is_symlink():
+            found[int(name[1])] = path
+    return found
+
+
+def to_resume(cfg: Config, run: Path) -> tuple[Path, dict] | None:
+    """The checkpoint to go on from, found to be whole, and its counters; None if the run has not
+    saved yet. Says what has changed since. Raises UserError; nothing has been written then."""
+    path = find(run, cfg.resume_from_checkpoint) if cfg.resume_from_checkpoint else None
+    if path is None:
+        return None
+    counters = verify(path)
+    done = counters["step"]
+    if later := [kept for step, kept in checkpoints(run).items() if step > done]:
+        raise UserError(
+            f"{later[0]} is later than {path}, and would be overwritten; resume from the newest "
+            "checkpoint, or from this one into another --output_dir"
+        )
+    for line in check_changes(cfg, read_settings(path.parent), done):
+        print(f"changed after step {done}: {line}")
+    print(f"going on from {path}, after step {done}", flush=True)
+    return path, counters
+
+
 def find(run: Path, which: str) -> Path | None:
     """The checkpoint to go on from: `which` is a path, or "auto" for the newest of the run.
 
-    None if "auto" finds none, which is how a run that is always started with "auto" begins.
+    None if "auto" finds a run that was killed before its first checkpoint, or none: which is how a
+    run that is always started with "auto" begins.
     """
-    if which == "auto":
-        found = [p.parents[1] for p in run.glob("checkpoint-*/trainer_state/counters.json")]
-        return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
-    if not (Path(which) / "trainer_state" / "counters.json").is_file():
-        raise CheckpointError(
-            f"{which}: holds no trainer_state to go on from; only a run's newest checkpoint does"
+    saved = checkpoints(run)
+    if which == "auto" and not saved:
+        check_nothing_is_missing(run)
+        return None
+    path = saved[max(saved)] if which == "auto" else Path(which)
+    if not (path / "trainer_state" / "counters.json").is_file():
+        raise UserError(
+            f"{path}: holds no trainer_state to go on from, which only a run's newest checkpoint "
+            f"has, unless --save_only_model; to train its weights as a new run, give them as "
+            "--model_name_or_path, with another --output_dir"
         )
-    return Path(which)
+    return path
 
 
-def load(path: Path, policy: Policy, optimizer: optim.Optimizer) -> dict:
-    """Puts parameters and optimizer as they were, in place; returns the counters, "step" first."""
+def check_nothing_is_missing(run: Path) -> None:
+    """Raises UserError if a run without checkpoints has gone so far that it must have saved."""
+    path = run / "metrics.jsonl"
+    if not path.exists():
+        return
+    last = max((step_of(line) or 0 for line in path.read_bytes().splitlines(True)), default=0)
+    old, saving = read_settings(run), any(run.glob(".checkpoint-*.partial"))
+    if last > old["save_steps"] or (last >= old["max_steps"] and not saving):
+        raise UserError(
+            f"{run} has done {last} steps, but holds no checkpoint; put its newest one back, or "
+            "choose another --output_dir"
+        )
+    if last:
+        print(f"nothing was saved yet: starting at step 1; the log is kept as {path}.after-0")
+
+
+def verify(path: Path) -> dict:
+    """The counters of a trainer state, all of whose files have their checksums. Raises UserError.
+
+    It reads everything once, at the disk's speed: CRC-32 alone takes about 7 GB a second.
+    """
+    state = path / "trainer_state"
+    remedy = "go on from another checkpoint, or start a new run from its weights"
+    sums = files.read_json(state / "checksums.json", f"it may be of an older version; {remedy}")
+    for name, crc in sums.items():
+        try:
+            whole = files.checksum(state / name) == crc
+        except OSError as error:
+            raise UserError(f"{state / name} cannot be read ({error.strerror}); {remedy}") from None
+        if not whole:
+            raise UserError(f"{state / name} is damaged (another checksum); {remedy}")
+    counters = files.read_json(state / "counters.json", remedy)
+    if not {"counters.json", ".metadata"} <= sums.keys() or not all(
+        type(counters.get(name)) is int for name in ("step", *COUNTERS)
+    ):
+        raise UserError(f"{state} is not of this version of the program; {remedy}")
+    return counters
+
+
+def check_fits(path: Path, policy: Policy) -> None:
+    """Raises UserError unless the trainer state has the parameters of this model, and no others."""
+    try:
+        saved = dcp.FileSystemReader(path / "trainer_state").read_metadata().state_dict_metadata
+        theirs = {
+            name.removeprefix("model."): tuple(value.size)
+            for name, value in saved.items()
+            if name.startswith("model.")
+        }
+    except (Exception, CheckpointException) as error:  # of pickle and torch
+        raise UserError(f"{path}: its trainer_state cannot be read ({_sentence(error)})") from None
+    ours = {name: tuple(value.shape) for name, value in policy.model.named_parameters()}
+    if wrong := sorted({name for name, _ in theirs.items() ^ ours.items()}):
+        raise UserError(
+            f"{path}: its trainer_state is of another model than this one ({len(wrong)} parameters "
+            f"differ, such as {wrong[0]}); give the run's own --model_name_or_path"
+        )
+
+
+def load(path: Path, policy: Policy, optimizer: optim.Optimizer) -> None:
+    """Puts parameters and optimizer as they were, in place. Called by all ranks."""
     state = _state(policy, optimizer)
     try:
         dcp.load(state, checkpoint_id=path / "trainer_state", no_dist=ranks.world() == 1)
-    except Exception as error:
-        raise CheckpointError(
-            f"{path}: its trainer_state does not fit this model ({error})"
+        set_state_dict(
+            policy.model,
+            optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
+    except (Exception, CheckpointException) as error:
+        raise UserError(
+            f"{path}: its trainer_state does not fit this model ({_sentence(error)})"
         ) from error
-    set_state_dict(
-        policy.model,
-        optimizer,
-        model_state_dict=state["model"],
-        optim_state_dict=state["optimizer"],
-    )
-    return json.loads((path / "trainer_state" / "counters.json").read_text(encoding="utf-8"))
-
-
-def move_aside_later_rows(run: Path, step: int) -> None:
-    """Log lines written after `step` go to NAME.after-STEP, and a line cut off by a kill with them.
-
-    The lines that stay are then those of the run that was never interrupted.
-    """
-    for name in ("metrics.jsonl", "completions.jsonl"):
-        path = run / name
-        if not path.exists():
-            continue
-        kept, later = [], []
-        for line in path.read_bytes().splitlines(keepends=True):
-            found = re.match(rb'\{"step": (\d+),', line)
-            whole = found and line.endswith(b"\n")
-            (kept if whole and int(found[1]) <= step else later).append(line)
-        if later:
-            with open(run / f"{name}.after-{step}", "ab") as aside:
-                aside.writelines(later)
-            beside = run / f".{name}.partial"
-            beside.write_bytes(b"".join(kept))
-            os.replace(beside, path)

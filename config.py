@@ -1,12 +1,12 @@
 """The settings of a run: every flag of twgrpo.py, what it must not be, and the files it names.
 
 A run without a model is the embedded toy: toy.DEFAULTS take the place of the recipe's defaults, and
-`prepare_toy` makes the files that the other flags would have named.
+`toy_config` names the files that the run makes first.
 """
 
 import dataclasses
 import math
-import shutil
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -14,15 +14,20 @@ from typing import Literal
 import torch
 from transformers import HfArgumentParser
 
+import files
 import ranks
 import toy
 import video
 from data import MAX_PROMPT_LENGTH, Record, load_records, select_records
+from files import UserError
+from records import printable
 from rewards import REWARDS
 
-
-class ConfigError(Exception):
-    """Flags that make no sense. The message names the flag and what it should be."""
+# What a run is: with another of these it would be another run. Batches are compared apart.
+IDENTITY = ("seed", "model_name_or_path", "jsonl_path", "video_root", "question_type",
+            "train_samples", "num_generations")  # fmt: skip
+BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+COMMAND = ("output_dir", "resume_from_checkpoint", "allow_changes", "dry_run")  # not of the run
 
 
 def flag(default, text: str):
@@ -88,20 +93,23 @@ class Config:
     report_to: Literal["none", "tensorboard", "wandb"] = flag("none", "metrics also go there")
     save_only_model: bool = flag(False, "checkpoints without what resuming needs")
     resume_from_checkpoint: str | None = flag(None, "a checkpoint, or auto: the run's newest")
+    allow_changes: bool = flag(False, "resume even with another seed, data, model or batch")
     dataloader_num_workers: int = flag(4, "processes that decode clips ahead; 0: one, not ahead")
     clip_timeout: float = flag(60.0, "seconds after which a clip counts as unreadable")
     max_skip_fraction: float = flag(0.05, "more unreadable clips than this end the run")
     dry_run: bool = flag(False, "show prompt, clips, memory and schedule; train nothing")
 
     def check(self) -> None:
-        """Raises ConfigError on a setting that makes no sense."""
+        """Raises UserError on a setting that makes no sense."""
         rules = {
             "--alpha is the upper bound of the token weights: at least 1": self.alpha >= 1,
             "--num_generations must be at least 2, to compare": self.num_generations >= 2,
             "--epsilon must be in [0, 1)": 0 <= self.epsilon < 1,
             "--epsilon_high must be 0 or more": self.epsilon_high >= 0,
             "--beta must be 0 or more": self.beta >= 0,
-            "--temperature must be above 0, or all completions are the same": self.temperature > 0,
+            "--temperature must be above 0.001, or all completions are the same": (
+                self.temperature > 0.001
+            ),
             "--learning_rate must be above 0": self.learning_rate > 0,
             "--max_grad_norm must be above 0": self.max_grad_norm > 0,
             "--warmup_steps must be 0 or more": self.warmup_steps >= 0,
@@ -109,9 +117,9 @@ class Config:
             "--adam_beta1 and --adam_beta2 must be in [0, 1)": (
                 0 <= self.adam_beta1 < 1 and 0 <= self.adam_beta2 < 1
             ),
-            "--seed must be 0 or more": self.seed >= 0,
-            "--dataloader_num_workers must be 0 or more": self.dataloader_num_workers >= 0,
-            "--clip_timeout must be above 0": self.clip_timeout > 0,
+            "--seed must be 0 or more, and below 2^63": 0 <= self.seed < 2**63,
+            "--dataloader_num_workers must be in 0..256": 0 <= self.dataloader_num_workers <= 256,
+            "--clip_timeout must be above 0, and at most a day": 0 < self.clip_timeout <= 86400,
             "--max_skip_fraction must be in [0, 1]": 0 <= self.max_skip_fraction <= 1,
             "--fps must be above 0": self.fps > 0,
             "--max_frames must be at least 2, one temporal patch": self.max_frames >= 2,
@@ -126,18 +134,25 @@ class Config:
             "--eval_jsonl_path and --video_root need --jsonl_path; the toy brings its own": (
                 self.jsonl_path is not None or not (self.eval_jsonl_path or self.video_root)
             ),
+            "--resume_from_checkpoint needs the --output_dir of the run to go on with": (
+                self.output_dir is not None or self.resume_from_checkpoint is None
+            ),
         }
         for name in ("max_completion_length", "num_iterations", "max_steps", "save_steps",
                      "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps",
                      "train_samples", "max_prompt_length"):  # fmt: skip
             rules[f"--{name} must be at least 1"] = getattr(self, name) >= 1
-        for name in ("alpha", "beta", "temperature", "learning_rate", "epsilon_high", "fps"):
-            rules[f"--{name} must be finite"] = math.isfinite(getattr(self, name))
+        for name, value in dataclasses.asdict(self).items():
+            if type(value) is int and name != "seed":  # they are counts, or sizes of tensors
+                rules[f"--{name} must be at most 2^31 - 1"] = value < 2**31
+            if type(value) is float and name != "max_grad_norm":  # inf: no clipping
+                holds = math.isfinite(value) and abs(value) <= 1e9  # float32 must hold its square
+                rules[f"--{name} must be finite, and at most 1e9"] = holds
         for name in self.reward_funcs:
             rules[f"--reward_funcs knows {', '.join(REWARDS)}, not {name!r}"] = name in REWARDS
         for message, holds in rules.items():
             if not holds:
-                raise ConfigError(message)
+                raise UserError(message)
 
 
 def parse_config(arguments: list[str] | None = None) -> Config:
@@ -154,48 +169,112 @@ def parse_config(arguments: list[str] | None = None) -> Config:
 
 
 def make_output_dir(cfg: Config) -> Path:
-    """A directory for this run and no other, or that of the run to go on with. Raises ConfigError
-    if it cannot be had."""
-    if cfg.output_dir is not None:
-        directory = Path(cfg.output_dir)
-        if not cfg.resume_from_checkpoint and directory.is_dir() and any(directory.iterdir()):
-            raise ConfigError(
-                f"--output_dir {directory} is not empty; choose another, or go on with the run in "
-                "it by --resume_from_checkpoint auto"
-            )
-    elif cfg.resume_from_checkpoint:
-        raise ConfigError(
-            "--resume_from_checkpoint needs the --output_dir of the run to go on with"
-        )
-    else:
-        name = Path(cfg.model_name_or_path or "toy").name
-        if cfg.loss_type != "tw_grpo":
-            name += f"-{cfg.loss_type}"
-        directory, k = Path("runs") / name, 1
-        while directory.exists():
-            k += 1
-            directory = Path("runs") / f"{name}-{k}"
+    """A directory for this run and no other, or that of the run to go on with; locked until this
+    process ends. Raises UserError if it cannot be had; nothing in it has changed then."""
+    name = Path(cfg.model_name_or_path or "toy").name
+    if cfg.loss_type != "tw_grpo":
+        name += f"-{cfg.loss_type}"
+    directory = Path(cfg.output_dir) if cfg.output_dir else Path("runs") / name
     try:
+        if cfg.output_dir is None:
+            directory = files.new_directory(directory)
+        check_contents(cfg, directory)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / ".write").touch()
-        (directory / ".write").unlink()
+        if files.lock(directory / ".lock") is None:
+            raise UserError(f"--output_dir {directory} is in use by another process")
+        check_contents(cfg, directory)  # a run may have come and gone before the lock
     except OSError as error:
-        raise ConfigError(f"--output_dir {directory} cannot be written: {error.strerror}") from None
+        raise UserError(f"--output_dir {directory} cannot be written: {error.strerror}") from None
     return directory
 
 
+def check_contents(cfg: Config, directory: Path) -> None:
+    """Raises UserError unless the directory is new to us, or holds a run to resume."""
+    begun = {".lock", toy.beside(directory / "toy").name}  # of a start that was killed
+    if toy.is_world(directory / "toy"):
+        begun.add("toy")
+    names = {path.name for path in directory.iterdir()} - begun if directory.is_dir() else ()
+    if names and not cfg.resume_from_checkpoint:
+        raise UserError(
+            f"--output_dir {directory} is not empty; choose another, or go on with the run in "
+            "it by --resume_from_checkpoint auto"
+        )
+    if names and "config.json" not in names:
+        raise UserError(
+            f"--output_dir {directory} holds files, but no run (it has no config.json); "
+            "choose another"
+        )
+
+
+def settings_of(cfg: Config) -> dict:
+    """What config.json holds of a run, apart from the history."""
+    return dataclasses.asdict(cfg) | {"world_size": ranks.world()}
+
+
+def read_settings(directory: Path) -> dict:
+    """config.json of a run. Raises UserError if it is damaged, or of something else."""
+    path, remedy = directory / "config.json", "choose another --output_dir"
+    settings = {"world_size": 1} | files.read_json(path, remedy)
+    counts = ("max_steps", "save_steps", "world_size", *BATCH)
+    if not all(type(settings.get(name)) is int for name in counts):
+        raise UserError(f"{path} is not the config.json of a run; {remedy}")
+    return settings
+
+
+def changed_settings(cfg: Config, old: dict) -> dict:
+    """The old value of every setting that has changed since the run with the settings `old`."""
+    new = settings_of(cfg)
+    return {
+        name: old[name]
+        for name in new
+        if name in old and name not in COMMAND and not same(old[name], new[name])
+    }
+
+
+def same(old: object, new: object) -> bool:
+    """Whether two values of a flag are equal, or name one file."""
+    try:
+        return old == new or os.path.samefile(old, new)
+    except (OSError, TypeError, ValueError):
+        return False
+
+
+def check_changes(cfg: Config, old: dict, done: int) -> list[str]:
+    """A line for each setting that has changed since the run with the settings `old`, after `done`
+    steps of it. Raises UserError if this would be another run."""
+    if cfg.max_steps < done:
+        raise UserError(
+            f"--max_steps {cfg.max_steps} is below the {done} steps that this run has done; give "
+            f"at least {done}"
+        )
+    changed, new = changed_settings(cfg, old), settings_of(cfg)
+    lines = {name: f"{name} was {value}, is now {new[name]}" for name, value in changed.items()}
+    before, now = (math.prod(s[name] for name in (*BATCH, "world_size")) for s in (old, new))
+    another = [n for n in lines if n in IDENTITY or (n in BATCH and before != now)]
+    if another and not cfg.allow_changes:
+        raise UserError(
+            f"{'; '.join(lines[name] for name in another)}: that would be another run; give the "
+            "old values, or --allow_changes true"
+        )
+    if before != now:
+        lines["questions"] = f"a step has {now} questions, before {before}"
+    if "max_steps" in lines:
+        lines["max_steps"] += ": the learning rate now falls to 0 there"
+    return [printable(line) for line in lines.values()]
+
+
 def check_attention(cfg: Config, device: torch.device) -> None:
-    """Raises ConfigError if the attention of packing.py that was asked for cannot train here."""
+    """Raises UserError if the attention of packing.py that was asked for cannot train here."""
     name = cfg.attn_implementation
     if name == "sdpa" or cfg.dry_run:
         return
     if device.type != "cuda":
-        raise ConfigError(f"--attn_implementation {name} needs CUDA; sdpa works everywhere")
+        raise UserError(f"--attn_implementation {name} needs CUDA; sdpa works everywhere")
     if name == "flash_attention_2":
         try:
             import flash_attn  # noqa: F401
         except ImportError as error:  # not there, or built for another torch
-            raise ConfigError(
+            raise UserError(
                 f"--attn_implementation {name} needs: pip install flash-attn ({error})"
             ) from None
 
@@ -209,16 +288,8 @@ def held_out_records(cfg: Config) -> list[Record]:
     return load_records(cfg.eval_jsonl_path, cfg.video_root) if cfg.eval_jsonl_path else []
 
 
-def prepare_toy(cfg: Config, root: Path) -> Config:
-    """The same settings, pointed at a toy world under `root`, which the first rank makes."""
-    if ranks.is_main():
-        print("No --model_name_or_path: training the embedded toy, which sets these flags:")
-        print("  " + " ".join(f"--{name} {value}" for name, value in toy.DEFAULTS.items()))
-        if not (root / "model").exists():
-            print("Making its clips and its model first takes about a minute.", flush=True)
-            shutil.rmtree(root, ignore_errors=True)  # of a run that was killed while making it
-            toy.prepare(root, cfg.seed)
-    ranks.barrier()
+def toy_config(cfg: Config, root: Path) -> Config:
+    """The same settings, pointed at the toy world under `root`."""
     return dataclasses.replace(
         cfg,
         model_name_or_path=str(root / "model"),
@@ -226,3 +297,20 @@ def prepare_toy(cfg: Config, root: Path) -> Config:
         eval_jsonl_path=str(root / "test.jsonl"),
         video_root=str(root),
     )
+
+
+def show_toy_flags(dry_run: bool = False) -> None:
+    print("No --model_name_or_path: training the embedded toy, which sets these flags:")
+    print("  " + " ".join(f"--{name} {value}" for name, value in toy.DEFAULTS.items()))
+    if dry_run:
+        print("The run makes its clips and model; a dry run writes nothing, so it ends here.")
+
+
+def make_toy(cfg: Config, root: Path) -> None:
+    """Makes the toy world unless it exists. Raises UserError if something else has its place."""
+    show_toy_flags()
+    if root.exists() and not toy.is_world(root):
+        raise UserError(f"{root} is there, but is no toy world; choose another --output_dir")
+    if not root.exists():
+        print("Making its clips and its model first takes about a minute.", flush=True)
+        toy.prepare(root, cfg.seed)

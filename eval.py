@@ -31,6 +31,7 @@ import ranks
 import scoring
 import video
 from data import MAX_PROMPT_LENGTH, STYLES, Prompter, Question, check_prompts, load_records
+from files import UserError
 from kernels import tw_grpo_head
 from loader import ClipReader
 from packing import Group
@@ -454,15 +455,13 @@ def main() -> None:
             scored = [(log, scoring.summarize(log, args.resamples)) for log in logs]
             texts = [scoring.report(*pair) for pair in scored]
             print(scoring.markdown(scored) if args.markdown else "\n\n".join(texts))
-    except (DataError, ModelError, VideoError) as error:
+    except (UserError, DataError, ModelError, VideoError, ranks.Failed) as error:
         raise SystemExit(f"error: {printable(str(error))}") from None
     except KeyboardInterrupt:
         raise SystemExit(
             "interrupted; a run goes on where it stopped if it is given again"
         ) from None
-    finally:
-        ranks.stop()
 
 
 if __name__ == "__main__":
-    main()
+    ranks.run_script(main)

@@ -3,13 +3,22 @@
     replacing       write beside a file, then rename over it
     lock            one process at a time in a run directory or at a log
     new_directory   a fresh directory that no other process can choose too
+    read_json       a JSON object, or a sentence that says why not
+
+What a user can mend is raised as a UserError, here and everywhere else.
 """
 
 import contextlib
 import fcntl
+import json
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+
+
+class UserError(Exception):
+    """A command that cannot be carried out. The message says why, and what to do instead."""
 
 
 def flush(path: Path) -> None:
@@ -64,3 +73,25 @@ def new_directory(base: Path) -> Path:
             return directory
         except FileExistsError:
             k += 1
+
+
+def read_json(path: Path, remedy: str) -> dict:
+    """The object in a JSON file. Raises UserError, which ends with `remedy`, if there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{path} is damaged, its text is not JSON; {remedy}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold a JSON object; {remedy}")
+    return value
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file, read in blocks of 16 MB; any single flipped bit changes it."""
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            crc = zlib.crc32(block, crc)
+    return crc

@@ -4,14 +4,19 @@ Without torchrun every function here is the obvious thing for a single process, 
 reads the same. What waits for the others, from `gather` on, is called by all ranks or by none.
 """
 
+import contextlib
 import os
 import signal
 import sys
+import traceback
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
+
+from files import UserError
 
 PATIENCE = timedelta(hours=1)  # with a rank that decodes slow clips, before it counts as hung
 
@@ -23,13 +28,44 @@ def start() -> torch.device:
     if cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
+        names = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        if missing := [name for name in names if not os.environ.get(name)]:
+            raise UserError(
+                f"RANK is set in the environment, but not {', '.join(missing)}; start several "
+                "ranks with torchrun, or unset RANK for one process"
+            )
         dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
     return torch.device(device)
 
 
-def stop() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def run_script(main: Callable[[], None]) -> None:
+    """Runs a script's `main`; under torchrun it then ends the process, with the right exit code.
+
+    It ends without the interpreter's shutdown: meshes, FSDP and DTensors still refer to process
+    groups then, gloo's threads outlive the interpreter, and C++ aborts a run that had finished
+    (pytorch #190489, #179291).
+    """
+    if "RANK" not in os.environ:
+        return main()
+    code = 1
+    try:
+        main()
+        if dist.is_initialized():
+            barrier()  # nobody leaves while another still has something to send
+            dist.destroy_process_group()
+        code = 0
+    except SystemExit as ending:
+        if isinstance(ending.code, str):
+            print(ending.code, file=sys.stderr)
+        else:
+            code = ending.code or 0
+    except BaseException:  # as the interpreter does at its own end
+        traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # its reader may be gone
+                stream.flush()
+        os._exit(code)
 
 
 def rank() -> int:
@@ -44,13 +80,54 @@ def is_main() -> bool:
     return rank() == 0
 
 
+class Failed(Exception):
+    """Another rank failed where all of them could still agree on what to do."""
+
+    agreed = True
+
+
 def gather(value) -> list:
-    """The value of every rank, in order of rank; any small object that can be pickled."""
+    """The value of every rank, in order of rank; any small object that can be pickled.
+
+    Raises Failed if it met a rank that raised inside `alone`.
+    """
     if not dist.is_initialized():
         return [value]
     values = [None] * world()
     dist.all_gather_object(values, value)
+    for k, other in enumerate(values):
+        if isinstance(other, Failed) and k != rank():
+            raise other
     return values
+
+
+@contextlib.contextmanager
+def alone():
+    """Work in which no rank waits for another except in `gather`. If it raises on one rank, that
+    rank still takes part in the next `gather` of the others, and all of them raise."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, Failed):
+            with contextlib.suppress(Failed):  # several may fail at once
+                gather(Failed(f"rank {rank()} failed: {str(error) or type(error).__name__}"))
+        error.agreed = True
+        raise
+
+
+def on_first(action: Callable, *arguments):
+    """action(*arguments) on the first rank only; every rank returns its result, or raises its
+    UserError or OSError."""
+    answer = None
+    if is_main():
+        try:
+            answer = action(*arguments)
+        except (UserError, OSError) as error:
+            answer = error
+    answer = gather(answer)[0]
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 def total(value: float) -> float:
@@ -68,19 +145,51 @@ def barrier() -> None:
 
 
 class StopSignal:
-    """Ctrl-C or SIGTERM: finish the step, save and leave the loop. A second one acts at once."""
+    """Ctrl-C, SIGTERM, SIGHUP or a terminal that is gone: finish the step, save and leave the loop.
+    A second signal acts at once."""
 
     def __enter__(self):
-        self.requested = False
-        self.before = {n: signal.signal(n, self._receive) for n in (signal.SIGINT, signal.SIGTERM)}
+        self.requested, self.stderr = False, sys.stderr
+        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+            numbers.remove(signal.SIGHUP)  # nohup: closing the terminal is no reason to stop
+        self.before = {n: signal.signal(n, self._receive) for n in numbers}
+        sys.stderr = self
         return self
 
     def __exit__(self, *_):
+        sys.stderr = self.stderr
+        self._restore()
+
+    def _restore(self):
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
     def _receive(self, number, frame):
         self.requested = True
-        self.__exit__()
+        self._restore()
         name = signal.Signals(number).name
-        tqdm.write(f"{name}: finishing the step, then saving; Ctrl-C to stop now", file=sys.stderr)
+        tqdm.write(f"{name}: finishing the step, then saving; Ctrl-C to stop now", file=self)
+
+    def write(self, text: str) -> int:
+        """In place of sys.stderr's: where nobody can read it any more, the run is to stop."""
+        with self._unread():
+            self.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._unread():
+            self.stderr.flush()
+
+    @contextlib.contextmanager
+    def _unread(self):
+        try:
+            yield
+        except OSError:
+            self.requested = True
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for descriptor in (2, 1)[: 1 + os.path.sameopenfile(1, 2)]:
+                os.dup2(nowhere, descriptor)  # so that saving and the pictures can go on
+
+    def __getattr__(self, name):
+        return getattr(self.stderr, name)

@@ -1,6 +1,6 @@
 """The files a run leaves behind, apart from its checkpoints.
 
-    config.json         the flags
+    config.json         the flags, and what they were before the run was resumed with others
     metrics.jsonl       one line every logging_steps and at each checkpoint: means since the last
     completions.jsonl   one group every logging_steps, with rewards, advantages and token weights
 
@@ -11,6 +11,7 @@ reward functions.
 import dataclasses
 import json
 import math
+import re
 import sys
 import time
 from collections import defaultdict
@@ -22,20 +23,25 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import files
 import ranks
+from config import changed_settings, read_settings, settings_of
 from kernels import HeadOutput
 from packing import Group
 from records import printable
+
+COUNTERS = ("asked", "skipped", "trained", "nonfinite")  # since the start of the run, all ranks
 
 
 class RunLog:
     """Collects the measurements of a run on every rank; the first rank writes them.
 
-    `cfg` is a config.Config. What a rank measures counts by the questions it is about, so a rank
-    that was left with fewer of them does not distort the mean.
+    `cfg` is a config.Config; `done` is the number of steps that a resumed run has done. What a rank
+    measures counts by the questions it is about, so a rank that was left with fewer of them does
+    not distort the mean.
     """
 
-    def __init__(self, cfg, directory: Path):
+    def __init__(self, cfg, directory: Path, done: int = 0):
         self.cfg, self.dir = cfg, directory
         self.sums: dict[str, float] = defaultdict(float)  # since the last line, over weights
         self.weights: dict[str, float] = defaultdict(float)
@@ -44,17 +50,21 @@ class RunLog:
         self.asked = self.skipped = self.trained = self.nonfinite = 0  # since the start, all ranks
         self.this_step: dict[str, list[float]] = {}  # of this step, for the progress bar
         self.named: set[str] = set()
-        self.report = make_reporter(cfg, directory) if ranks.is_main() else None
+        self.report = self.close = lambda *_: None
         if ranks.is_main():
-            config = json.dumps(dataclasses.asdict(cfg), indent=2)
-            (directory / "config.json").write_text(config + "\n", encoding="utf-8")
+            write_settings(cfg, directory, done)
+            move_aside_later_rows(directory, done)
+            self.report, self.close = make_reporter(cfg, directory)
             self.metrics_file = open(directory / "metrics.jsonl", "a", encoding="utf-8")
             self.completions_file = open(directory / "completions.jsonl", "a", encoding="utf-8")
 
-    def counters(self) -> dict:
+    def counters(self) -> dict[str, int]:
         """What a resumed run needs to know of the log."""
-        names = ("asked", "skipped", "trained", "nonfinite")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in COUNTERS}
+
+    def go_on_from(self, counters: dict[str, int]) -> None:
+        for name in COUNTERS:
+            setattr(self, name, counters[name])
 
     @contextmanager
     def phase(self, name: str):
@@ -79,6 +89,29 @@ class RunLog:
         if key not in self.named:
             self.named.add(key)
             tqdm.write(printable(message), file=sys.stderr)
+
+    def not_finite(self, step: int, groups: list[Group], loss: float) -> None:
+        """Names the questions of a step whose loss or gradient is not finite. Called by all."""
+        bad = [g.question.record.id for g in groups if not g.old_logps_N.isfinite().all()]
+        bad = bad or [g.question.record.id for g in groups]
+        everyones = [name for names in ranks.gather(bad) for name in names]
+        if ranks.is_main():
+            text = f"step {step}: loss {loss} or its gradient is not finite; weights unchanged"
+            self.note(f"step {step}", printable(f"{text} (questions {', '.join(everyones)})"))
+
+    def reason_to_end(self, step: int, failures: int) -> str | None:
+        """Why the run cannot go on, in words, or None. The same on every rank."""
+        if step == self.cfg.max_steps and not self.trained:
+            return f"no question was trained on: none of {self.asked} clips could be read"
+        if failures >= 3:
+            return f"{failures} updates in a row were not finite"
+        allowed = self.cfg.max_skip_fraction  # one bad clip in ten is no trend
+        if self.skipped > allowed * max(self.asked, 100):
+            return (
+                f"{self.skipped} of {self.asked} clips could not be read, more than "
+                f"--max_skip_fraction {allowed} allows"
+            )
+        return None
 
     def scored(self, step: int, groups: list[Group], outputs: list[HeadOutput]) -> None:
         """What the completions of a micro-batch measured at their first scoring."""
@@ -190,8 +223,48 @@ def sample_row(
     )
 
 
-def make_reporter(cfg, directory: Path) -> Callable[[dict, int], None]:
-    """Where metrics also go. Raises ImportError naming the package if it is missing."""
+def write_settings(cfg, directory: Path, done: int) -> None:
+    """config.json. Its "history" keeps the settings that a resumed run had until step `done`."""
+    history, path = [], directory / "config.json"
+    if done and path.exists():
+        old = read_settings(directory)
+        history = old.get("history", [])
+        if changed := changed_settings(cfg, old):
+            history.append({"until_step": done, **changed})
+    with files.replacing(path) as beside:
+        text = json.dumps(settings_of(cfg) | {"history": history}, indent=2)
+        beside.write_text(text + "\n", encoding="utf-8")
+
+
+def step_of(line: bytes) -> int | None:
+    """The step of a whole line of a log; None if a kill cut it off."""
+    found = re.match(rb'\{"step": ([0-9]+),', line)
+    return int(found[1]) if found and line.endswith(b"\n") else None
+
+
+def move_aside_later_rows(run: Path, step: int) -> None:
+    """Log lines written after `step` go to NAME.after-STEP, and a line cut off by a kill with them.
+
+    The lines that stay are then those of the run that was never interrupted.
+    """
+    for name in ("metrics.jsonl", "completions.jsonl"):
+        path = run / name
+        if not path.exists():
+            continue
+        kept, later = [], []
+        for line in path.read_bytes().splitlines(keepends=True):
+            of = step_of(line)
+            (kept if of is not None and of <= step else later).append(line)
+        if later:
+            with open(run / f"{name}.after-{step}", "ab") as aside:
+                aside.writelines(later)
+            with files.replacing(path) as beside:
+                beside.write_bytes(b"".join(kept))
+
+
+def make_reporter(cfg, directory: Path) -> tuple[Callable[[dict, int], None], Callable[[], None]]:
+    """Where metrics also go, and what ends it. Raises ImportError naming the package if it is
+    missing."""
     if cfg.report_to == "tensorboard":
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -204,15 +277,15 @@ def make_reporter(cfg, directory: Path) -> Callable[[dict, int], None]:
                 writer.add_scalar(name, value, step)
             writer.flush()
 
-        return report
+        return report, writer.close
     if cfg.report_to == "wandb":
         try:
             import wandb
         except ImportError:
             raise ImportError("--report_to wandb needs: pip install wandb") from None
         run = wandb.init(dir=str(directory), name=directory.name, config=dataclasses.asdict(cfg))
-        return lambda row, step: run.log(row, step=step)
-    return lambda row, step: None
+        return lambda row, step: run.log(row, step=step), run.finish
+    return lambda row, step: None, lambda: None
 
 
 def mean(values: list) -> float:

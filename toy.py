@@ -17,6 +17,8 @@ TW-GRPO beats GRPO.
 """
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -283,11 +285,26 @@ def prepare(
     root: Path, seed: int, train: int = TRAIN_CLIPS, test: int = TEST_CLIPS, steps: int = 900
 ) -> Policy:
     """All that a run needs, made under `root`: clips, train.jsonl, test.jsonl, and in `model` the
-    checkpoint of the policy that is returned, warm-started for `steps` steps."""
-    records = load_records(write_clips(root, seed, train, test)[0], root)
+    checkpoint of the policy that is returned, warm-started for `steps` steps.
+
+    It is made beside `root` and renamed when it is whole, so a kill leaves nothing half made.
+    """
+    unfinished = beside(root)
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a start that was killed
+    records = load_records(write_clips(unfinished, seed, train, test)[0], unfinished)
     tokenizer = toy_tokenizer(records, seed)
     policy = Policy(build_model(tokenizer, seed=seed), tokenizer, CHAT_TEMPLATE)
     prompter = Prompter(tokenizer, CHAT_TEMPLATE, policy.geometry, **CLIP)
     warm_start(policy, [prompter(r) for r in records], seed, steps)
-    policy.save(root / "model")
+    policy.save(unfinished / "model")
+    os.replace(unfinished, root)
     return policy
+
+
+def beside(root: Path) -> Path:
+    """Where a toy world is made before it is whole."""
+    return root.with_name(f".{root.name}.partial")
+
+
+def is_world(root: Path) -> bool:
+    return all((root / name).exists() for name in ("clips", "train.jsonl", "test.jsonl", "model"))

@@ -16,6 +16,9 @@ set -euo pipefail
 [ -e "$DATA" ] || { echo "error: DATA=$DATA: no such file" >&2; exit 1; }
 [ -d "$VIDEOS" ] || { echo "error: VIDEOS=$VIDEOS: no such directory" >&2; exit 1; }
 
+# From SIGTERM to SIGKILL, seconds: a step and a save of 7B (116 GB) take longer than torchrun's 30.
+# torch 2.11 does not read it.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
 torchrun --standalone --nproc_per_node "$GPUS" twgrpo.py \
     --model_name_or_path "$MODEL" \
     --jsonl_path "$DATA" \

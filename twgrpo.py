@@ -29,22 +29,24 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 import checkpoint
+import files
 import plan
 import ranks
 import viz
-from checkpoint import CheckpointError
 from config import (
     Config,
-    ConfigError,
     check_attention,
     held_out_records,
     make_output_dir,
+    make_toy,
     parse_config,
-    prepare_toy,
+    show_toy_flags,
+    toy_config,
     training_records,
 )
 from data import DataError, Prompter, Question, Record, check_prompts
 from eval import evaluate
+from files import UserError
 from kernels import HeadOutput, token_logps, tw_grpo_head
 from loader import ClipReader
 from packing import Group
@@ -54,11 +56,6 @@ from records import printable
 from rewards import REWARDS
 from runlog import RunLog
 from video import VideoError
-
-
-class RunError(Exception):
-    """A run that cannot go on. The message says why and what was saved."""
-
 
 # ------------------------------------------------------------------------------------ the algorithm
 
@@ -77,27 +74,34 @@ def train(
     records: list[Record],
     prompter: Prompter,
     log: RunLog,
-    resume: Path | None = None,
+    resume: tuple[Path, dict] | None = None,
 ) -> int:
-    """The loop, the same on every rank. Returns the steps done: max_steps, or fewer on a signal."""
+    """The loop, the same on every rank. Returns the steps done: max_steps, or fewer on a signal.
+
+    `resume` is a checkpoint and its counters.
+    """
     reference = load_policy(cfg, freeze_all=True) if cfg.beta > 0 else None
     optimizer = make_optimizer(cfg, policy)
-    step = go_on_from(resume, policy, optimizer, log) if resume else 0
+    if resume:
+        checkpoint.load(resume[0], policy, optimizer)
+        log.go_on_from(resume[1])
+    saver = checkpoint.Saver(cfg, policy, optimizer, log, resume)
+    step, failures, ending = saver.step, 0, None
     ahead = QuestionsAhead(cfg, records, prompter, log, step + 1)
-    failures, silent = 0, not ranks.is_main()
-    bar = tqdm(
-        range(step + 1, cfg.max_steps + 1), "training", cfg.max_steps, initial=step, disable=silent
-    )
 
-    with ranks.StopSignal() as stop, contextlib.closing(ahead):
+    with ranks.StopSignal() as stop, contextlib.closing(ahead), saver.rescuing():
+        bar = tqdm(
+            range(step + 1, cfg.max_steps + 1), "training", cfg.max_steps, initial=step,
+            disable=not ranks.is_main(),
+        )  # fmt: skip
         for step in bar:
-            with log.phase("data"):
+            with ranks.alone(), log.phase("data"):
                 questions, seeds = ahead.take(step)
-            with log.phase("rollout"), policy.gathered() as actor:
+            with log.phase("rollout"), policy.gathered() as actor, ranks.alone():
                 groups = sample_groups(cfg, actor, questions, seeds)
-            for group in groups:
-                group.rewards_GK = rewards_of(cfg, group)
-                group.advantages_G = group_advantages(group.rewards_GK.sum(-1))
+                for group in groups:
+                    group.rewards_GK = rewards_of(cfg, group)
+                    group.advantages_G = group_advantages(group.rewards_GK.sum(-1))
 
             count = ranks.total(len(groups))  # questions of this step, on all ranks
             if reference and count:
@@ -107,22 +111,19 @@ def train(
                 updated = update(cfg, policy, optimizer, step, loss, log)
                 failures = 0 if updated else failures + 1
                 if not updated:
-                    name_the_question(groups, step, loss, log)
+                    log.not_finite(step, groups, loss)
 
             log.add(learning_rate=rate(cfg, step))
             log.end_step(step, bar)
-            ending = reason_to_end(cfg, log, step, failures)
+            saver.finished(step)
+            ending = log.reason_to_end(step, failures)
             leaving = ending or ranks.agree(stop.requested) or step == cfg.max_steps
             if leaving or step % cfg.save_steps == 0:
-                log.write(step)
-                saved = checkpoint.save(
-                    policy, optimizer, log.counters(), log.dir, step,
-                    cfg.model_name_or_path, cfg.save_only_model,
-                )  # fmt: skip
-            if ending:
-                raise RunError(f"{ending}; {saved} holds the run so far")
+                saver.save()
             if leaving:
                 break
+    if ending:
+        raise UserError(f"{ending}; {saver.saved} holds the run so far")
     return step
 
 
@@ -285,44 +286,6 @@ def make_optimizer(cfg: Config, policy: Policy) -> torch.optim.Optimizer:
     )
 
 
-# ----------------------------------------------------------------------------- around the algorithm
-
-
-def name_the_question(groups: list[Group], step: int, loss: float, log: RunLog) -> None:
-    """Says which questions a step with a loss or gradient that is not finite was about."""
-    bad = [g.question.record.id for g in groups if not g.old_logps_N.isfinite().all()]
-    bad = bad or [g.question.record.id for g in groups]
-    everyones = [name for names in ranks.gather(bad) for name in names]
-    if ranks.is_main():
-        text = f"step {step}: loss {loss} or its gradient is not finite; weights left as they are"
-        log.note(f"step {step}", f"{text} (questions {', '.join(everyones)})")
-
-
-def reason_to_end(cfg: Config, log: RunLog, step: int, failures: int) -> str | None:
-    """Why the run cannot go on, in words, or None. The same on every rank."""
-    if step == cfg.max_steps and not log.trained:
-        return f"no question was trained on: none of {log.asked} clips could be read"
-    if failures >= 3:
-        return f"{failures} updates in a row were not finite"
-    if log.skipped > cfg.max_skip_fraction * max(log.asked, 100):  # one bad clip in ten is no trend
-        return (
-            f"{log.skipped} of {log.asked} clips could not be read, more than "
-            f"--max_skip_fraction {cfg.max_skip_fraction} allows"
-        )
-    return None
-
-
-def go_on_from(path: Path, policy: Policy, optimizer: torch.optim.Optimizer, log: RunLog) -> int:
-    """Takes up parameters, optimizer and counters; returns the steps that are done."""
-    counters = checkpoint.load(path, policy, optimizer)
-    done = counters.pop("step")
-    for name, value in counters.items():
-        setattr(log, name, value)
-    if ranks.is_main():
-        print(f"going on from {path}, after step {done}")
-    return done
-
-
 # --------------------------------------------------------------------------------------------- main
 
 
@@ -359,9 +322,22 @@ def measure(cfg: Config, policy: Policy, prompter: Prompter, records: list[Recor
         return measures
 
 
+def read_measures(path: Path) -> dict:
+    """eval.json as far as there is one. Raises UserError if it is damaged."""
+    remedy = "remove it, and what it held is measured once more"
+    measures = files.read_json(path, remedy) if path.exists() else {}
+    try:
+        for name in measures.keys() & {"before", "after"}:
+            for row in measures[name].values():
+                [float(row[key]) for key in ("soft", "exact", "format")]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(f"{path} is not the eval.json of a run; {remedy}") from None
+    return measures
+
+
 def write_measures(path: Path, measures: dict) -> None:
-    if ranks.is_main():
-        path.write_text(json.dumps(measures, indent=2) + "\n", encoding="utf-8")
+    with files.replacing(path) as beside:
+        beside.write_text(json.dumps(measures, indent=2) + "\n", encoding="utf-8")
 
 
 def print_measures(before: dict, after: dict, count: int) -> None:
@@ -372,32 +348,31 @@ def print_measures(before: dict, after: dict, count: int) -> None:
         print(f"{name:20}" + "".join(f"    {a:6.3f}  {b:6.3f}" for a, b in pairs))
 
 
-def run(cfg: Config) -> Path:
-    """Everything from the flags to the pictures. Returns the output directory."""
+def run(cfg: Config) -> Path | None:
+    """Everything from the flags to the pictures. Returns the output directory; None: a dry run."""
     check_attention(cfg, ranks.start())
     if cfg.jsonl_path:
-        training_records(cfg), held_out_records(cfg)  # before anything is written or loaded
-    directory = ranks.gather(make_output_dir(cfg) if ranks.is_main() else None)[0]
-    torch.manual_seed(cfg.seed)
-    transformers_logging.disable_progress_bar()
-    is_toy = cfg.model_name_or_path is None
-    if is_toy:
-        cfg = prepare_toy(cfg, directory / "toy")
-
-    records, held_out = training_records(cfg), held_out_records(cfg)
+        records, held_out = training_records(cfg), held_out_records(cfg)
     if cfg.dry_run:
         if ranks.is_main():
-            plan.show(cfg, records)
-        return directory
-    resume = None
-    if cfg.resume_from_checkpoint:
-        resume = checkpoint.find(directory, cfg.resume_from_checkpoint)
-        if ranks.is_main():
-            done = int(resume.name.rpartition("-")[2]) if resume else 0
-            checkpoint.move_aside_later_rows(directory, done)
-        ranks.barrier()
+            plan.show(cfg, records) if cfg.jsonl_path else show_toy_flags(dry_run=True)
+        return None
+    directory = ranks.on_first(make_output_dir, cfg)
+    is_toy = cfg.model_name_or_path is None
+    if is_toy:
+        cfg = toy_config(cfg, directory / "toy")
+    resume = ranks.on_first(checkpoint.to_resume, cfg, directory)
+    measures_file = directory / "eval.json"
+    measures = ranks.on_first(read_measures, measures_file) if resume else {}
+    if is_toy:
+        ranks.on_first(make_toy, cfg, directory / "toy")
+        records, held_out = training_records(cfg), held_out_records(cfg)
 
+    torch.manual_seed(cfg.seed)
+    transformers_logging.disable_progress_bar()
     policy = load_policy(cfg)
+    if resume:
+        checkpoint.check_fits(resume[0], policy)
     prompter = Prompter(
         policy.tokenizer, policy.chat_template, policy.geometry, cfg.question_type,
         cfg.fps, cfg.max_frames, cfg.min_pixels, cfg.max_pixels,
@@ -405,20 +380,17 @@ def run(cfg: Config) -> Path:
     )  # fmt: skip
     check_prompts(prompter, records, cfg.jsonl_path)
     check_prompts(prompter, held_out, cfg.eval_jsonl_path)
-    log = RunLog(cfg, directory)
-    measures_file, measures = directory / "eval.json", {}
-    if held_out and resume and measures_file.exists():
-        measures = json.loads(measures_file.read_text(encoding="utf-8"))
-    elif held_out:
-        measures["before"] = measure(cfg, policy, prompter, held_out)
-        write_measures(measures_file, measures)
-    steps = train(cfg, policy, records, prompter, log, resume)
-    if held_out and steps == cfg.max_steps:
-        measures["after"] = measure(cfg, policy, prompter, held_out)
-        write_measures(measures_file, measures)
+    with contextlib.closing(RunLog(cfg, directory, resume[1]["step"] if resume else 0)) as log:
+        if held_out and "before" not in measures:
+            measures["before"] = measure(cfg, policy, prompter, held_out)
+            ranks.on_first(write_measures, measures_file, measures)
+        steps = train(cfg, policy, records, prompter, log, resume)
+    if held_out and steps == cfg.max_steps and measures.get("after_step") != steps:
+        measures |= {"after_step": steps, "after": measure(cfg, policy, prompter, held_out)}
+        ranks.on_first(write_measures, measures_file, measures)
     if ranks.is_main():
         pictures = ", ".join(map(str, viz.pictures(directory)))
-        if "after" in measures:
+        if held_out and measures.get("after_step") == steps:
             print_measures(measures["before"], measures["after"], len(held_out))
             if is_toy:
                 print("A toy shows that the loop works, not that TW-GRPO beats GRPO.")
@@ -429,15 +401,13 @@ def run(cfg: Config) -> Path:
 def main() -> None:
     try:
         run(parse_config())
-    except (ConfigError, DataError, ModelError, RunError, CheckpointError) as error:
+    except (UserError, DataError, ModelError, VideoError, ranks.Failed) as error:
         raise SystemExit(f"error: {printable(str(error))}") from None
-    except (VideoError, ImportError, OSError) as error:
+    except (ImportError, OSError) as error:
         raise SystemExit(f"error: {printable(str(error))}") from None
     except KeyboardInterrupt:
         raise SystemExit("interrupted; what was written so far is whole") from None
-    finally:
-        ranks.stop()
 
 
 if __name__ == "__main__":
-    main()
+    ranks.run_script(main)

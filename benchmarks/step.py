@@ -34,8 +34,9 @@ import rollout
 import toy
 import video
 from benchmarks.origin import Results
-from config import Config, ConfigError, check_attention
+from config import Config, check_attention
 from data import TEMPLATES, Prompter, Question, Record
+from files import UserError
 from kernels import reference
 from packing import ATTENTION
 from policy import Policy
@@ -227,7 +228,7 @@ def run(args: argparse.Namespace, results: Results) -> None:
         try:
             check_attention(Config(attn_implementation=attention), policy.device)
             cases += [("ours", attention, T) for T in args.completion]
-        except ConfigError as error:
+        except UserError as error:
             print(f"left out: {error}")
     cases += [("official", "sdpa", T) for T in args.completion]
     for way, attention, T in cases:

@@ -1,7 +1,8 @@
 """twgrpo.py with one fault, for the tests: python faulty_run.py FAULT RANK STEP [flags].
 
 FAULT is what happens to RANK at STEP: "nan" makes the loss NaN, "nan3" for three steps, "sigterm"
-is a signal to that process alone, "disk_full" has every write of a checkpoint fail from there on.
+is a signal to that process alone, "disk_full" has every write of a checkpoint fail from there on,
+"rollout" and "backward" raise in that phase, "backward2" in the second update of the step.
 """
 
 import os
@@ -38,6 +39,20 @@ def faulty_loss(*args):
     return output
 
 
+def raising(phase, function):
+    calls = 0
+
+    def faulty(*args):
+        nonlocal calls
+        calls += now == step
+        first = 2 if fault.endswith("2") else 1
+        if fault.startswith(phase) and now == step and ranks.rank() == rank and calls == first:
+            raise ValueError(f"a fault in the {phase}")
+        return function(*args)
+
+    return faulty
+
+
 def faulty_write(*args, **kwargs):
     if fault == "disk_full" and now >= step and ranks.rank() == rank:
         raise OSError(28, "No space left on device")
@@ -45,5 +60,7 @@ def faulty_write(*args, **kwargs):
 
 
 twgrpo.QuestionsAhead.take, twgrpo.question_loss = faulty_take, faulty_loss
+twgrpo.rewards_of = raising("rollout", twgrpo.rewards_of)
+twgrpo.backward = raising("backward", twgrpo.backward)
 checkpoint.dcp.FileSystemWriter.write_data = faulty_write
-twgrpo.main()
+ranks.run_script(twgrpo.main)

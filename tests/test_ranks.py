@@ -202,3 +202,24 @@ def assert_two_train_like_one(world, tmp_path):
         assert (ours[name].float() - theirs[name].float()).abs().max() < 2 * 5 * 1e-3, name
     assert any((theirs[name].float() - value.float()).abs().max() > 1e-3
                for name, value in before.items())  # fmt: skip
+
+
+def test_an_error_that_all_ranks_know_of_saves_the_steps_before_it(world, tmp_path):
+    """In the rollout, before the ranks compute together: they can still agree to save."""
+    flags = "--max_steps 9 --per_device_train_batch_size 1".split()
+    result = run_two(world, tmp_path / "r", *flags, fault=("rollout", 1, 3))
+    assert result.returncode != 0 and "a fault in the rollout" in result.stderr
+    assert "stopped after step 2; " in result.stderr and "checkpoint-2 holds" in result.stderr
+    assert (tmp_path / "r" / "checkpoint-2" / "trainer_state" / "checksums.json").exists()
+    more = ["2", "--max_steps", "9", "--learning_rate", "1e-6"]
+    result = run_twgrpo(world, tmp_path / "r", *FIVE, *more, "--resume_from_checkpoint", "auto")
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_an_error_that_one_rank_alone_knows_of_ends_both_and_saves_nothing(world, tmp_path):
+    """In the backward pass, where the other rank waits in a collective."""
+    flags = "--max_steps 9 --save_steps 2 --per_device_train_batch_size 1".split()
+    result = run_two(world, tmp_path / "r", *flags, fault=("backward", 1, 4))
+    assert result.returncode != 0 and "a fault in the backward" in result.stderr
+    assert "checkpoint-2 holds the run so far" in result.stderr
+    assert [path.name for path in (tmp_path / "r").glob("*checkpoint*")] == ["checkpoint-2"]

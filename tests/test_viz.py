@@ -305,7 +305,7 @@ def real_run(world, tmp_path_factory):
 
 
 def token(i: int, t: int) -> str:
-    return f"document.querySelector('.token[data-i=\"{i}\"][data-t=\"{t}\"]')"
+    return f'document.querySelector(\'.token[data-i="{i}"][data-t="{t}"]\')'
 
 
 def text_of(page, selector: str) -> str:
