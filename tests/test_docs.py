@@ -187,7 +187,7 @@ def test_the_metric_table_names_every_metric_and_no_other(checkout):
         for t in checks.tables(text_of(path))
         if any("`loss`" in r[0] for r in t.rows)
     ]
-    named = {name for r in table.rows for name in re.findall(r"`([a-z_/]+)`", r[0])}
+    named = {name for r in table.rows for name in re.findall(r"`([a-z0-9_/]+)`", r[0])}
     assert named == set(row) - {"step"}
 
 
