@@ -22,7 +22,7 @@ import toy
 from data import Prompter, Question, load_records
 from policy import Policy
 
-MISSING_CODECS = [name for name in ("av", "decord") if not importlib.util.find_spec(name)]
+MISSING_CODECS = [] if importlib.util.find_spec("av") else ["av"]
 INTERPRETER_IS_BROKEN = (
     importlib.util.find_spec("triton") is not None
     and version("triton").startswith("3.6.")

@@ -130,12 +130,11 @@ def test_results_of_another_machine_or_code_are_not_mixed_or_lost(tmp_path, key,
 
 @pytest.fixture
 def small(monkeypatch):
-    """The sizes of the toy, completions of 3 and 4 tokens, and no package that could decode."""
+    """The sizes of the toy, completions of 3 and 4 tokens, and no package that can decode."""
     monkeypatch.setitem(step.SIZES, "tiny", {})
     monkeypatch.setattr(gpu, "PROMPT", 120)
     monkeypatch.setattr(gpu, "COMPLETIONS", (3, 4))
     monkeypatch.setitem(sys.modules, "av", None)
-    monkeypatch.setitem(sys.modules, "decord", None)
 
 
 def test_the_step_is_measured_without_a_codec_and_ours_first(small, tmp_path, monkeypatch):
