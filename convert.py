@@ -22,8 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from files import replacing
-from records import LETTERS, DataError, as_record, option_texts, read_rows, refuse
+from files import UserError, replacing
+from records import LETTERS, as_record, option_texts, read_rows, refuse
 from rewards import answer_set
 
 # ------------------------------------------------------------------------------------------ clevrer
@@ -75,7 +75,7 @@ def clevrer_file(raw: str, out: str) -> Counter:
             raise ValueError(errors[0])
         rows, counts = clevrer_rows(scenes)
     except ValueError as error:
-        raise DataError(
+        raise UserError(
             f"{raw}: {error}; this wants CLEVRER's own question file, a list of scenes"
         ) from None
     write_rows(rows, out)
@@ -188,7 +188,7 @@ def _qai_row(row: dict, solution: str, question, options, right, inverted: bool)
 
 
 def qai_file(path: str, out: str, seed: int, p: float = 0.5) -> Counter:
-    """A file of NExT-GQA or STAR rows -> OUT. Raises DataError naming every bad row of it."""
+    """A file of NExT-GQA or STAR rows -> OUT. Raises UserError naming every bad row of it."""
     errors: list[str] = []
     rows = []
     for where, row in read_rows(Path(path), errors):
@@ -204,7 +204,7 @@ def qai_file(path: str, out: str, seed: int, p: float = 0.5) -> Counter:
 
 
 def write_rows(rows: list[dict], out: str) -> None:
-    """A JSON list, or JSONL if the name ends so. Raises DataError if it cannot be written."""
+    """A JSON list, or JSONL if the name ends so. Raises UserError if it cannot be written."""
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     is_jsonl = out.endswith(".jsonl")
     text = "\n".join(lines) if is_jsonl else "[\n" + ",\n".join(lines) + "\n]"
@@ -213,4 +213,4 @@ def write_rows(rows: list[dict], out: str) -> None:
             # Half a character becomes "\\ud800", which is how JSON spells it.
             beside.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
     except OSError as error:
-        raise DataError(f"{out}: cannot be written ({error.strerror})") from None
+        raise UserError(f"{out}: cannot be written ({error.strerror})") from None

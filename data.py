@@ -33,8 +33,9 @@ from transformers.utils import cached_file
 
 import convert
 import video
+from files import UserError
 from loader import ClipReader
-from records import DataError, Record, load_records, printable, read_records, refuse  # noqa: F401
+from records import Record, load_records, printable, read_records, refuse  # noqa: F401
 from rewards import answer_set, tagged_answer
 
 
@@ -60,13 +61,13 @@ def select_records(
     """The questions to train on: by number of right answers, then at most `train_samples` of them.
 
     "single" keeps questions with one right answer, "multiple" those with several, "mixed" all; the
-    official loader, too, goes by the comma in the solution. Raises DataError if none is left.
+    official loader, too, goes by the comma in the solution. Raises UserError if none is left.
     """
     if question_type != "mixed":
         several = question_type == "multiple"
         records = [r for r in records if ("," in tagged_answer(r.solution)) == several]
     if not records:
-        raise DataError(f"--question_type {question_type} leaves no question to train on")
+        raise UserError(f"--question_type {question_type} leaves no question to train on")
     if len(records) > train_samples:
         order = np.random.default_rng([seed, 0, 0, 4]).permutation(len(records))
         records = [records[k] for k in order[:train_samples]]
@@ -194,7 +195,7 @@ class Prompter:
 
     def render(self, text: str) -> str:
         """The prompt in the model's chat form: the clip's placeholder, then the question's text.
-        Raises DataError if the model's chat template fails."""
+        Raises UserError if the model's chat template fails."""
         content = [{"type": "video"}, {"type": "text", "text": text}]
         messages = [{"role": "user", "content": content}]
         if self.style in WITH_SYSTEM_PROMPT:
@@ -203,10 +204,10 @@ class Prompter:
         try:
             return self.tokenizer.apply_chat_template(messages, **how)
         except Exception as error:  # a template is a program and may raise anything
-            raise DataError(f"the model's chat template fails on it ({error})") from error
+            raise UserError(f"the model's chat template fails on it ({error})") from error
 
     def tokenize(self, record: Record) -> tuple[str, list[int]]:
-        """The prompt and its ids, the clip as one placeholder. Raises DataError if there is none.
+        """The prompt and its ids, the clip as one placeholder. Raises UserError if there is none.
 
         Special tokens come from the template alone. One that stands in the question is text: it is
         spelled out by the ids of its letters.
@@ -221,14 +222,14 @@ class Prompter:
         pieces = [prompt[start:end] for start, end in itertools.pairwise(edges)]
         videos = pieces[1::2].count(VIDEO_TOKEN)
         if videos != 1 or len(template) != len(prompt):
-            raise DataError(f"the chat template shows {videos} videos, or edits the question")
+            raise UserError(f"the chat template shows {videos} videos, or edits the question")
         encoded = self.tokenizer(pieces[::2], add_special_tokens=False, split_special_tokens=True)
         special_ids = self.tokenizer.convert_tokens_to_ids(pieces[1::2])
         ids = encoded["input_ids"][0]
         for special_id, text_ids in zip(special_ids, encoded["input_ids"][1:], strict=True):
             ids = [*ids, special_id, *text_ids]
         if len(ids) > self.max_prompt_length:
-            raise DataError(self._too_long(len(ids)))
+            raise UserError(self._too_long(len(ids)))
         return prompt, ids
 
     def _too_long(self, tokens: int) -> str:
@@ -266,20 +267,20 @@ class Prompter:
 
 
 def check_prompts(prompter: Prompter, records: list[Record], path: str) -> None:
-    """Renders and tokenizes every question of the file `path`, without its clip. Raises DataError
+    """Renders and tokenizes every question of the file `path`, without its clip. Raises UserError
     naming all that cannot become a prompt."""
     errors = []
     for record in records:
         try:
             prompter.tokenize(record)
-        except DataError as error:
+        except UserError as error:
             errors.append(f"record {record.id}: {error}")
     refuse(path, "question(s) that cannot become a prompt", errors)
 
 
 def load_chat_template(model_name_or_path: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """The processor's chat template if the checkpoint has one, else the tokenizer's. Raises
-    DataError if there is none."""
+    UserError if there is none."""
     template = tokenizer.chat_template
     for name in ("chat_template.jinja", "chat_template.json"):
         file = cached_file(model_name_or_path, name, _raise_exceptions_for_missing_entries=False,
@@ -290,10 +291,10 @@ def load_chat_template(model_name_or_path: str, tokenizer: PreTrainedTokenizerBa
                 if name.endswith(".json"):
                     template = json.loads(template)["chat_template"]
             except (OSError, ValueError, LookupError, TypeError) as error:
-                raise DataError(f"{file}: is not a chat template ({error})") from None
+                raise UserError(f"{file}: is not a chat template ({error})") from None
             break
     if not template or not isinstance(template, str):
-        raise DataError(
+        raise UserError(
             f"{model_name_or_path}: has no chat template; a Qwen-VL instruct checkpoint is needed"
         )
     return template
@@ -387,15 +388,15 @@ def main() -> None:
     try:
         if args.command == "check":
             if not 0 < args.timeout <= 86_400:
-                raise DataError("--timeout must be above 0 and at most 86,400 seconds")
+                raise UserError("--timeout must be above 0 and at most 86,400 seconds")
             sys.exit(0 if check(args.file, args.video_root, args.decode, args.timeout) else 1)
         if args.command == "clevrer":
             counts = convert.clevrer_file(args.raw, args.out)
         else:
             if not 0 <= args.p <= 1 or args.seed < 0:
-                raise DataError("--p is a share of the questions, 0 to 1; --seed is 0 or more")
+                raise UserError("--p is a share of the questions, 0 to 1; --seed is 0 or more")
             counts = convert.qai_file(args.file, args.out, args.seed, args.p)
-    except (DataError, OSError) as error:
+    except (UserError, OSError) as error:
         raise SystemExit(f"error: {printable(str(error))}") from None
     print(f"{args.out}: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
 

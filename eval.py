@@ -35,8 +35,8 @@ from files import UserError
 from kernels import tw_grpo_head
 from loader import ClipReader
 from packing import Group
-from policy import ModelError, Policy
-from records import LETTERS, DataError, Record, printable
+from policy import Policy
+from records import LETTERS, Record, printable
 from rewards import (
     accuracy_reward,
     compare_answers,
@@ -83,7 +83,7 @@ def evaluate(
     rank takes its share of the questions, and all return the mean over all of them.
     """
     if wrong_video and len(records) < 2:
-        raise DataError("a wrong video needs a second question to take it from")
+        raise UserError("a wrong video needs a second question to take it from")
     others = np.random.default_rng([seed, 0, 0, 3]).permutation(len(records))
     # The next one of a random cycle through all records: never the record itself.
     clip_of = {int(a): records[b] for a, b in zip(others, np.roll(others, 1), strict=True)}
@@ -115,7 +115,7 @@ def evaluate(
     everyones, skips = zip(*ranks.gather((scores, skipped)), strict=True)
     scores, skipped = [row for rows in everyones for row in rows], sum(skips)
     if not scores:
-        raise DataError(f"none of the {len(records)} clips to evaluate on can be read")
+        raise UserError(f"none of the {len(records)} clips to evaluate on can be read")
     means = np.mean(scores, axis=0)
     return dict(zip(MEASURES, means.tolist(), strict=True)) | {"skipped": skipped}
 
@@ -147,7 +147,7 @@ def answered(
     """Groups of all prepared questions, `batch_size` at a time, in order.
 
     When a batch does not fit in memory, it is halved, and those after it stay as small. Raises
-    ModelError if one question alone does not fit.
+    UserError if one question alone does not fit.
     """
     source, waiting = iter(prepared), []
     while True:
@@ -166,7 +166,7 @@ def answered(
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             if len(batch) == 1:
-                raise ModelError(
+                raise UserError(
                     "one question alone does not fit in memory; lower --max_pixels, --max_frames "
                     "or --max_completion_length"
                 )
@@ -218,7 +218,7 @@ def run(args: argparse.Namespace) -> None:
         counts = answer_all(args, records, mine, style, log) if mine else (0, 0)
         count, skipped = map(sum, zip(*ranks.gather(counts), strict=True))
     if not count and not log.done:
-        raise DataError(f"{args.data}: none of its {len(todo)} questions could be shown")
+        raise UserError(f"{args.data}: none of its {len(todo)} questions could be shown")
     if ranks.is_main():
         print(f"{count} questions answered, {skipped} skipped", flush=True)
         scored = scoring.read_log(args.out)
@@ -407,7 +407,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Raises DataError on a flag that makes no sense."""
+    """Raises UserError on a flag that makes no sense."""
     options = getattr(args, "options", [])
     rules = {
         "--resamples must be in 1..1,000,000": getattr(args, "resamples", 1) in range(1, 1_000_001),
@@ -439,7 +439,7 @@ def check_flags(args: argparse.Namespace) -> None:
         }
     for message, holds in rules.items():
         if not holds:
-            raise DataError(message)
+            raise UserError(message)
 
 
 def main() -> None:
@@ -455,7 +455,7 @@ def main() -> None:
             scored = [(log, scoring.summarize(log, args.resamples)) for log in logs]
             texts = [scoring.report(*pair) for pair in scored]
             print(scoring.markdown(scored) if args.markdown else "\n\n".join(texts))
-    except (UserError, DataError, ModelError, VideoError, ranks.Failed) as error:
+    except (UserError, VideoError, ranks.Failed) as error:
         raise SystemExit(f"error: {printable(str(error))}") from None
     except KeyboardInterrupt:
         raise SystemExit(

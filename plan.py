@@ -10,8 +10,9 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 import ranks
 import video
 from data import Prompter, Record, check_prompts, load_chat_template, step_records
+from files import UserError
 from loader import ClipReader
-from policy import ModelError, Policy, read_config
+from policy import Policy, read_config
 from records import printable
 
 GB = 1e9
@@ -25,7 +26,7 @@ def show(cfg, records: list[Record]) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # of several libraries
-        raise ModelError(f"{name}: its tokenizer cannot be loaded ({error})") from error
+        raise UserError(f"{name}: its tokenizer cannot be loaded ({error})") from error
     with torch.device("meta"):
         policy = Policy(
             AutoModelForImageTextToText.from_config(config), tokenizer,

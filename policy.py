@@ -42,6 +42,7 @@ from transformers.utils import cached_file
 
 import ranks
 from data import Question, Record, load_chat_template
+from files import UserError
 from packing import ATTENTION, Group, pack, tower_layout
 from rollout import Decoder, GroupCache
 from video import Geometry, mrope_positions
@@ -57,26 +58,22 @@ PROCESSOR_FILES = (  # not needed here, but saved checkpoints carry them along f
 )
 
 
-class ModelError(Exception):
-    """A checkpoint that cannot be used. The message names it and says what is wrong."""
-
-
-class NonFiniteLogits(ModelError):
+class NonFiniteLogits(UserError):
     """The model's logits in a rollout were NaN or infinite: nothing can be sampled from them."""
 
 
 def read_config(name: str | os.PathLike) -> PreTrainedConfig:
     """The config of a checkpoint directory or hub name. Code that a checkpoint brings along is
-    never run. Raises ModelError if it is no Qwen-VL."""
+    never run. Raises UserError if it is no Qwen-VL."""
     try:
         kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
         if kind in MODEL_TYPES:
             return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # config.json is checked by several libraries
-        raise ModelError(f"{name}: not a checkpoint for transformers ({_first(error)})") from error
+        raise UserError(f"{name}: not a checkpoint for transformers ({_first(error)})") from error
     if kind is None:
-        raise ModelError(f"{name}: not a checkpoint; it has no config.json with a model_type")
-    raise ModelError(f"{name}: is a {kind!r} model; {' or '.join(MODEL_TYPES)} is needed")
+        raise UserError(f"{name}: not a checkpoint; it has no config.json with a model_type")
+    raise UserError(f"{name}: is a {kind!r} model; {' or '.join(MODEL_TYPES)} is needed")
 
 
 class Root(nn.Module):
@@ -129,14 +126,14 @@ class Policy:
         freeze_vision_modules: bool = False,
         attn_implementation: str = "sdpa",
     ):
-        """A checkpoint directory or hub name, in float32. Raises ModelError if it is no Qwen-VL."""
+        """A checkpoint directory or hub name, in float32. Raises UserError if it is no Qwen-VL."""
         name = os.fspath(model_name_or_path)
         looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
         if looks_local and not os.path.isdir(name):
-            raise ModelError(f"{name}: no such model directory; give one, or a hub name")
+            raise UserError(f"{name}: no such model directory; give one, or a hub name")
         config = read_config(name)
         if set(config.text_config.layer_types) != {"full_attention"}:
-            raise ModelError(f"{name}: has sliding-window layers, which packed rows do not support")
+            raise UserError(f"{name}: has sliding-window layers, which packed rows do not support")
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
             model, found = AutoModelForImageTextToText.from_pretrained(
@@ -144,21 +141,21 @@ class Policy:
                 trust_remote_code=False,
             )  # fmt: skip
         except Exception as error:  # of transformers, tokenizers, safetensors, each their own types
-            raise ModelError(
+            raise UserError(
                 f"{name}: its weights or tokenizer cannot be loaded ({_first(error)})"
             ) from error
         if found["missing_keys"]:
             lost = sorted(found["missing_keys"])
-            raise ModelError(f"{name}: its weights lack {len(lost)} tensors, such as {lost[0]}")
+            raise UserError(f"{name}: its weights lack {len(lost)} tensors, such as {lost[0]}")
         if tokenizer.convert_tokens_to_ids("<|video_pad|>") != config.video_token_id:
-            raise ModelError(
+            raise UserError(
                 f"{name}: its tokenizer does not have <|video_pad|> where config.json does"
             )
         ends = model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         for end in [tokenizer.eos_token_id, *ends]:
             if type(end) is not int or not 0 <= end < config.text_config.vocab_size:
-                raise ModelError(
+                raise UserError(
                     f"{name}: its end token {end!r} (generation_config.json, or eos_token of the "
                     "tokenizer) is no id of its vocabulary"
                 )

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from files import UserError
 from rewards import answer_set, number, tagged_answer
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -29,17 +30,6 @@ MAX_TEXT = 100_000  # characters of a question, options included; no prompt is a
 MAX_PATH = 4096  # characters, as in POSIX
 TEXT_KINDS = ("OCR", "free-form")  # Video-R1's problem types whose answer is neither letter ...
 NUMBER_KINDS = ("numerical", "regression")  # ... nor number; and those that ask for a number
-
-
-class DataError(Exception):
-    """Data that cannot be used. The message names the file and row, or the record, and why.
-
-    `errors` holds every bad row's sentence; the message shows the first ten.
-    """
-
-    def __init__(self, message: str, errors: list[str] | None = None):
-        super().__init__(message)
-        self.errors = errors or []
 
 
 @dataclass(frozen=True)
@@ -76,19 +66,19 @@ class Record:
 def read_rows(path: Path, errors: list[str]) -> Iterator[tuple[str, object]]:
     """Yields ("row 3", object) of a JSON list, ("line 3", object) of JSONL.
 
-    A line that is not JSON goes to `errors`; a file that is not a list raises DataError.
+    A line that is not JSON goes to `errors`; a file that is not a list raises UserError.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file; a JSON list or JSONL of questions is due") from None
+        raise UserError(f"{path}: no such file; a JSON list or JSONL of questions is due") from None
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
     if text.lstrip().startswith("["):
         try:
             rows = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}: is not valid JSON ({_json_reason(error)})") from None
+            raise UserError(f"{path}: is not valid JSON ({_json_reason(error)})") from None
         yield from ((f"row {k}", row) for k, row in enumerate(rows, 1))
         return
     for k, line in enumerate(text.split("\n"), 1):
@@ -108,7 +98,7 @@ def _json_reason(error: Exception, in_line: bool = False) -> str:
 
 
 def read_records(path: str | Path, video_root: str | Path = "") -> tuple[list[Record], list[str]]:
-    """(the good records, a sentence for every bad row). Raises DataError if the file cannot be
+    """(the good records, a sentence for every bad row). Raises UserError if the file cannot be
     read at all."""
     path, root = Path(path), Path(video_root)
     real_root, records, errors = os.path.realpath(root), [], []
@@ -121,23 +111,23 @@ def read_records(path: str | Path, video_root: str | Path = "") -> tuple[list[Re
 
 
 def refuse(path: str | Path, what: str, errors: list[str]) -> None:
-    """Raises DataError if there are `errors`: the first ten in its message, all in its `errors`."""
+    """Raises UserError if there are `errors`: the first ten in its message, all in its `errors`."""
     if errors:
         more = f"\n  ... and {len(errors) - 10} more" if len(errors) > 10 else ""
         message = f"{path}: {len(errors)} {what}:\n  " + "\n  ".join(errors[:10]) + more
-        raise DataError(message, errors)
+        raise UserError(message, errors)
 
 
 def load_records(path: str | Path, video_root: str | Path = "") -> list[Record]:
     """All records of a file, their video paths joined to `video_root`.
 
     Whether the clips can be read is found out when they are (or by `python data.py check`); the
-    rows themselves are all checked first, and DataError lists every bad one.
+    rows themselves are all checked first, and UserError lists every bad one.
     """
     records, errors = read_records(path, video_root)
     refuse(path, "bad row(s)", errors)
     if not records:
-        raise DataError(f"{path}: holds no records")
+        raise UserError(f"{path}: holds no records")
     return records
 
 

@@ -30,7 +30,8 @@ import numpy as np
 
 import files
 import ranks
-from records import DataError, printable, read_rows, task_of
+from files import UserError
+from records import printable, read_rows, task_of
 from rewards import compare_answers, extract_answer, number, strict_format_reward, tagged_answer
 
 _LETTERS = re.compile(r"[A-Z](?:\s*,\s*[A-Z])*,?")
@@ -65,7 +66,7 @@ def question_key(row: object) -> str:
 
 
 def read_log(path: str | Path) -> Log:
-    """Raises DataError if no row of the file can be scored."""
+    """Raises UserError if no row of the file can be scored."""
     path = Path(path)
     log, seen = Log(path, []), set()
     for where, row in read_rows(path, log.errors):
@@ -81,7 +82,7 @@ def read_log(path: str | Path) -> Log:
             log.answers.append(answer)
     if not log.answers:
         first = f"; {log.errors[0]}" if log.errors else ""
-        raise DataError(
+        raise UserError(
             f"{path}: holds no row that can be scored; an evaluation log is due, JSONL of "
             f'{{"question", "ground_truth", "model_output"}}{first}'
         )
@@ -143,7 +144,7 @@ class RowLog:
         self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def append(self, row: dict) -> None:
-        """Raises DataError if the row does not fit on the disk; the log is then as it was."""
+        """Raises UserError if the row does not fit on the disk; the log is then as it was."""
         text = json.dumps(row | {"run": self.settings}, ensure_ascii=False) + "\n"
         rest = text.encode(errors="backslashreplace")  # half a character, as JSON spells it
         fcntl.flock(self.descriptor, fcntl.LOCK_EX)
@@ -153,7 +154,7 @@ class RowLog:
                 rest = rest[os.write(self.descriptor, rest) :]
         except OSError as error:
             os.ftruncate(self.descriptor, before)
-            raise DataError(
+            raise UserError(
                 f"--out {self.path}: cannot be written ({error.strerror}); its rows are whole, and "
                 "the same command goes on from there"
             ) from None
@@ -164,7 +165,7 @@ class RowLog:
 @contextlib.contextmanager
 def open_log(path: str, settings: dict) -> Iterator[RowLog]:
     """The log, for all ranks of this run and for no other run while this one lasts. Raises
-    DataError on every rank, and leaves the file as it is, if it cannot be had."""
+    UserError on every rank, and leaves the file as it is, if it cannot be had."""
     lock = done = refusal = None
     try:
         if ranks.is_main():
@@ -173,15 +174,15 @@ def open_log(path: str, settings: dict) -> Iterator[RowLog]:
             try:
                 lock = files.lock(beside)
                 if lock is None:
-                    raise DataError("another eval.py run is writing to it")
+                    raise UserError("another eval.py run is writing to it")
                 done = mend(Path(path), settings)
-            except (DataError, OSError) as error:
+            except (UserError, OSError) as error:
                 refusal = getattr(error, "strerror", None) or str(error)
                 if lock is not None:
                     beside.unlink()  # it would lie beside a file that is not ours
         refusal, done = ranks.gather((refusal, done))[0]
         if refusal:
-            raise DataError(f"--out {path}: {refusal}")
+            raise UserError(f"--out {path}: {refusal}")
         yield RowLog(path, settings, done)
         ranks.barrier()  # the first rank holds the lock for all
     finally:
@@ -191,9 +192,9 @@ def open_log(path: str, settings: dict) -> Iterator[RowLog]:
 
 def mend(path: Path, settings: dict) -> set[str]:
     """Cuts off a last row that a killed run left unfinished; returns the keys of the questions that
-    are answered. Raises DataError, and changes nothing, if this is no log of these settings."""
+    are answered. Raises UserError, and changes nothing, if this is no log of these settings."""
     if os.path.lexists(path) and not path.is_file():
-        raise DataError("is not a file")
+        raise UserError("is not a file")
     *lines, last = path.read_bytes().split(b"\n") if path.exists() else [b""]
     done = set()
     for k, line in enumerate([*lines, last], 1):
@@ -206,11 +207,11 @@ def mend(path: Path, settings: dict) -> set[str]:
                 break
             row = None
         if not isinstance(row, dict) or not isinstance(row.get("run"), dict):
-            raise DataError(f"line {k} is not a row of eval.py run; choose another file")
+            raise UserError(f"line {k} is not a row of eval.py run; choose another file")
         changed = [name for name, v in settings.items() if row["run"].get(name) != v]
         if changed:
             changes = ", ".join(changed)
-            raise DataError(f"line {k} was made with another {changes}; choose another file")
+            raise UserError(f"line {k} was made with another {changes}; choose another file")
         if k <= len(lines):
             done.add(question_key(row.get("question")))
     if last:

@@ -44,13 +44,13 @@ from config import (
     toy_config,
     training_records,
 )
-from data import DataError, Prompter, Question, Record, check_prompts
+from data import Prompter, Question, Record, check_prompts
 from eval import evaluate
 from files import UserError
 from kernels import HeadOutput, token_logps, tw_grpo_head
 from loader import ClipReader
 from packing import Group
-from policy import ModelError, Policy
+from policy import Policy
 from questions import QuestionsAhead
 from records import printable
 from rewards import REWARDS
@@ -401,7 +401,7 @@ def run(cfg: Config) -> Path | None:
 def main() -> None:
     try:
         run(parse_config())
-    except (UserError, DataError, ModelError, VideoError, ranks.Failed) as error:
+    except (UserError, VideoError, ranks.Failed) as error:
         raise SystemExit(f"error: {printable(str(error))}") from None
     except (ImportError, OSError) as error:
         raise SystemExit(f"error: {printable(str(error))}") from None

@@ -21,22 +21,20 @@ from pathlib import Path
 
 import numpy as np
 
+from files import UserError, replacing
+
 TEMPLATE = Path(__file__).resolve().parent / "viewer.html"
 FRAME_PIXELS = 168  # the longer side of a frame on the page, at most
 
 
-class VizError(Exception):
-    """Nothing to draw, or nowhere to draw it. The message names the file and says what to do."""
-
-
 def json_lines(path: Path) -> list[bytes]:
     """The lines of a JSONL file, without what a kill, or a run that still goes on, cut off at the
-    end. Raises VizError if the file cannot be read."""
+    end. Raises UserError if the file cannot be read."""
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         reason = f"cannot be read ({error.strerror})"
-        raise VizError(f"{path} {reason}; is {path.parent} the --output_dir of a run?") from None
+        raise UserError(f"{path} {reason}; is {path.parent} the --output_dir of a run?") from None
     if json_object(lines[-1]) is None:
         lines.pop()
     return [line for line in lines if line.strip()]
@@ -63,38 +61,33 @@ def number(value) -> float:
 
 
 @contextlib.contextmanager
-def replacing(path: Path):
-    """A path beside `path` to write to; what was written there then takes the place of `path` at
-    once, so that nobody ever sees half a picture. Raises VizError if it cannot be written."""
-    path = Path(os.path.realpath(path))  # a link stays, and what it points to is replaced
+def output(path: Path):
+    """A path to write a picture to, which then replaces `path`. Raises UserError if `path` cannot
+    be written, or is something that must not be replaced, such as a device."""
     if os.path.exists(path) and not os.path.isfile(path):
-        raise VizError(f"{path} is not a file that can be replaced; choose another -o")
-    beside = path.with_name(f".{path.name}.partial")
+        raise UserError(f"{path} is not a file that can be replaced; choose another -o")
     try:
-        yield beside
-        os.replace(beside, path)
+        with replacing(path) as beside:
+            yield beside
     except OSError as error:
         reason = error.strerror or error
-        raise VizError(f"{path} cannot be written ({reason}); name another file with -o") from None
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink()
+        raise UserError(f"{path} cannot be written ({reason}); name another file with -o") from None
 
 
 # ----------------------------------------------------------------------------------------- the page
 
 
 def read_config(run: Path) -> dict:
-    """The flags of a run. Raises VizError unless those that the page needs are usable."""
+    """The flags of a run. Raises UserError unless those that the page needs are usable."""
     path = run / "config.json"
     try:
         config = json_object(path.read_bytes())
     except OSError as error:
         reason = f"cannot be read ({error.strerror})"
-        raise VizError(f"{path} {reason}; is {run} the --output_dir of a run?") from None
+        raise UserError(f"{path} {reason}; is {run} the --output_dir of a run?") from None
     for name in ("alpha", "fps", "max_frames", "min_pixels", "max_pixels"):
         if config is None or not number(config.get(name)) > 0:
-            raise VizError(f"{path} has no number above 0 for {name}; is it that of a run?")
+            raise UserError(f"{path} has no number above 0 for {name}; is it that of a run?")
     return config
 
 
@@ -183,7 +176,7 @@ def template_halves() -> list[str]:
 
 def page_data(run: Path, max_groups: int) -> Iterator[tuple[str, object]]:
     """What the page is told, by the names its script knows: at most `max_groups` groups, evenly
-    spaced over the run; every clip once; and what they have in common. Raises VizError."""
+    spaced over the run; every clip once; and what they have in common. Raises UserError."""
     from loader import ClipReader  # here, because it brings torch, and curves should not wait
 
     config, path = read_config(run), run / "completions.jsonl"
@@ -192,7 +185,7 @@ def page_data(run: Path, max_groups: int) -> Iterator[tuple[str, object]]:
     groups = [g for g in map(shown_group, map(json_object, chosen)) if g]
     note_left_out(path, len(chosen) - len(groups))
     if not groups:
-        raise VizError(f"{path} holds no group yet; a run writes one every --logging_steps")
+        raise UserError(f"{path} holds no group yet; a run writes one every --logging_steps")
     for k, group in enumerate(groups):
         yield f"group-{k}", group
     clips, missing = {group["video"]: 0 for group in groups}, 0
@@ -212,9 +205,9 @@ def page_data(run: Path, max_groups: int) -> Iterator[tuple[str, object]]:
 
 def write_page(run: Path, out: Path, max_groups: int) -> None:
     """One page that needs nothing else; the browser parses a group only when it is shown. Raises
-    VizError."""
+    UserError."""
     before, after = template_halves()
-    with replacing(out) as beside, open(beside, "w", encoding="utf-8", newline="\n") as page:
+    with output(out) as beside, open(beside, "w", encoding="utf-8", newline="\n") as page:
         page.write(before)
         page.writelines(starmap(data_block, page_data(run, max_groups)))
         page.write(after)

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from viewer import VizError, json_lines, json_object, note_left_out, number, replacing, write_page
+from files import UserError
+from viewer import json_lines, json_object, note_left_out, number, output, write_page
 
 PANELS = {
     "reward": "reward (mean)",
@@ -36,14 +37,14 @@ GROUPS_AT_THE_END = 20  # of the page a run writes of itself: a clip costs about
 
 
 def read_metrics(run: Path) -> list[dict]:
-    """The lines of run/metrics.jsonl, in order. Raises VizError if there are none."""
+    """The lines of run/metrics.jsonl, in order. Raises UserError if there are none."""
     path = run / "metrics.jsonl"
     lines = json_lines(path)
     rows = [row for row in map(json_object, lines) if row and "step" in row]
     rows = [row for row in rows if math.isfinite(number(row["step"]))]
     note_left_out(path, len(lines) - len(rows))
     if not rows:
-        raise VizError(f"{path} holds no line with a step yet; draw it after the first step")
+        raise UserError(f"{path} holds no line with a step yet; draw it after the first step")
     return rows
 
 
@@ -70,14 +71,14 @@ def distinct_names(runs: list[Path]) -> list[str]:
 
 def curves(runs: list[Path], out: Path) -> None:
     """One panel per metric, one colour and line style per run: faint as measured, bold smoothed.
-    Writes a picture in the format of out's suffix. Raises VizError."""
+    Writes a picture in the format of out's suffix. Raises UserError."""
     from matplotlib.figure import Figure  # no pyplot: no display, no global state
 
     runs = list({run.resolve(): run for run in runs}.values())  # one named twice is one run
     metrics, names = [read_metrics(run) for run in runs], distinct_names(runs)
     figure = Figure(figsize=(9, 7.5), layout="constrained")
     if (out.suffix or ".png")[1:] not in figure.canvas.get_supported_filetypes():
-        raise VizError(f"-o {out} has an unknown ending; use .png, .svg or .pdf")
+        raise UserError(f"-o {out} has an unknown ending; use .png, .svg or .pdf")
     top, middle = list(PANELS)[:3], list(PANELS)[3:]
     columns = [np.repeat(top, 4), np.repeat(middle, 4), np.repeat(list(PHASES), 3)]
     axes = figure.subplot_mosaic([list(row) for row in columns])
@@ -105,7 +106,7 @@ def curves(runs: list[Path], out: Path) -> None:
     lines = "thin: as logged; bold: moving mean over 1/20 of the run"
     figure.supxlabel(lines, x=0.99, ha="right", fontsize=8)
     figure.legend(handles, names, loc="outside upper center", ncols=columns, fontsize=9)
-    with replacing(out) as beside:
+    with output(out) as beside:
         figure.savefig(beside, format=out.suffix[1:] or "png", dpi=150)
 
 
@@ -118,7 +119,7 @@ def lines_so_far(run: Path) -> int:
 
 def watch(runs: list[Path], out: Path, seconds: float) -> None:
     """Draws again whenever a metrics.jsonl has grown, looking every `seconds`, until Ctrl-C. Runs
-    that have written no line yet are waited for. Raises VizError."""
+    that have written no line yet are waited for. Raises UserError."""
     seen = None
     while True:
         lines = [lines_so_far(run) for run in runs]
@@ -146,7 +147,7 @@ def pictures(run: Path) -> list[Path]:
         try:
             draw(run / name)
             drawn.append(run / name)
-        except VizError as error:
+        except UserError as error:
             print(f"note: {error}", file=sys.stderr)
     return drawn
 
@@ -193,7 +194,7 @@ def main() -> None:
             watch(args.runs, args.out, args.watch)
         else:
             curves(args.runs, args.out)
-    except VizError as error:
+    except UserError as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit(0 if args.command == "curves" and args.watch else 130) from None

@@ -17,8 +17,9 @@ from PIL import Image, ImageDraw
 
 import toy
 from benchmarks import origin
-from data import DataError, Prompter, load_records
-from policy import ModelError, Policy
+from data import Prompter, load_records
+from files import UserError
+from policy import Policy
 from video import VideoError
 
 QUESTION = "train-170"
@@ -32,7 +33,7 @@ def collect(run: Path) -> dict:
     prompter = Prompter(policy.tokenizer, policy.chat_template, policy.geometry, **toy.CLIP)
     records = {r.id: r for r in load_records(run / "toy" / "train.jsonl", run / "toy")}
     if QUESTION not in records:
-        raise DataError(f"{run}/toy/train.jsonl has no question {QUESTION}; give a run of the toy")
+        raise UserError(f"{run}/toy/train.jsonl has no question {QUESTION}; give a run of the toy")
     clip = prompter.load_clip(*prompter.clip_arguments(records[QUESTION]))
     question = prompter.question(records[QUESTION], clip)
     with torch.no_grad():
@@ -72,7 +73,7 @@ def main() -> None:
         data = collect(args.run)
         np.savez_compressed(args.out / "walkthrough.npz", **data)
         picture(data["frames_F3HW"]).save(args.out / "walkthrough.png")
-    except (DataError, ModelError, VideoError, OSError) as error:
+    except (UserError, VideoError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
 
 

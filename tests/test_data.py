@@ -19,7 +19,6 @@ import toy
 from config import parse_config
 from data import (
     STYLES,
-    DataError,
     Prompter,
     Record,
     check_prompts,
@@ -28,6 +27,7 @@ from data import (
     select_records,
     step_records,
 )
+from files import UserError
 from records import MAX_TEXT, as_record, join_video, option_letters, option_texts, task_of
 from runlog import RunLog
 from video import VideoError
@@ -70,31 +70,31 @@ def test_json_list_and_jsonl_are_read_alike(tmp_path):
 )
 def test_a_bad_row_is_named_with_its_file_and_number(row, reason, tmp_path):
     path = write(tmp_path, json.dumps([ROW, row]))
-    with pytest.raises(DataError, match=r"(?s)q.json: 1 bad row.*row 2: ") as error:
+    with pytest.raises(UserError, match=r"(?s)q.json: 1 bad row.*row 2: ") as error:
         load_records(path)
     assert reason in str(error.value)
 
 
 def test_every_bad_row_is_reported_not_just_the_first(tmp_path):
     lines = [json.dumps(ROW), "{broken", json.dumps({**ROW, "solution": "E"}), json.dumps(ROW)[:-3]]
-    with pytest.raises(DataError, match="3 bad row") as error:
+    with pytest.raises(UserError, match="3 bad row") as error:
         load_records(write(tmp_path, "\n".join(lines), "q.jsonl"))
     assert all(f"line {k}: " in str(error.value) for k in (2, 3, 4))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "[{]", "[1, 2", "\x00", "[" * 100000])
 def test_files_that_hold_no_records(text, tmp_path):
-    with pytest.raises(DataError, match="q.json"):
+    with pytest.raises(UserError, match="q.json"):
         load_records(write(tmp_path, text))
 
 
 def test_missing_and_unreadable_files(tmp_path):
-    with pytest.raises(DataError, match="nowhere.json: no such file"):
+    with pytest.raises(UserError, match="nowhere.json: no such file"):
         load_records(tmp_path / "nowhere.json")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         load_records(tmp_path)
     (tmp_path / "latin.json").write_bytes(b'["\xff\xfe"]')
-    with pytest.raises(DataError, match="UTF-8"):
+    with pytest.raises(UserError, match="UTF-8"):
         load_records(tmp_path / "latin.json")
 
 
@@ -155,7 +155,7 @@ def test_every_format_is_told_by_its_keys(name, tmp_path):
 
 
 def test_a_raw_clevrer_file_is_sent_to_its_conversion(tmp_path):
-    with pytest.raises(DataError, match="python data.py clevrer"):
+    with pytest.raises(UserError, match="python data.py clevrer"):
         load_records(write(tmp_path, '[{"video_filename": "1.mp4", "questions": []}]'))
 
 
@@ -195,18 +195,18 @@ def test_option_texts_lose_their_letters_and_nothing_else(options, texts):
     ],
 )
 def test_untrusted_rows_get_a_short_sentence(change, reason, tmp_path):
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         load_records(write(tmp_path, json.dumps([ROW, {**ROW, **change}])))
     message = str(error.value)
     assert "row 2: " in message and reason in message and len(message) < 400 + len(str(tmp_path))
 
 
 def test_broken_json_is_named_by_line_and_column(tmp_path):
-    with pytest.raises(DataError, match="line 3 column 1"):
+    with pytest.raises(UserError, match="line 3 column 1"):
         load_records(write(tmp_path, '[{"a": 1},\n{"b": 2},\n}]'))
-    with pytest.raises(DataError, match=r"line 2: is not valid JSON \(.* at column 9\)"):
+    with pytest.raises(UserError, match=r"line 2: is not valid JSON \(.* at column 9\)"):
         load_records(write(tmp_path, '{"a": 1}\n{"b": 2,}', "q.jsonl"))
-    with pytest.raises(DataError, match="line 1: is not valid JSON"):
+    with pytest.raises(UserError, match="line 1: is not valid JSON"):
         load_records(write(tmp_path, '{"problem": ' + "9" * 5000 + "}"))
 
 
@@ -281,7 +281,7 @@ def test_any_file_gives_records_or_a_data_error(rows, as_list, noise, tmp_path):
     path.write_bytes(text.encode() + noise)
     try:
         records = load_records(path, tmp_path)
-    except DataError as error:
+    except UserError as error:
         assert str(path) in str(error)
         return
     assert 0 < len(records) <= len(rows)
@@ -360,7 +360,7 @@ def test_select_records_by_number_of_answers_and_count():
     assert select_records(records, "mixed", 9, 0) == records
     few = select_records(records, "mixed", 2, 0)
     assert len(few) == 2 and few == select_records(records, "mixed", 2, 0)
-    with pytest.raises(DataError, match="--question_type multiple"):
+    with pytest.raises(UserError, match="--question_type multiple"):
         select_records(records[:1], "multiple", 9, 0)
 
 
@@ -492,7 +492,7 @@ def test_golden_prompts_keep_the_ids_of_plain_tokenization(style, policy):
 
 def test_questions_that_cannot_become_a_prompt_are_all_named_before_a_run(prompter, records):
     long = [asking("word " * 5000, records[0], id=f"long-{k}") for k in range(2)]
-    with pytest.raises(DataError, match=r"q.json: 2 question\(s\) that cannot") as error:
+    with pytest.raises(UserError, match=r"q.json: 2 question\(s\) that cannot") as error:
         check_prompts(prompter, [*records, *long], "q.json")
     for name in ("long-0", "long-1"):
         assert f"record {name}: its prompt has " in str(error.value)
@@ -512,7 +512,7 @@ def test_questions_that_cannot_become_a_prompt_are_all_named_before_a_run(prompt
 )
 def test_a_broken_chat_template_is_a_sentence(template, reason, policy, records):
     prompter = Prompter(policy.tokenizer, template, policy.geometry, **toy.CLIP)
-    with pytest.raises(DataError, match=reason):
+    with pytest.raises(UserError, match=reason):
         check_prompts(prompter, records[:1], "q.json")
 
 

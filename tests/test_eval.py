@@ -30,8 +30,8 @@ import scoring
 import toy
 import twgrpo
 from data import STYLES
-from policy import ModelError, NonFiniteLogits, Policy
-from records import DataError
+from files import UserError
+from policy import NonFiniteLogits, Policy
 from rewards import number
 from rollout import sample
 
@@ -137,7 +137,7 @@ def test_bad_rows_are_named_and_the_others_scored(tmp_path):
 @pytest.mark.parametrize("text", ["", "[]", "5", '{"a": 1}', "\x00"])
 def test_a_file_that_is_no_log_is_refused_by_name(text, tmp_path):
     (tmp_path / "x.json").write_text(text)
-    with pytest.raises(DataError, match="x.json"):
+    with pytest.raises(UserError, match="x.json"):
         scoring.read_log(tmp_path / "x.json")
 
 
@@ -193,7 +193,7 @@ def test_any_log_gives_numbers_or_a_data_error(rows, tmp_path):
     path.write_text("\n".join(map(json.dumps, rows)))
     try:
         log = scoring.read_log(path)
-    except DataError as error:
+    except UserError as error:
         assert str(path) in str(error)
         return
     summary = scoring.summarize(log, resamples=10)
@@ -287,7 +287,7 @@ def test_an_old_log_with_other_settings_is_not_mixed_with(world, tmp_path, monke
 def test_a_file_that_is_no_log_of_ours_is_left_as_it_is(text, tmp_path):
     path = tmp_path / "mine.json"
     path.write_text(text)
-    with pytest.raises(DataError, match="mine.json: line 1 .*choose another file"):
+    with pytest.raises(UserError, match="mine.json: line 1 .*choose another file"):
         with scoring.open_log(str(path), {"prompt": "think"}):
             pass
     assert path.read_text() == text and os.listdir(tmp_path) == ["mine.json"]
@@ -357,7 +357,7 @@ def test_a_row_that_does_not_fit_on_the_disk_is_absent(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 100, limits[1]))
         try:
             with pytest.raises(
-                DataError, match="log.jsonl: cannot be written .*goes on from there"
+                UserError, match="log.jsonl: cannot be written .*goes on from there"
             ):
                 log.append({"question": "x" * 1000})
         finally:
@@ -479,7 +479,7 @@ def test_one_question_that_does_not_fit_ends_with_a_remedy():
     def generate(batch):
         raise RuntimeError("CUDA error: out of memory")
 
-    with pytest.raises(ModelError, match="one question alone .* lower --max_pixels"):
+    with pytest.raises(UserError, match="one question alone .* lower --max_pixels"):
         list(evaluation.answered([1, 2, 3], generate, 2))
     with pytest.raises(RuntimeError, match="another"):
         list(
@@ -658,17 +658,17 @@ def test_code_that_a_checkpoint_brings_along_never_runs(name, checkpoint, tmp_pa
     kind = {"model_type": "evil"} if name == "config.json" else {"tokenizer_class": "T"}
     directory = checkpoint(name, auto_map=code, **kind)
     (directory / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
-    with contextlib.suppress(ModelError):
+    with contextlib.suppress(UserError):
         Policy.load(directory)
     assert not (tmp_path / "ran").exists()
     if name == "config.json":
-        with pytest.raises(ModelError, match="is a 'evil' model; qwen2_5_vl or qwen2_vl is needed"):
+        with pytest.raises(UserError, match="is a 'evil' model; qwen2_5_vl or qwen2_vl is needed"):
             Policy.load(directory)
 
 
 @pytest.mark.parametrize("end", ["<|im_end|>", ["<|im_end|>"], [0, 10**9], -1])
 def test_end_tokens_that_are_no_ids_are_named(end, checkpoint):
-    with pytest.raises(ModelError, match="its end token .* is no id of its vocabulary"):
+    with pytest.raises(UserError, match="its end token .* is no id of its vocabulary"):
         Policy.load(checkpoint("generation_config.json", eos_token_id=end))
 
 
@@ -682,7 +682,7 @@ def test_a_chat_template_file_that_holds_none_is_named(text, checkpoint):
     directory = checkpoint("generation_config.json")
     (directory / "chat_template.jinja").unlink()
     (directory / "chat_template.json").write_text(text)
-    with pytest.raises(DataError, match="chat template"):
+    with pytest.raises(UserError, match="chat template"):
         Policy.load(directory)
 
 

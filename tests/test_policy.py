@@ -19,8 +19,9 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 import rollout
 import toy
 from data import TEMPLATES, Prompter, Record
+from files import UserError
 from packing import Group
-from policy import ModelError, Policy
+from policy import Policy
 from rollout import sample
 
 LENGTHS = [[5, 1, 9, 3], [2, 2, 2, 7], [1, 1, 1, 1]]
@@ -309,21 +310,21 @@ def test_processor_chat_template_comes_before_the_tokenizers(world, policy, tmp_
 
 
 def test_what_is_not_a_qwen_vl_is_refused_by_name(tmp_path):
-    with pytest.raises(ModelError, match="nowhere: no such model directory"):
+    with pytest.raises(UserError, match="nowhere: no such model directory"):
         Policy.load(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelError, match="empty: not a checkpoint"):
+    with pytest.raises(UserError, match="empty: not a checkpoint"):
         Policy.load(tmp_path / "empty")
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "config.json").write_text('{"model_type": "qwen2"}')
-    with pytest.raises(ModelError, match="text: is a 'qwen2' model"):
+    with pytest.raises(UserError, match="text: is a 'qwen2' model"):
         Policy.load(tmp_path / "text")
 
 
 def test_a_checkpoint_without_weights_is_refused(world, tmp_path):
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.json").write_text((world / "model" / "config.json").read_text())
-    with pytest.raises(ModelError, match="bare: its weights or tokenizer cannot be loaded"):
+    with pytest.raises(UserError, match="bare: its weights or tokenizer cannot be loaded"):
         Policy.load(tmp_path / "bare")
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from convert import clevrer_file, clevrer_rows, invert, negate, qai_file, qai_rows
-from records import LETTERS, DataError, load_records, option_texts
+from files import UserError
+from records import LETTERS, load_records, option_texts
 from rewards import answer_set
 
 NEXT = {
@@ -189,7 +190,7 @@ def test_a_row_with_several_answers_or_none_to_negate_is_kept_and_counted():
 
 def test_bad_rows_are_all_named_and_nothing_is_written(tmp_path):
     (tmp_path / "in.json").write_text(json.dumps([NEXT, 5, dict(NEXT, answer="(Z)")]))
-    with pytest.raises(DataError, match=r"(?s)2 bad row.*row 2: .*row 3: "):
+    with pytest.raises(UserError, match=r"(?s)2 bad row.*row 2: .*row 3: "):
         qai_file(str(tmp_path / "in.json"), str(tmp_path / "out.json"), 0)
     assert not (tmp_path / "out.json").exists()
 
@@ -231,5 +232,5 @@ def test_a_file_that_is_not_clevrers_is_named(scene, tmp_path):
     with pytest.raises(ValueError, match="scene 2: "):
         clevrer_rows([SCENE, scene])
     (tmp_path / "raw.json").write_text(json.dumps([SCENE, scene]))
-    with pytest.raises(DataError, match="raw.json: scene 2: .*CLEVRER's own question file"):
+    with pytest.raises(UserError, match="raw.json: scene 2: .*CLEVRER's own question file"):
         clevrer_file(str(tmp_path / "raw.json"), str(tmp_path / "out.json"))

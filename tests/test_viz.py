@@ -22,7 +22,7 @@ import toy
 import video
 import viewer
 import viz
-from viewer import VizError
+from files import UserError
 
 CONFIG = dict(
     alpha=1.7, divergence="official", ended_rows="uniform", loss_type="tw_grpo",
@@ -133,7 +133,7 @@ def test_curves_say_what_is_wrong(tmp_path):
         (good, "c.xyz", "c.xyz has an unknown ending"),
         (good, "no/such/c.png", "no/such/c.png cannot be written"),
     ):
-        with pytest.raises(VizError, match=re.escape(words)):
+        with pytest.raises(UserError, match=re.escape(words)):
             viz.curves([run], tmp_path / out)
     assert not list(tmp_path.glob("*.partial"))
     result = run_viz("curves", tmp_path / "none", "-o", tmp_path / "c.png")
@@ -150,7 +150,7 @@ def test_only_files_are_replaced(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for draw in (lambda out: viz.curves([run], out), lambda out: viewer.write_page(run, out, 9)):
         for out in (".", "/", "run", "pipe"):
-            with pytest.raises(VizError, match="is not a file .*; choose another -o"):
+            with pytest.raises(UserError, match="is not a file .*; choose another -o"):
                 draw(viz.Path(out))
         draw(viz.Path("link"))
         assert (tmp_path / "pointed.svg").stat().st_size > 1000
@@ -666,7 +666,7 @@ def test_the_page_says_what_is_wrong(tmp_path):
     (write_run(tmp_path / "d", good) / "config.json").write_text("[")
     cases["is it that of a run?"] = tmp_path / "d"
     for words_, run in cases.items():
-        with pytest.raises(VizError, match=re.escape(words_)):
+        with pytest.raises(UserError, match=re.escape(words_)):
             viewer.write_page(run, tmp_path / "w.html", 200)
     result = run_viz("weights", tmp_path / "none", "-o", tmp_path / "w.html")
     assert result.returncode == 1 and result.stderr.startswith("error: ")
