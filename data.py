@@ -1,25 +1,18 @@
-"""Questions about videos as a model reads them; and the command line that checks and makes files.
+"""Questions about videos as a model reads them.
 
     select_records   which questions to train on
     step_records     which of them a training step uses, fixed by (seed, step) alone
     Prompter         Record -> Question: prompt, token ids, position ids, patches of its clip
     check_prompts    names every question that cannot become a prompt, before a run starts
 
-    python data.py check FILE --video_root DIR [--decode]     every fault of a file, by name
-    python data.py clevrer RAW.json OUT.json                  CLEVRER's own questions -> records
-    python data.py qai IN OUT --seed S [--p 0.5]              question-answer inversion
-
-The formats of the files are in records.py, the two conversions in convert.py.
+The formats of the files are in records.py. `python -m tools.check` names every fault of a file,
+`python -m tools.convert` makes training files of CLEVRER, NExT-GQA and STAR.
 Letters in shapes: P prompt tokens, S patches of a clip, F frames.
 """
 
-import argparse
-import collections
 import itertools
 import json
-import os
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,16 +20,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-import convert
 import video
 from files import UserError
-from loader import ClipReader
-from records import Record, load_records, printable, read_records, refuse  # noqa: F401
-from rewards import answer_set, tagged_answer
+from records import Record, refuse
+from rewards import tagged_answer
 
 
 @dataclass
@@ -298,108 +288,3 @@ def load_chat_template(model_name_or_path: str, tokenizer: PreTrainedTokenizerBa
             f"{model_name_or_path}: has no chat template; a Qwen-VL instruct checkpoint is needed"
         )
     return template
-
-
-# ------------------------------------------------------------------------------------- command line
-
-
-def question_type_of(record: Record) -> str:
-    """ "single" or "multiple" for a choice question, else its kind."""
-    if record.kind != "multiple choice":
-        return record.kind
-    return "multiple" if len(answer_set(record.solution)) > 1 else "single"
-
-
-def check(path: str, video_root: str, decode: bool, timeout: float) -> bool:
-    """Prints what a file holds and every fault of it, rows and clips; True if there is none."""
-    records, errors = read_records(path, video_root)
-    print(f"{path}: {len(records)} records, {len(errors)} bad row(s)")
-    for title, values in {
-        "source": [r.source for r in records],
-        "question type": [question_type_of(r) for r in records],
-        "right answers": [len(answer_set(r.solution)) for r in records if is_choice(r)],
-    }.items():
-        counts = sorted(collections.Counter(values).items(), key=lambda item: str(item[0]))
-        counted = ", ".join(f"{name} {count}" for name, count in counts)
-        print(printable(f"  by {title}: {counted}"))
-    clip_errors = check_clips(records, decode, timeout)
-    clips = len({r.video for r in records})
-    state = "decoded" if decode else "looked for, not decoded (--decode does)"
-    print(f"  clips: {clips}, {state}; {len(clip_errors)} with a fault")
-    for error in errors + clip_errors:
-        print(printable(f"  {error}"))
-    if not records and not errors:
-        print(f"  {path}: holds no records")
-    return bool(records) and not errors and not clip_errors
-
-
-def is_choice(record: Record) -> bool:
-    return record.kind == "multiple choice"
-
-
-def check_clips(records: list[Record], decode: bool, timeout: float) -> list[str]:
-    """A sentence for every clip that is missing, unreadable or too short, and for every file that
-    the records know under several names (a sign of two clips that collided, or of two roots)."""
-    names, errors = collections.defaultdict(set), []
-    for record in records:
-        names[os.path.realpath(record.video)].add(_given_name(record))
-    for path, given in names.items():
-        if len(given) > 1:
-            errors.append(f"{path}: known under {len(given)} names: {', '.join(sorted(given))}")
-    with ClipReader(timeout) as reader:
-        paths = list(dict.fromkeys(str(r.video) for r in records))
-        for path in tqdm(paths, desc="clips", leave=False, disable=None):
-            try:
-                if decode:
-                    reader.load_clip(path)
-                else:
-                    video.check_file(path)
-            except video.VideoError as error:
-                errors.append(str(error))
-    return errors
-
-
-def _given_name(record: Record) -> str:
-    keys = ("video", "path", "video_filename")
-    return next((record.row[k] for k in keys if isinstance(record.row.get(k), str)), "")
-
-
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    commands = top.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("check", help="every fault of a file of questions, by name")
-    one.add_argument("file")
-    one.add_argument("--video_root", default="", help="directory the video paths start from")
-    one.add_argument("--decode", action="store_true", help="also read every clip")
-    one.add_argument("--timeout", type=float, default=60, help="seconds for a clip, at most")
-    one = commands.add_parser("clevrer", help="CLEVRER's own questions -> records")
-    one.add_argument("raw")
-    one.add_argument("out")
-    one = commands.add_parser("qai", help="question-answer inversion of NExT-GQA or STAR rows")
-    one.add_argument("file")
-    one.add_argument("out")
-    one.add_argument("--seed", type=int, default=42, help="the same seed gives the same bytes")
-    one.add_argument("--p", type=float, default=0.5, help="share of the questions to invert")
-    return top
-
-
-def main() -> None:
-    args = parser().parse_args()
-    try:
-        if args.command == "check":
-            if not 0 < args.timeout <= 86_400:
-                raise UserError("--timeout must be above 0 and at most 86,400 seconds")
-            sys.exit(0 if check(args.file, args.video_root, args.decode, args.timeout) else 1)
-        if args.command == "clevrer":
-            counts = convert.clevrer_file(args.raw, args.out)
-        else:
-            if not 0 <= args.p <= 1 or args.seed < 0:
-                raise UserError("--p is a share of the questions, 0 to 1; --seed is 0 or more")
-            counts = convert.qai_file(args.file, args.out, args.seed, args.p)
-    except (UserError, OSError) as error:
-        raise SystemExit(f"error: {printable(str(error))}") from None
-    print(f"{args.out}: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
-
-
-if __name__ == "__main__":
-    main()

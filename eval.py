@@ -7,7 +7,7 @@
 `run` answers every question with the policy's own rollout, so what is measured is what is trained.
 Each answer is one line of the log, in the official logs' form, written the moment it exists: a run
 killed at any point goes on where it stopped. Under torchrun each rank takes every n-th question,
-and all append to the one log. Logs are written and scored in scoring.py.
+and all append to the one log. Logs are written and scored in tools/score.py.
 
 Prompt styles are in data.py; which of them gives which row of the paper is in docs/prompts.md.
 Letters in shapes: B questions answered together, G completions of each, T positions.
@@ -27,16 +27,14 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-import ranks
-import scoring
 import video
-from data import MAX_PROMPT_LENGTH, STYLES, Prompter, Question, check_prompts, load_records
+from data import MAX_PROMPT_LENGTH, STYLES, Prompter, Question, check_prompts
 from files import UserError
 from kernels import tw_grpo_head
-from loader import ClipReader
-from packing import Group
-from policy import Policy
-from records import LETTERS, Record, printable
+from model import ranks
+from model.packing import Group
+from model.policy import Policy
+from records import LETTERS, Record, load_records, printable
 from rewards import (
     accuracy_reward,
     compare_answers,
@@ -46,6 +44,8 @@ from rewards import (
     strict_format_reward,
     tagged_answer,
 )
+from run.decoder import ClipReader
+from tools import score as scoring
 from video import VideoError
 
 MEASURES = {"soft": accuracy_reward, "exact": origin_accuracy_reward, "format": format_reward}

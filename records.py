@@ -10,7 +10,7 @@ The formats, told apart by their keys (the places are where the text, the answer
     nextgqa      question, options "(A) ..", answer "(C)", video         NExT-GQA as published
     star         question, options without letters, solution, video      cut from Video-R1-260k
     dvd          problem, solution with a number, video_filename         DVD-counting, JSONL
-    clevrer raw  scenes with questions and choices                       only for `data.py clevrer`
+    clevrer raw  scenes with questions and choices                       for tools/convert.py
 
 Everything in a file is untrusted: a bad row costs a sentence, never a traceback.
 """
@@ -121,7 +121,7 @@ def refuse(path: str | Path, what: str, errors: list[str]) -> None:
 def load_records(path: str | Path, video_root: str | Path = "") -> list[Record]:
     """All records of a file, their video paths joined to `video_root`.
 
-    Whether the clips can be read is found out when they are (or by `python data.py check`); the
+    Whether the clips can be read is found out when they are (or by `python -m tools.check`); the
     rows themselves are all checked first, and UserError lists every bad one.
     """
     records, errors = read_records(path, video_root)
@@ -139,7 +139,7 @@ def as_record(row: object, where: str, root: Path, real_root: str | None = None)
     if not isinstance(row, dict):
         raise ValueError(f"is {type(row).__name__}, not an object with problem, solution and video")
     if isinstance(row.get("questions"), list):
-        raise ValueError("is a raw CLEVRER scene; convert the file with: python data.py clevrer")
+        raise ValueError("is a raw CLEVRER scene; first run: python -m tools.convert clevrer")
     if row.get("data_type", "video") not in ("video", "frame"):  # "frame": TV-QA in MVBench
         raise ValueError(f"is about a {short(row['data_type'])}; only videos can be shown")
     problem, solution = _problem(row), _solution(row)

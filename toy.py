@@ -32,10 +32,11 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-from data import TEMPLATES, Prompter, Question, Record, load_records
+from data import TEMPLATES, Prompter, Question
 from kernels import reference
-from packing import Group
-from policy import Policy
+from model.packing import Group
+from model.policy import Policy
+from records import Record, load_records
 
 # Where the toy's training differs from the recipe of a 7B model (the defaults of config.Config),
 # and nowhere else.

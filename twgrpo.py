@@ -28,12 +28,19 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-import checkpoint
 import files
-import plan
-import ranks
-import viz
-from config import (
+from data import Prompter, Question, check_prompts
+from eval import evaluate
+from files import UserError
+from kernels import HeadOutput, token_logps, tw_grpo_head
+from model import ranks
+from model.packing import Group
+from model.policy import Policy
+from records import Record, printable
+from rewards import REWARDS
+from run import checkpoint, plan
+from run.clips import QuestionsAhead
+from run.config import (
     Config,
     check_attention,
     held_out_records,
@@ -44,17 +51,9 @@ from config import (
     toy_config,
     training_records,
 )
-from data import Prompter, Question, Record, check_prompts
-from eval import evaluate
-from files import UserError
-from kernels import HeadOutput, token_logps, tw_grpo_head
-from loader import ClipReader
-from packing import Group
-from policy import Policy
-from questions import QuestionsAhead
-from records import printable
-from rewards import REWARDS
-from runlog import RunLog
+from run.decoder import ClipReader
+from run.log import RunLog
+from tools import curves
 from video import VideoError
 
 # ------------------------------------------------------------------------------------ the algorithm
@@ -389,7 +388,7 @@ def run(cfg: Config) -> Path | None:
         measures |= {"after_step": steps, "after": measure(cfg, policy, prompter, held_out)}
         ranks.on_first(write_measures, measures_file, measures)
     if ranks.is_main():
-        pictures = ", ".join(map(str, viz.pictures(directory)))
+        pictures = ", ".join(map(str, curves.pictures(directory)))
         if held_out and measures.get("after_step") == steps:
             print_measures(measures["before"], measures["after"], len(held_out))
             if is_toy:

@@ -28,8 +28,8 @@ from pathlib import Path
 from statistics import fmean
 
 import toy
-import viz
 from benchmarks.origin import source, surroundings
+from tools import curves
 
 PROJECT = Path(__file__).resolve().parent.parent
 BASE = "alpha_1"  # token-normalised GRPO: all weights are 1
@@ -204,7 +204,7 @@ def spread(values: list[float]) -> dict | None:
 
 def numbers_of(job: Job) -> dict:
     """A finished run: shares in [0, 1], tokens, weights, CPU seconds."""
-    rows = viz.read_metrics(job.out)
+    rows = curves.read_metrics(job.out)
     measures = json.loads((job.out / "eval.json").read_text(encoding="utf-8"))
     after = measures["after"]
     size, tenth = max(1, len(rows) // 20), max(1, len(rows) // 10)

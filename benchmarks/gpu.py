@@ -5,7 +5,7 @@
     python -m benchmarks.gpu --table --out runs/h200            # the README's tables
 
 correctness  the tests only a GPU can run as they are: bf16, memory, captured decoding, packing
-kernels      the head beside its ceiling and the alternatives installed (`kernels.bench`)
+kernels      the head beside its ceiling and the alternatives installed (`benchmarks.head`)
 step         one training step by phase, ours and the official way (`benchmarks.step`)
 
 Each part is a process of its own and writes OUT/PART.json after every result. Run again on the same
@@ -23,10 +23,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import origin, step
+from benchmarks import head, origin, step
 from benchmarks.origin import PROJECT, Results
-from kernels import bench
-from packing import ATTENTION
+from model.packing import ATTENTION
 
 TESTS = ["test_kernels_cuda.py", "test_packing.py", "test_policy.py", "test_kernels.py",
          "test_ranks.py::test_two_gpus_train_like_one"]  # fmt: skip
@@ -79,7 +78,7 @@ def correctness(args: argparse.Namespace, results: Results) -> None:
 
 
 def kernels(args: argparse.Namespace, results: Results) -> None:
-    bench.run(SHAPES, results)
+    head.run(SHAPES, results)
 
 
 def one_step(args: argparse.Namespace, results: Results) -> None:
@@ -91,7 +90,7 @@ def one_step(args: argparse.Namespace, results: Results) -> None:
 
 
 PARTS = dict(
-    correctness=(correctness, OUTCOMES), kernels=(kernels, bench.COLUMNS),
+    correctness=(correctness, OUTCOMES), kernels=(kernels, head.COLUMNS),
     step=(one_step, step.COLUMNS),
 )  # fmt: skip
 

@@ -10,7 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-import scoring
+from tools import score as scoring
 
 OUT = Path(__file__).resolve().parent / "rescored.json"
 

@@ -30,16 +30,17 @@ from unittest import mock
 
 import torch
 
-import rollout
 import toy
 import video
 from benchmarks.origin import Results
-from config import Config, check_attention
-from data import TEMPLATES, Prompter, Question, Record
+from data import TEMPLATES, Prompter, Question
 from files import UserError
 from kernels import reference
-from packing import ATTENTION
-from policy import Policy
+from model import rollout
+from model.packing import ATTENTION
+from model.policy import Policy
+from records import Record
+from run.config import Config, check_attention
 from twgrpo import question_loss, rewards_of, sample_groups
 
 SIZES = {

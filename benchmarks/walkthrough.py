@@ -17,9 +17,10 @@ from PIL import Image, ImageDraw
 
 import toy
 from benchmarks import origin
-from data import Prompter, load_records
+from data import Prompter
 from files import UserError
-from policy import Policy
+from model.policy import Policy
+from records import load_records
 from video import VideoError
 
 QUESTION = "train-170"

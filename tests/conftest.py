@@ -19,8 +19,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
 import toy
-from data import Prompter, Question, load_records
-from policy import Policy
+from data import Prompter, Question
+from model.policy import Policy
+from records import load_records
 
 MISSING_CODECS = [] if importlib.util.find_spec("av") else ["av"]
 INTERPRETER_IS_BROKEN = (

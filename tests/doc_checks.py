@@ -37,7 +37,7 @@ def relative(path: Path) -> str:
 
 @cache
 def python_files() -> tuple[Path, ...]:
-    folders = ("", "kernels", "benchmarks", "tests", ".ci")
+    folders = ("", "kernels", "model", "run", "tools", "benchmarks", "tests")
     return tuple(path for folder in folders for path in sorted((PROJECT / folder).glob("*.py")))
 
 
@@ -182,7 +182,7 @@ def spans(text: str) -> list[str]:
 # -------------------------------------------------------------------------------------------- flags
 
 
-PROGRAM = re.compile(r"(?<![\w/])((?:\w+/)*\w+\.py)\b|-m ((?:kernels|benchmarks)\.\w+)")
+PROGRAM = re.compile(r"(?<![\w/])((?:\w+/)*\w+\.py)\b|-m ((?:kernels|tools|benchmarks)\.\w+)")
 
 
 def wrong_flags(text: str, not_ours: frozenset[str] = frozenset()) -> list[str]:

@@ -19,14 +19,14 @@ from torch.nn.attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import packing
-import rollout
 import toy
 from benchmarks.step import SIZES
-from data import TEMPLATES, Question, Record
+from data import TEMPLATES, Question
 from kernels.chunked import row_kernel
-from packing import Group
-from policy import Policy
+from model import packing, rollout
+from model.packing import Group
+from model.policy import Policy
+from records import Record
 from video import mrope_positions
 
 aten = torch.ops.aten

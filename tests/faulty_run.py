@@ -12,9 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import checkpoint  # noqa: E402
-import ranks  # noqa: E402
 import twgrpo  # noqa: E402
+from model import ranks  # noqa: E402
+from run import checkpoint  # noqa: E402
 
 fault, rank, step = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 del sys.argv[1:4]

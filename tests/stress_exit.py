@@ -22,8 +22,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch
 
 import torch.distributed as dist  # noqa: E402
 
-import ranks  # noqa: E402
 import twgrpo  # noqa: E402
+from model import ranks  # noqa: E402
 
 LIMIT = 900  # seconds a run may take before its ranks count as hung
 FLAGS = (

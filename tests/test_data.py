@@ -7,29 +7,28 @@ import sys
 import time
 
 import pytest
-from conftest import PROJECT, twgrpo_command
+from conftest import twgrpo_command
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prompt_cases import GOLDEN, ROWS, rendered
 
-import convert
-import data
-import plan
 import toy
-from config import parse_config
-from data import (
-    STYLES,
-    Prompter,
-    Record,
-    check_prompts,
-    load_records,
-    question_text,
-    select_records,
-    step_records,
-)
+from data import STYLES, Prompter, check_prompts, question_text, select_records, step_records
 from files import UserError
-from records import MAX_TEXT, as_record, join_video, option_letters, option_texts, task_of
-from runlog import RunLog
+from records import (
+    MAX_TEXT,
+    Record,
+    as_record,
+    join_video,
+    load_records,
+    option_letters,
+    option_texts,
+    task_of,
+)
+from run import plan
+from run.config import parse_config
+from run.log import RunLog
+from tools import check, convert
 from video import VideoError
 
 ROW = {
@@ -155,7 +154,7 @@ def test_every_format_is_told_by_its_keys(name, tmp_path):
 
 
 def test_a_raw_clevrer_file_is_sent_to_its_conversion(tmp_path):
-    with pytest.raises(UserError, match="python data.py clevrer"):
+    with pytest.raises(UserError, match="python -m tools.convert clevrer"):
         load_records(write(tmp_path, '[{"video_filename": "1.mp4", "questions": []}]'))
 
 
@@ -290,16 +289,16 @@ def test_any_file_gives_records_or_a_data_error(rows, as_list, noise, tmp_path):
         assert all(question_text(record, style) for style in STYLES)
 
 
-# ------------------------------------------------------------------------------- python data.py
+# -------------------------------------------------------------------------- python -m tools.check
 
 
-def data_py(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, PROJECT / "data.py", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+def tool(name: str, *arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", f"tools.{name}", *map(str, arguments)]
+    return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=120)
 
 
 def test_check_of_a_clean_file_exits_with_0(world):
-    done = data_py("check", world / "test.jsonl", "--video_root", world, "--decode")
+    done = tool("check", world / "test.jsonl", "--video_root", world, "--decode")
     assert done.returncode == 0, done.stderr
     assert "8 records, 0 bad row(s)" in done.stdout and "clips: 8, decoded; 0" in done.stdout
     assert "by source: clevrer 8" in done.stdout and "by question type: " in done.stdout
@@ -318,7 +317,7 @@ def test_check_names_every_fault(world, tmp_path, capsys):
         {**ROW, "solution": "E", "video": "ok.mp4"}
     ]
     path = write(tmp_path, json.dumps(rows))
-    assert data.check(str(path), str(tmp_path), decode=True, timeout=60) is False
+    assert check.check(str(path), str(tmp_path), decode=True, timeout=60) is False
     out = capsys.readouterr().out
     for fault in ("ok.mp4: known under 2 names: ./ok.mp4, ok.mp4", "text.mp4: is not a video",
                   "empty.mp4: the file is empty", "gone.mp4: no such video file",
@@ -343,9 +342,11 @@ def test_check_names_every_fault(world, tmp_path, capsys):
 )
 def test_errors_on_the_command_line_are_one_sentence(arguments, sentence, tmp_path, monkeypatch):
     write(tmp_path, json.dumps([ROW]))
-    monkeypatch.setattr(sys, "argv", ["data.py", *(a.format(tmp_path) for a in arguments)])
+    tool = check if arguments[0] == "check" else convert
+    arguments = arguments[tool is check :]  # the name of `check` is no argument of it
+    monkeypatch.setattr(sys, "argv", ["tool", *(a.format(tmp_path) for a in arguments)])
     with pytest.raises(SystemExit, match=sentence) as error:
-        data.main()
+        tool.main()
     assert "\n" not in str(error.value.code)  # a message for code: exit status 1
 
 
@@ -542,7 +543,7 @@ ESCAPES = "\x1b]0;owned\x07\x1b[31mred\x9b2J\u202e"
 def test_check_prints_no_control_characters_of_a_file(world, tmp_path, capsys):
     rows = [{**ROW, "data_source": ESCAPES, "video": f"clips/{ESCAPES}.mp4"},
             {**ROW, "data_source": "\ud800", "id": ESCAPES, "solution": ESCAPES}]  # fmt: skip
-    data.check(str(write(tmp_path, json.dumps(rows))), str(tmp_path), False, 60)
+    check.check(str(write(tmp_path, json.dumps(rows))), str(tmp_path), False, 60)
     out = capsys.readouterr().out
     assert "owned" in out and all(c.isprintable() or c == "\n" for c in out)
 

@@ -6,9 +6,9 @@ import json
 
 from doc_checks import PROJECT
 
-import scoring
 import video
 from data import select_records
+from tools import score as scoring
 
 
 def test_a_prompt_longer_than_4096_tokens_is_kept_whole(prompter, records, policy):
@@ -35,7 +35,7 @@ def test_the_seed_chooses_the_training_questions(records):
 
 def test_no_setting_of_a_clip_comes_from_the_environment():
     # OFFICIAL: set in the environment after the reader has read it.  OURS: arguments only.
-    for name in ("video.py", "data.py", "loader.py"):
+    for name in ("video.py", "data.py", "run/decoder.py"):
         tree = ast.parse((PROJECT / name).read_text(encoding="utf-8"))
         read = [
             ast.unparse(node)

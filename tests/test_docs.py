@@ -203,10 +203,12 @@ def table(mark: str, cell: str) -> str:
 
 CAUGHT = {
     "a flag no parser knows": lambda: checks.wrong_flags("use `--alpa 2`"),
-    "a flag of another program": lambda: checks.wrong_flags("python viz.py curves X --alpha 2"),
+    "a flag of another program": lambda: checks.wrong_flags("python -m tools.curves X --alpha 2"),
     "a flag of another module": lambda: checks.wrong_flags("python -m benchmarks.step --alpha 1"),
     "a program that is not there": lambda: checks.wrong_flags("python trane.py --alpha 2"),
-    "a flag behind a line break": lambda: checks.wrong_flags("python viz.py \\\n  --alpha 1"),
+    "a flag behind a line break": lambda: checks.wrong_flags(
+        "python -m tools.curves \\\n  --alpha 1"
+    ),
     "a link to no file": lambda: checks.broken_links("[x](../rewadrs.py)", HERE),
     "a link to no heading": lambda: checks.broken_links("[x](equations.md#eq-99-none)", HERE),
     "a link to no heading here": lambda: checks.broken_links("# Title\n[x](#titel)", HERE),
@@ -224,7 +226,7 @@ CAUGHT = {
     ),
     "a function that moved": lambda: checks.wrong_names("[`tw_grpo`](../rewards.py)", HERE),
     "a method that is not there": lambda: checks.wrong_names(
-        "[`Policy.prefil`](../policy.py)", HERE
+        "[`Policy.prefil`](../model/policy.py)", HERE
     ),
     "an attribute of a module": lambda: checks.wrong_names("`toy.DEFALTS`", HERE),
     "an attribute of a class": lambda: checks.wrong_names("`Policy.prefil`", HERE),
@@ -299,7 +301,7 @@ TRUTHS = {
     "flags": lambda: checks.wrong_flags("python twgrpo.py --alpha 1.7 | tee x # and so on"),
     "links": lambda: checks.broken_links("# A `b` c\n[x](../README.md) [y](#a-b-c) [z](https://x)",
                                          HERE),  # fmt: skip
-    "names": lambda: checks.wrong_names("[`Policy.rollout`](../policy.py) `toy.DEFAULTS`", HERE),
+    "names": lambda: checks.wrong_names("[`Policy.load`](../model/policy.py) `toy.DEFAULTS`", HERE),
     "tests": lambda: checks.missing_tests("tests/test_rewards.py::test_format; pytest -k format"),
     "figures": lambda: checks.unfounded_figures(
         "<!-- figures: docs/published.json -->\n"

@@ -24,16 +24,16 @@ from hypothesis import strategies as st
 from test_policy import as_qwen2_vl
 
 import eval as evaluation
-import loader
-import ranks
-import scoring
 import toy
 import twgrpo
 from data import STYLES
 from files import UserError
-from policy import NonFiniteLogits, Policy
+from model import ranks
+from model.policy import NonFiniteLogits, Policy
+from model.rollout import sample
 from rewards import number
-from rollout import sample
+from run import decoder as loader
+from tools import score as scoring
 
 
 @pytest.fixture(scope="module")

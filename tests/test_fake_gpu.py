@@ -12,12 +12,11 @@ import pytest
 import torch
 from fake_gpu import backward, group_of, model_and_question
 
-import packing
-import plan
-import rollout
 import twgrpo
-from config import Config
 from eval import evaluate
+from model import packing, rollout
+from run import plan
+from run.config import Config
 
 pytest_plugins = ["fake_gpu"]
 

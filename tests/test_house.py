@@ -1,11 +1,39 @@
-"""The layout of the project: what it may be installed beside."""
+"""The layout of the project: which way imports run, and what it may be installed beside."""
 
+import ast
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 from conftest import PROJECT
+
+# A room imports from those after it, and none from its own place in the line but itself.
+ROOMS = [
+    ["benchmarks"], ["twgrpo"], ["eval"], ["tools"], ["run"], ["toy"], ["model"], ["data"],
+    ["records"], ["rewards", "video", "kernels"], ["files"],
+]  # fmt: skip
+PLACE = {room: place for place, rooms in enumerate(ROOMS) for room in rooms}
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """The rooms that a file imports from, also inside functions."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    names = [alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names]
+    names += [n.module for n in nodes if isinstance(n, ast.ImportFrom)]
+    return {name.partition(".")[0] for name in names} & PLACE.keys()
+
+
+def test_no_import_runs_upward():
+    paths = [p for room in PLACE for p in [PROJECT / f"{room}.py", *(PROJECT / room).glob("*.py")]]
+    paths = [p for p in paths if p.exists()]
+    assert {p for p in PROJECT.glob("*.py")} < set(paths), "a file without a room"
+    for path in paths:
+        own = path.relative_to(PROJECT).parts[0].removesuffix(".py")
+        for room in imported_rooms(path) - {own}:
+            assert PLACE[room] > PLACE[own], f"{path.relative_to(PROJECT)} imports {room}"
+            assert own not in ("rewards", "video", "kernels"), f"{own} imports of the project"
+
 
 HUB = '''
 """As much of Hugging Face's package as transformers asks for while it is imported."""

@@ -19,11 +19,10 @@ from test_packing import groups, test_attention_on_a_gpu_equals_the_mask  # noqa
 from test_policy import test_captured_steps_draw_the_tokens_of_eager_ones  # noqa: F401
 
 import toy
-from benchmarks import step
-from data import Prompter, Record
+from benchmarks import head, step
+from data import Prompter
 from kernels import (
     backward,
-    bench,
     chunked,
     compile_check,
     fused,
@@ -32,6 +31,7 @@ from kernels import (
     tw_grpo_head,
 )
 from kernels.head import Sizes
+from records import Record
 from video import Clip
 
 D, V = 3584, 152064
@@ -50,8 +50,8 @@ def test_bfloat16_at_production_sizes(impl, divergence, lengths):
 
 
 def measured(impl, N, **options):
-    ceiling = bench.bare_matmuls(N, D, V)
-    row = bench.measure(bench.ours(impl), ceiling, N, D, V, **options)
+    ceiling = head.bare_matmuls(N, D, V)
+    row = head.measure(head.ours(impl), ceiling, N, D, V, **options)
     torch.cuda.empty_cache()
     return row
 
@@ -71,7 +71,7 @@ def test_extra_memory(impl, N, limit_mb):
 
 
 def test_token_logps_hold_one_chunk_of_logits():
-    group = bench.make_group(8192, D, V, "cuda", torch.bfloat16)
+    group = head.make_group(8192, D, V, "cuda", torch.bfloat16)
     arguments = [group[k] for k in ("hidden_ND", "weight_VD", "targets_N")]
     token_logps(*arguments)  # workspaces are allocated once
     before = torch.cuda.memory_allocated()
@@ -104,7 +104,7 @@ def test_what_runs_is_what_compile_check_compiles(impl):
     for kernel in kernels:
         kernel.device_caches[device][0].clear()
     lengths = [9, 4, 30, 1, 17, 5, 40, 22]
-    group = bench.make_group(128, D, V, "cuda", torch.bfloat16, lengths)
+    group = head.make_group(128, D, V, "cuda", torch.bfloat16, lengths)
     tw_grpo_head(**group, impl=impl).loss.backward()
     with compile_check.compiling_for(arch):
         compile_check.launch_head(arch, [300] * 8, impl)

@@ -11,20 +11,19 @@ import pytest
 import torch
 from conftest import PROJECT
 
-import loader
-import plan
 import twgrpo
 import video
-import viewer
-from config import Config
-from questions import QuestionsAhead
+from run import decoder, plan
+from run.clips import QuestionsAhead
+from run.config import Config
+from tools import weights_page
 from video import VideoError
 
 
 def test_the_clip_reader_returns_what_load_clip_does(world):
     path = world / "clips/train_000.mp4"
     expected = video.load_clip(path)
-    with loader.ClipReader() as reader:
+    with decoder.ClipReader() as reader:
         for _ in range(2):  # one process serves both
             clip = reader.load_clip(path)
             assert clip.seconds == expected.seconds and torch.equal(clip.frames, expected.frames)
@@ -39,9 +38,9 @@ def test_the_clip_reader_returns_what_load_clip_does(world):
 # Python thread run.
 STUCK = """
 import ctypes, os, sys, time
-sys.argv[0] = sys.path[0] = {project!r}
-import loader
+sys.path[0] = {project!r}
 import video
+from run import decoder
 real = video.read_clip
 
 def read_clip(path, *settings):
@@ -59,7 +58,7 @@ def read_clip(path, *settings):
     return real(path, *settings)
 
 video.read_clip = read_clip
-loader.serve()
+decoder.serve()
 """
 
 
@@ -68,7 +67,7 @@ def stuck(world, tmp_path, monkeypatch):
     """A directory of clips that are all the same, and a decoder that goes by their names."""
     script = tmp_path / "stuck.py"
     script.write_text(STUCK.format(project=str(PROJECT)))
-    monkeypatch.setattr(loader, "__file__", str(script))
+    monkeypatch.setattr(decoder, "SERVER", [sys.executable, str(script)])
     good = (world / "clips/train_000.mp4").read_bytes()
     for name in ("good", "hang", "hold", "slow", "crash"):
         (tmp_path / f"{name}.mp4").write_bytes(good)
@@ -77,7 +76,7 @@ def stuck(world, tmp_path, monkeypatch):
 
 def test_a_clip_that_hangs_or_crashes_costs_itself_only(stuck):
     """The clips before and after are read all the same, by a new process."""
-    with loader.ClipReader(timeout=20) as reader:
+    with decoder.ClipReader(timeout=20) as reader:
         reader.load_clip(stuck / "good.mp4")
         reader.timeout = 0.5
         with pytest.raises(VideoError, match="hang.mp4: not decoded within 0.5 s"):
@@ -89,7 +88,7 @@ def test_a_clip_that_hangs_or_crashes_costs_itself_only(stuck):
 
 
 def test_workers_go_on_after_a_clip_that_crashes_and_close_on_one_that_hangs(stuck):
-    workers = loader.ClipWorkers(1, timeout=60)
+    workers = decoder.ClipWorkers(1, timeout=60)
     names = ("good", "crash", "good", "hang")
     good, crash, again, _ = [workers.submit(stuck / f"{name}.mp4") for name in names]
     assert len(good.result(60).frames) == 4
@@ -104,7 +103,7 @@ def test_workers_go_on_after_a_clip_that_crashes_and_close_on_one_that_hangs(stu
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("timeout", [1e300, float("inf")])
 def test_any_time_limit_works(world, timeout):
-    with loader.ClipReader(timeout) as reader:
+    with decoder.ClipReader(timeout) as reader:
         assert len(reader.load_clip(world / "clips/train_000.mp4").frames) == 4
 
 
@@ -148,12 +147,11 @@ def test_training_without_workers_leaves_out_a_clip_that_hangs(world, stuck, pro
 
 def test_the_page_leaves_out_a_clip_that_crashes_its_decoder(stuck):
     config = dict(fps=2.0, max_frames=4, min_pixels=3136, max_pixels=3136)
-    with loader.ClipReader() as reader:
-        shown = viewer.shown_clip(str(stuck / "crash.mp4"), config, reader.load_clip)
+    with decoder.ClipReader() as reader:
+        shown = weights_page.shown_clip(str(stuck / "crash.mp4"), config, reader.load_clip)
         assert shown["error"].endswith("crash.mp4: the decoder crashed on it")
-        assert (
-            len(viewer.shown_clip(str(stuck / "good.mp4"), config, reader.load_clip)["frames"]) == 4
-        )
+        shown = weights_page.shown_clip(str(stuck / "good.mp4"), config, reader.load_clip)
+        assert len(shown["frames"]) == 4
 
 
 # --------------------------------------------------------------------------- signals and orphans
@@ -161,11 +159,10 @@ def test_the_page_leaves_out_a_clip_that_crashes_its_decoder(stuck):
 PARENT = """
 import signal, sys
 sys.path.insert(0, {project!r})
-import loader
-loader.__file__ = {script!r}
+decoder.__file__ = {script!r}
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, lambda *_: None)  # as a run that first finishes its step
-clip = loader.ClipReader({timeout}).load_clip(sys.argv[1])
+clip = decoder.ClipReader({timeout}).load_clip(sys.argv[1])
 print(len(clip.frames))
 """
 

@@ -19,9 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
-from config import Config, check_attention
 from files import UserError
-from packing import (
+from model.packing import (
     ATTENTION,
     Group,
     compiled,
@@ -31,7 +30,8 @@ from packing import (
     packed_rule,
     packed_sequences,
 )
-from policy import Root
+from model.policy import Root
+from run.config import Config, check_attention
 
 LENGTHS = ([5, 1, 9], [3, 3, 2], [1, 1, 7])
 

@@ -16,13 +16,14 @@ import torch
 from conftest import questions_of, random_completions
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-import rollout
 import toy
-from data import TEMPLATES, Prompter, Record
+from data import TEMPLATES, Prompter
 from files import UserError
-from packing import Group
-from policy import Policy
-from rollout import sample
+from model import rollout
+from model.packing import Group
+from model.policy import Policy
+from model.rollout import sample
+from records import Record
 
 LENGTHS = [[5, 1, 9, 3], [2, 2, 2, 7], [1, 1, 1, 1]]
 

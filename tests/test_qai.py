@@ -6,10 +6,10 @@ import random
 import numpy as np
 import pytest
 
-from convert import clevrer_file, clevrer_rows, invert, negate, qai_file, qai_rows
 from files import UserError
 from records import LETTERS, load_records, option_texts
 from rewards import answer_set
+from tools.convert import clevrer_file, clevrer_rows, invert, negate, qai_file, qai_rows
 
 NEXT = {
     "id": "1_1",

@@ -14,14 +14,14 @@ from conftest import PROJECT, run_twgrpo, twgrpo_command
 from safetensors.torch import load_file
 from test_train import metrics
 
-import checkpoint
 import files
-import runlog
 import toy
 import twgrpo
-from config import parse_config
 from files import UserError
-from policy import Policy
+from model.policy import Policy
+from run import checkpoint
+from run import log as runlog
+from run.config import parse_config
 
 KILLS = int(os.environ.get("TWGRPO_KILLS", 2))  # CI keeps it short; 10 for the real thing
 STEPS = 4 + 4 * KILLS

@@ -14,15 +14,16 @@ from conftest import PROJECT, TOY_FLAGS, run_twgrpo, twgrpo_command
 from safetensors.torch import load_file
 from torch.distributed.launcher.api import LaunchConfig
 
-import plan
 import toy
 import twgrpo
 from benchmarks.step import SIZES
-from config import Config, check_contents, make_output_dir, make_toy, parse_config
-from data import TEMPLATES, Prompter, load_records
+from data import TEMPLATES, Prompter
 from files import UserError
-from policy import Policy
-from runlog import RunLog
+from model.policy import Policy
+from records import load_records
+from run import plan
+from run.config import Config, check_contents, make_output_dir, make_toy, parse_config
+from run.log import RunLog
 from twgrpo import group_advantages, rate
 
 TIMINGS = ("time/", "tokens_per_second", "peak_memory_gb")

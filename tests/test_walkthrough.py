@@ -18,12 +18,13 @@ import toy
 import twgrpo
 import video
 from benchmarks import walkthrough
-from data import Question, Record, load_records, question_text
+from data import Question, question_text
 from kernels import reference, tw_grpo_head
-from packing import Group, pack
-from policy import Policy
+from model.packing import Group, pack
+from model.policy import Policy
+from model.rollout import sample
+from records import Record, load_records
 from rewards import REWARDS
-from rollout import sample
 
 PAGE = (PROJECT / "docs" / "walkthrough.md").read_text(encoding="utf-8")
 DATA = dict(np.load(PROJECT / "docs" / "walkthrough.npz"))

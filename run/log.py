@@ -24,11 +24,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import files
-import ranks
-from config import changed_settings, read_settings, settings_of
 from kernels import HeadOutput
-from packing import Group
+from model import ranks
+from model.packing import Group
 from records import printable
+from run.config import changed_settings, read_settings, settings_of
 
 COUNTERS = ("asked", "skipped", "trained", "nonfinite")  # since the start of the run, all ranks
 

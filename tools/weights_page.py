@@ -1,12 +1,15 @@
 """A page that shows the completions of a run, every token shaded by its weight w_t.
 
-`write_page` puts the groups of completions.jsonl, and the frames the model was shown, into the
-template viewer.html. The page is one file that asks for nothing else.
+    python -m tools.weights_page RUN -o weights.html
+
+It puts the groups of completions.jsonl, and the frames the model was shown, into the template
+weights_page.html. The page is one file that loads nothing else.
 
 What is read here may come from anywhere: text is only ever shown as text, and a line that is not
 what it should be is left out, and counted.
 """
 
+import argparse
 import base64
 import contextlib
 import hashlib
@@ -23,7 +26,7 @@ import numpy as np
 
 from files import UserError, replacing
 
-TEMPLATE = Path(__file__).resolve().parent / "viewer.html"
+TEMPLATE = Path(__file__).resolve().parent / "weights_page.html"
 FRAME_PIXELS = 168  # the longer side of a frame on the page, at most
 
 
@@ -72,6 +75,17 @@ def output(path: Path):
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{path} cannot be written ({reason}); name another file with -o") from None
+
+
+def positive(kind):
+    def parse(text: str):
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise ValueError
+        return value
+
+    parse.__name__ = f"positive {kind.__name__}"  # argparse: "invalid positive int value: '0'"
+    return parse
 
 
 # ----------------------------------------------------------------------------------------- the page
@@ -177,7 +191,7 @@ def template_halves() -> list[str]:
 def page_data(run: Path, max_groups: int) -> Iterator[tuple[str, object]]:
     """What the page is told, by the names its script knows: at most `max_groups` groups, evenly
     spaced over the run; every clip once; and what they have in common. Raises UserError."""
-    from loader import ClipReader  # here, because it brings torch, and curves should not wait
+    from run.decoder import ClipReader  # here, because it brings torch, and curves should not wait
 
     config, path = read_config(run), run / "completions.jsonl"
     lines = json_lines(path)
@@ -211,3 +225,23 @@ def write_page(run: Path, out: Path, max_groups: int) -> None:
         page.write(before)
         page.writelines(starmap(data_block, page_data(run, max_groups)))
         page.write(after)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("run", metavar="RUN", type=Path, help="an --output_dir")
+    parser.add_argument("-o", "--out", type=Path, default=Path("weights.html"))
+    parser.add_argument(
+        "--max_groups", metavar="N", type=positive(int), default=200,
+        help="show at most this many groups, evenly spaced over the run (200)",
+    )  # fmt: skip
+    args = parser.parse_args()
+    try:
+        write_page(args.run, args.out, args.max_groups)
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
+    print(args.out)
+
+
+if __name__ == "__main__":
+    main()

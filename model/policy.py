@@ -7,7 +7,7 @@ prompt once.
     Policy.shard           spread weights, gradients and optimizer over the ranks (FSDP2)
     Policy.gathered        whole weights on every rank for a while, to decode with
 
-transformers supplies the network; everything that makes a group cheap is here and in `rollout.py`.
+transformers supplies the network; everything that makes a group cheap is here and in rollout.py.
 Position ids come from `video.py` and are passed explicitly everywhere, because the rule inside
 transformers has changed from version to version.
 
@@ -40,11 +40,12 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-import ranks
-from data import Question, Record, load_chat_template
+from data import Question, load_chat_template
 from files import UserError
-from packing import ATTENTION, Group, pack, tower_layout
-from rollout import Decoder, GroupCache
+from model import ranks
+from model.packing import ATTENTION, Group, pack, tower_layout
+from model.rollout import Decoder, GroupCache
+from records import Record
 from video import Geometry, mrope_positions
 
 MODEL_TYPES = ("qwen2_5_vl", "qwen2_vl")

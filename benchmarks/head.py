@@ -1,8 +1,8 @@
 """Speed and memory of the head beside the matmuls it cannot avoid and the alternatives installed.
 
-    python -m kernels.bench                               # the whole table, on a CUDA device
-    python -m kernels.bench --shapes 8192x3584x152064 --json out.json
-    python -m kernels.bench --table out.json              # a results file as a Markdown table
+    python -m benchmarks.head                               # the whole table, on a CUDA device
+    python -m benchmarks.head --shapes 8192x3584x152064 --json out.json
+    python -m benchmarks.head --table out.json              # a results file as a Markdown table
 
 Groups of G = 8 equally long completions, bf16, on-policy, forward and backward with D_t and w_t.
 Ours are timed without the checks of their arguments, which wait for the GPU. The file is written

@@ -1,10 +1,9 @@
-"""Pictures of a run, from the files it left.
+"""Learning curves of one or several runs, from their metrics.jsonl.
 
-    python viz.py curves RUN [RUN ...] -o curves.png    its metrics, of several runs in one picture
-    python viz.py weights RUN -o weights.html           its completions, every token shaded by w_t
+    python -m tools.curves RUN [RUN ...] -o curves.png
 
-A RUN is an --output_dir of twgrpo.py. A run draws both of itself when it ends. The curves are drawn
-here, the page is written by viewer.py.
+A RUN is an --output_dir of twgrpo.py. A run draws its own curves, and its page of token weights,
+when it ends.
 """
 
 import argparse
@@ -17,7 +16,15 @@ from pathlib import Path
 import numpy as np
 
 from files import UserError
-from viewer import json_lines, json_object, note_left_out, number, output, write_page
+from tools.weights_page import (
+    json_lines,
+    json_object,
+    note_left_out,
+    number,
+    output,
+    positive,
+    write_page,
+)
 
 PANELS = {
     "reward": "reward (mean)",
@@ -69,7 +76,7 @@ def distinct_names(runs: list[Path]) -> list[str]:
     return names
 
 
-def curves(runs: list[Path], out: Path) -> None:
+def draw(runs: list[Path], out: Path) -> None:
     """One panel per metric, one colour and line style per run: faint as measured, bold smoothed.
     Writes a picture in the format of out's suffix. Raises UserError."""
     from matplotlib.figure import Figure  # no pyplot: no display, no global state
@@ -126,7 +133,7 @@ def watch(runs: list[Path], out: Path, seconds: float) -> None:
         if lines != seen:
             begun = [run for run, count in zip(runs, lines, strict=True) if count]
             if begun:
-                curves(begun, out)
+                draw(begun, out)
             awaited = ", ".join(f"{run}/metrics.jsonl" for run in runs if run not in begun)
             told = f"{len(begun)} run(s) in {out}" + (f"; waiting for {awaited}" if awaited else "")
             print(time.strftime("%H:%M:%S"), told, flush=True)
@@ -140,64 +147,35 @@ def watch(runs: list[Path], out: Path, seconds: float) -> None:
 def pictures(run: Path) -> list[Path]:
     """The pictures a run draws of itself at its end; a run too short for one goes without it."""
     drawn = []
-    for name, draw in (
-        ("curves.png", lambda out: curves([run], out)),
+    for name, make in (
+        ("curves.png", lambda out: draw([run], out)),
         ("weights.html", lambda out: write_page(run, out, GROUPS_AT_THE_END)),
     ):
         try:
-            draw(run / name)
+            make(run / name)
             drawn.append(run / name)
         except UserError as error:
             print(f"note: {error}", file=sys.stderr)
     return drawn
 
 
-def positive(kind):
-    def parse(text: str):
-        value = kind(text)
-        if not 0 < value < math.inf:
-            raise ValueError
-        return value
-
-    parse.__name__ = f"positive {kind.__name__}"  # argparse: "invalid positive int value: '0'"
-    return parse
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("curves", help="learning curves of one or several runs")
-    command.add_argument("runs", metavar="RUN", nargs="+", type=Path)
-    command.add_argument("-o", "--out", type=Path, default=Path("curves.png"))
-    command.add_argument(
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="an --output_dir")
+    parser.add_argument("-o", "--out", type=Path, default=Path("curves.png"))
+    parser.add_argument(
         "--watch", metavar="SECONDS", nargs="?", const=5.0, type=positive(float),
         help="draw again while the runs go on, until Ctrl-C, looking this often (5)",
     )  # fmt: skip
-    command = commands.add_parser("weights", help="a page of the completions and their weights")
-    command.add_argument("run", metavar="RUN", type=Path)
-    command.add_argument("-o", "--out", type=Path, default=Path("weights.html"))
-    command.add_argument(
-        "--max_groups", metavar="N", type=positive(int), default=200,
-        help="show at most this many groups, evenly spaced over the run (200)",
-    )  # fmt: skip
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_arguments()
+    args = parser.parse_args()
     try:
-        if args.command == "weights":
-            write_page(args.run, args.out, args.max_groups)
-        elif args.watch:
+        if args.watch:
             watch(args.runs, args.out, args.watch)
-        else:
-            curves(args.runs, args.out)
+        draw(args.runs, args.out)
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
-        raise SystemExit(0 if args.command == "curves" and args.watch else 130) from None
+        raise SystemExit(0 if args.watch else 130) from None
     print(args.out)
 
 

@@ -7,13 +7,13 @@ what each GPU will hold, and the schedule.
 import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-import ranks
 import video
-from data import Prompter, Record, check_prompts, load_chat_template, step_records
+from data import Prompter, check_prompts, load_chat_template, step_records
 from files import UserError
-from loader import ClipReader
-from policy import Policy, read_config
-from records import printable
+from model import ranks
+from model.policy import Policy, read_config
+from records import Record, printable
+from run.decoder import ClipReader
 
 GB = 1e9
 QUESTIONS = 3

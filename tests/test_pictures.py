@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import pathlib
 import random
 import re
 import signal
@@ -20,9 +21,8 @@ from PIL import Image
 
 import toy
 import video
-import viewer
-import viz
 from files import UserError
+from tools import curves, weights_page
 
 CONFIG = dict(
     alpha=1.7, divergence="official", ended_rows="uniform", loss_type="tw_grpo",
@@ -31,12 +31,14 @@ CONFIG = dict(
 PHASES = ("data", "rollout", "score", "update")
 
 
-def command(*arguments) -> list[str]:
-    return [sys.executable, str(PROJECT / "viz.py"), *map(str, arguments)]
+def run_tool(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(*arguments), cwd=PROJECT, capture_output=True, text=True, timeout=120
+    )
 
 
-def run_viz(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=120)
+def command(tool: str, *arguments) -> list[str]:
+    return [sys.executable, "-m", f"tools.{tool}", *map(str, arguments)]
 
 
 # ------------------------------------------------------------------------------------------- curves
@@ -74,22 +76,23 @@ def has_colour(png, colour: str) -> bool:
 def test_smoothing_by_hand():
     """Window 3: means of what there is, so the ends have two values and the hole leaves one out."""
     values = np.array([1.0, 3.0, math.nan, 5.0, 9.0])
-    assert viz.smooth(values, 3).tolist() == [2.0, 2.0, 4.0, 7.0, 7.0]
-    assert np.isnan(viz.smooth(np.full(3, math.nan), 1)).all()
+    assert curves.smooth(values, 3).tolist() == [2.0, 2.0, 4.0, 7.0, 7.0]
+    assert np.isnan(curves.smooth(np.full(3, math.nan), 1)).all()
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):
-    names = viz.distinct_names([tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "c"])
+    names = curves.distinct_names([tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "c"])
     assert names == ["a/run", "b/run", "c"]
 
 
 def test_several_runs_are_drawn_over_each_other(tmp_path):
     runs = [write_metrics(tmp_path / name, [metric_row(k) for k in range(1, 41)])
             for name in ("a/run", "b/run", "$\\x$ _")]  # fmt: skip
-    viz.curves([*runs, runs[0]], tmp_path / "c.png")
-    assert all(has_colour(tmp_path / "c.png", colour) for colour in viz.COLOURS[:3])
-    assert not has_colour(tmp_path / "c.png", viz.COLOURS[3])  # the run named twice is drawn once
-    viz.curves(runs[:1], tmp_path / "c.svg")
+    curves.draw([*runs, runs[0]], tmp_path / "c.png")
+    assert all(has_colour(tmp_path / "c.png", colour) for colour in curves.COLOURS[:3])
+    # The run named twice is drawn once.
+    assert not has_colour(tmp_path / "c.png", curves.COLOURS[3])
+    curves.draw(runs[:1], tmp_path / "c.svg")
     picture = (tmp_path / "c.svg").read_text()
     assert "<svg" in picture and "bold: moving mean over 1/20 of the run" in picture
 
@@ -108,17 +111,17 @@ BROKEN = {
 
 def test_curves_draw_what_there_is(tmp_path):
     runs = [write_metrics(tmp_path / name, lines) for name, lines in BROKEN.items()]
-    viz.curves(runs, tmp_path / "c.png")
-    assert len(runs) == len(viz.COLOURS)
-    assert all(has_colour(tmp_path / "c.png", colour) for colour in viz.COLOURS)
-    rows = [len(viz.read_metrics(run)) for run in runs]
+    curves.draw(runs, tmp_path / "c.png")
+    assert len(runs) == len(curves.COLOURS)
+    assert all(has_colour(tmp_path / "c.png", colour) for colour in curves.COLOURS)
+    rows = [len(curves.read_metrics(run)) for run in runs]
     assert rows == [1, 1, 2, 3, 3, 9, 2]
 
 
 def test_lines_left_out_are_counted(tmp_path, capsys):
-    viz.read_metrics(write_metrics(tmp_path / "r", BROKEN["garbage between"]))
+    curves.read_metrics(write_metrics(tmp_path / "r", BROKEN["garbage between"]))
     assert f"{tmp_path / 'r' / 'metrics.jsonl'}: 10 line(s)" in capsys.readouterr().err
-    viz.read_metrics(write_metrics(tmp_path / "r", BROKEN["cut off"]))
+    curves.read_metrics(write_metrics(tmp_path / "r", BROKEN["cut off"]))
     assert capsys.readouterr().err == ""  # nothing is wrong with a run that still goes on
 
 
@@ -134,9 +137,9 @@ def test_curves_say_what_is_wrong(tmp_path):
         (good, "no/such/c.png", "no/such/c.png cannot be written"),
     ):
         with pytest.raises(UserError, match=re.escape(words)):
-            viz.curves([run], tmp_path / out)
+            curves.draw([run], tmp_path / out)
     assert not list(tmp_path.glob("*.partial"))
-    result = run_viz("curves", tmp_path / "none", "-o", tmp_path / "c.png")
+    result = run_tool("curves", tmp_path / "none", "-o", tmp_path / "c.png")
     assert result.returncode == 1 and result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
 
@@ -148,16 +151,17 @@ def test_only_files_are_replaced(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("pointed.svg")
     monkeypatch.chdir(tmp_path)
-    for draw in (lambda out: viz.curves([run], out), lambda out: viewer.write_page(run, out, 9)):
+    draws = lambda out: curves.draw([run], out), lambda out: weights_page.write_page(run, out, 9)
+    for draw in draws:
         for out in (".", "/", "run", "pipe"):
             with pytest.raises(UserError, match="is not a file .*; choose another -o"):
-                draw(viz.Path(out))
-        draw(viz.Path("link"))
+                draw(pathlib.Path(out))
+        draw(pathlib.Path("link"))
         assert (tmp_path / "pointed.svg").stat().st_size > 1000
         (tmp_path / "pointed.svg").unlink()
     assert (tmp_path / "pipe").is_fifo() and (tmp_path / "link").is_symlink()
     assert not list(tmp_path.glob(".*.partial"))
-    result = run_viz("weights", run, "-o", ".")
+    result = run_tool("weights_page", run, "-o", tmp_path)
     assert result.returncode == 1 and result.stderr.count("\n") == 1
 
 
@@ -167,10 +171,10 @@ def test_long_runs_are_drawn_fast_and_small(tmp_path):
             for name in "abc"]  # fmt: skip
     # VmHWM and not ru_maxrss, which begins with the memory of the process that forked this one.
     measured = (
-        "import runpy, time; runpy.run_path('viz.py', run_name='__main__');"
+        "import runpy, time; runpy.run_module('tools.curves', run_name='__main__');"
         "print(time.process_time(), open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
     )
-    arguments = [sys.executable, "-c", measured, *command("curves", *runs)[2:]]
+    arguments = [sys.executable, "-c", measured, *command("curves", *runs)[3:]]
     result = subprocess.run(
         [*arguments, "-o", str(tmp_path / "c.png")], cwd=PROJECT, capture_output=True, text=True
     )
@@ -286,7 +290,7 @@ def opened(chromium, tmp_path):
 
     def open_page(rows: list, max_groups: int = 200, **config):
         page = tmp_path / "weights.html"
-        viewer.write_page(write_run(tmp_path / "run", rows, **config), page, max_groups)
+        weights_page.write_page(write_run(tmp_path / "run", rows, **config), page, max_groups)
         chromium.size(900, 1000)
         chromium.open(page)
         return chromium
@@ -388,7 +392,7 @@ def test_every_clip_is_stored_once(tmp_path, capsys):
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     videos = [str(tmp_path / name) for name in ("a.mp4", "gone.mp4", "a.mp4", "broken.mp4")]
     rows = [group_row(k, [words("x", 3)], video=name) for k, name in enumerate(videos)]
-    viewer.write_page(write_run(tmp_path / "run", rows), tmp_path / "w.html", 200)
+    weights_page.write_page(write_run(tmp_path / "run", rows), tmp_path / "w.html", 200)
     text = (tmp_path / "w.html").read_text()
     clips = [json.loads(clip) for clip in re.findall(r'id="clip-\d+">(.*)</script>', text)]
     assert len(clips) == 3 and len(clips[0]["frames"]) == 4
@@ -404,7 +408,7 @@ def test_any_failure_of_a_clip_is_told_in_its_place(tmp_path):
         raise MemoryError
 
     (tmp_path / "a.mp4").touch()
-    clip = viewer.shown_clip(str(tmp_path / "a.mp4"), CONFIG, no_memory)
+    clip = weights_page.shown_clip(str(tmp_path / "a.mp4"), CONFIG, no_memory)
     assert clip == dict(missing=False, error="clip cannot be shown: MemoryError")
 
 
@@ -641,7 +645,7 @@ def test_the_groups_are_thinned_evenly_and_the_page_says_so(opened, capsys):
     assert steps == ["1", "5", "9"]
     page.key("ArrowRight")
     assert tokens_of(page) == logged_tokens(rows[4])
-    assert viewer.evenly(list(range(5)), 9) == [0, 1, 2, 3, 4]
+    assert weights_page.evenly(list(range(5)), 9) == [0, 1, 2, 3, 4]
 
 
 def test_lines_that_are_no_groups_are_left_out_and_counted(tmp_path, capsys):
@@ -651,7 +655,7 @@ def test_lines_that_are_no_groups_are_left_out_and_counted(tmp_path, capsys):
                dict(completions=[{**words("x", 3), "logps": [-1.0]}])]  # fmt: skip
     bad = [{}, *({**good, **change} for change in changes)]
     rows = ["no json", *bad, good, json.dumps(good)[:80]]
-    viewer.write_page(write_run(tmp_path / "run", rows), tmp_path / "w.html", 200)
+    weights_page.write_page(write_run(tmp_path / "run", rows), tmp_path / "w.html", 200)
     assert "completions.jsonl: 10 line(s)" in capsys.readouterr().err
     assert 'id="group-0"' in (tmp_path / "w.html").read_text()
 
@@ -667,11 +671,11 @@ def test_the_page_says_what_is_wrong(tmp_path):
     cases["is it that of a run?"] = tmp_path / "d"
     for words_, run in cases.items():
         with pytest.raises(UserError, match=re.escape(words_)):
-            viewer.write_page(run, tmp_path / "w.html", 200)
-    result = run_viz("weights", tmp_path / "none", "-o", tmp_path / "w.html")
+            weights_page.write_page(run, tmp_path / "w.html", 200)
+    result = run_tool("weights_page", tmp_path / "none", "-o", tmp_path / "w.html")
     assert result.returncode == 1 and result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1 and not (tmp_path / "w.html").exists()
-    assert run_viz("weights", tmp_path / "a", "--max_groups", "0").returncode == 2
+    assert run_tool("weights_page", tmp_path / "a", "--max_groups", "0").returncode == 2
 
 
 def test_it_looks_like_something_in_light_and_dark_and_narrow(opened):

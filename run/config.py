@@ -15,12 +15,12 @@ import torch
 from transformers import HfArgumentParser
 
 import files
-import ranks
 import toy
 import video
-from data import MAX_PROMPT_LENGTH, Record, load_records, select_records
+from data import MAX_PROMPT_LENGTH, select_records
 from files import UserError
-from records import printable
+from model import ranks
+from records import Record, load_records, printable
 from rewards import REWARDS
 
 # What a run is: with another of these it would be another run. Batches are compared apart.
@@ -84,7 +84,7 @@ class Config:
     freeze_vision_modules: bool = flag(True, "leave the vision tower as it is")
     gradient_checkpointing: bool = flag(True, "trade time for memory in the decoder layers")
     attn_implementation: Literal["sdpa", "flex_attention", "flash_attention_2"] = flag(
-        "sdpa", "attention over packed rows; the other two need CUDA (packing.py)"
+        "sdpa", "attention over packed rows; the other two need CUDA (model/packing.py)"
     )
     # Bookkeeping
     seed: int = flag(42, "of data order, sampling and the toy")
@@ -264,7 +264,7 @@ def check_changes(cfg: Config, old: dict, done: int) -> list[str]:
 
 
 def check_attention(cfg: Config, device: torch.device) -> None:
-    """Raises UserError if the attention of packing.py that was asked for cannot train here."""
+    """Raises UserError if this attention of model/packing.py cannot train here."""
     name = cfg.attn_implementation
     if name == "sdpa" or cfg.dry_run:
         return

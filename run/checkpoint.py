@@ -25,11 +25,11 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from tqdm import tqdm
 
 import files
-import ranks
-from config import Config, check_changes, read_settings
 from files import UserError
-from policy import Policy
-from runlog import COUNTERS, RunLog, step_of
+from model import ranks
+from model.policy import Policy
+from run.config import Config, check_changes, read_settings
+from run.log import COUNTERS, RunLog, step_of
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
 

@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from benchmarks import gpu, step
+from benchmarks import gpu, head, step
 from benchmarks.origin import OUT_OF_MEMORY, Results
-from kernels import bench, tw_grpo_head
+from kernels import tw_grpo_head
 
 PROJECT, DEVICE = conftest.PROJECT, "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU")
 def test_without_cuda_it_says_so_and_exits_0():
-    command = [sys.executable, "-m", "kernels.bench"]
+    command = [sys.executable, "-m", "benchmarks.head"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert "No CUDA device" in result.stdout
@@ -27,7 +27,7 @@ def test_without_cuda_it_says_so_and_exits_0():
 
 
 def small_group(lengths, dtype=torch.float64):
-    group = bench.make_group(sum(lengths), 8, 31, "cpu", dtype, lengths)
+    group = head.make_group(sum(lengths), 8, 31, "cpu", dtype, lengths)
     return group | {"advantages_G": group["advantages_G"].to(dtype)}
 
 
@@ -35,22 +35,22 @@ def test_chunked_in_torch_is_the_reference():
     group = {k: v.detach() for k, v in small_group([5, 9, 2], torch.float32).items()}
     exact = tw_grpo_head(**group)
     del group["advantages_G"]
-    logps, divergence = bench.chunked_in_torch(**group, chunk_positions=2)
+    logps, divergence = head.chunked_in_torch(**group, chunk_positions=2)
     assert_close(logps, exact.logps_N, rtol=0, atol=1e-5)
     assert_close(divergence, exact.divergence_T, rtol=1e-5, atol=1e-6)
 
 
 def test_the_official_computation_is_restated_faithfully():
     group = small_group([5, 9, 2])
-    assert_close(bench.official(**group), tw_grpo_head(**group).loss)
+    assert_close(head.official(**group), tw_grpo_head(**group).loss)
 
 
 @pytest.mark.parametrize("impl", ["chunked", "fused"])
 def test_what_is_timed_never_waits_for_the_gpu(impl, monkeypatch):
     """And is the head: with the lengths on the host beforehand, nothing is read back."""
     pytest.importorskip("triton")
-    group = bench.make_group(16, 8, 31, DEVICE, torch.float32, [5, 9, 2])
-    forward, expected = bench.ours(impl)(**group), tw_grpo_head(**group, impl="reference").loss
+    group = head.make_group(16, 8, 31, DEVICE, torch.float32, [5, 9, 2])
+    forward, expected = head.ours(impl)(**group), tw_grpo_head(**group, impl="reference").loss
 
     def refuse(tensor):
         raise AssertionError("the host reads a value back")
@@ -262,7 +262,7 @@ def test_the_table_comes_from_the_file(tmp_path, capsys, monkeypatch):
     file = tmp_path / "results.json"
     file.write_text(json.dumps(results))
     monkeypatch.setattr(sys, "argv", ["bench", "--table", str(file)])
-    bench.main()
+    head.main()
     printed = capsys.readouterr().out
     assert "a device, a date, commit a commit" in printed
     assert "| chunked | 8192 | 3584 | 152064 | 1.0 | 2.0 | 3.0 |" in printed

@@ -5,6 +5,9 @@
     invert          a single-choice question -> a multi-answer one with its negation
     qai_rows        rows of NExT-GQA or STAR -> rows, a share p of them inverted
 
+    python -m tools.convert clevrer RAW.json OUT.json
+    python -m tools.convert qai IN OUT --seed S [--p 0.5]
+
 Question-answer inversion (paper, "QAI"): "What did she take?" with one right option becomes "What
 didn't she take?", where every wrong option is right and the right one wrong. Only 1 to k of the now
 right options are kept, drawn anew for each question, so that "all but one" is no strategy.
@@ -15,6 +18,7 @@ rows get paths of NExT-QA.
 OURS: what cannot be negated is kept whole and counted; one seed, one result; case and paths stay.
 """
 
+import argparse
 import json
 import re
 from collections import Counter
@@ -23,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from files import UserError, replacing
-from records import LETTERS, as_record, option_texts, read_rows, refuse
+from records import LETTERS, as_record, option_texts, printable, read_rows, refuse
 from rewards import answer_set
 
 # ------------------------------------------------------------------------------------------ clevrer
@@ -214,3 +218,34 @@ def write_rows(rows: list[dict], out: str) -> None:
             beside.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror})") from None
+
+
+# ------------------------------------------------------------------------------------- command line
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("clevrer", help="CLEVRER's own questions -> records")
+    command.add_argument("raw")
+    command.add_argument("out")
+    command = commands.add_parser("qai", help="question-answer inversion of NExT-GQA or STAR rows")
+    command.add_argument("file")
+    command.add_argument("out")
+    command.add_argument("--seed", type=int, default=42, help="the same seed gives the same bytes")
+    command.add_argument("--p", type=float, default=0.5, help="share of the questions to invert")
+    args = parser.parse_args()
+    try:
+        if args.command == "clevrer":
+            counts = clevrer_file(args.raw, args.out)
+        else:
+            if not 0 <= args.p <= 1 or args.seed < 0:
+                raise UserError("--p is a share of the questions, 0 to 1; --seed is 0 or more")
+            counts = qai_file(args.file, args.out, args.seed, args.p)
+    except (UserError, OSError) as error:
+        raise SystemExit(f"error: {printable(str(error))}") from None
+    print(f"{args.out}: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
+
+
+if __name__ == "__main__":
+    main()

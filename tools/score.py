@@ -29,8 +29,8 @@ from pathlib import Path
 import numpy as np
 
 import files
-import ranks
 from files import UserError
+from model import ranks
 from records import printable, read_rows, task_of
 from rewards import compare_answers, extract_answer, number, strict_format_reward, tagged_answer
 

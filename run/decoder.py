@@ -1,8 +1,8 @@
 """Clips decoded ahead of the GPU, in processes that can be killed.
 
 A decoder that hangs on a broken file cannot be timed out from inside its own process. So every clip
-is decoded in a process that does nothing else, started as `python loader.py`; when the time is up
-it is killed, the clip counts as unreadable, and a fresh process takes the next one.
+is decoded in a process that does nothing else and imports little. When the time is up, that process
+is killed, the clip counts as unreadable, and a fresh process takes the next one.
 
     ClipReader    video.load_clip with a time limit
     ClipWorkers   several of them, each kept busy by a thread: futures of clips
@@ -17,12 +17,16 @@ import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import connection
+from pathlib import Path
 
 import torch
 
 import video
 from video import Clip, VideoError
 
+ROOT = str(Path(__file__).resolve().parent.parent)
+SERVER = [sys.executable, "-c", f"import sys; sys.path.insert(0, {ROOT!r}); "
+          "from run import decoder; decoder.serve()"]  # fmt: skip
 START_S = 120.0  # seconds that a new process may take to import its modules
 LONGEST_WAIT_S = 1e6  # 11 days; the system's timers take no more than twice that
 
@@ -56,9 +60,8 @@ class ClipReader:
             # In a session of its own, because Ctrl-C, a hangup and torchrun's SIGTERM go to the
             # whole process group, and the run still needs its clips to finish the step.
             self.process = subprocess.Popen(
-                [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                start_new_session=True,
-            )  # fmt: skip
+                SERVER, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+            )
             if self._answer(START_S) != "ready":
                 raise VideoError(f"{path}: the process that decodes clips does not start")
         limit = max(0.0, min(self.timeout, LONGEST_WAIT_S))
@@ -144,7 +147,3 @@ class ClipWorkers:
         self.threads.shutdown()
         for reader in self.readers:
             reader.close()
-
-
-if __name__ == "__main__":
-    serve()

@@ -2,10 +2,11 @@
 
 from collections import deque
 
-import ranks
-from data import Prompter, Question, Record, step_records
-from loader import ClipWorkers
-from runlog import RunLog
+from data import Prompter, Question, step_records
+from model import ranks
+from records import Record
+from run.decoder import ClipWorkers
+from run.log import RunLog
 from video import VideoError
 
 
