@@ -45,7 +45,7 @@ from rewards import (
     tagged_answer,
 )
 from run.decoder import ClipReader
-from tools import score as scoring
+from tools import score
 from video import VideoError
 
 MEASURES = {"soft": accuracy_reward, "exact": origin_accuracy_reward, "format": format_reward}
@@ -204,12 +204,12 @@ def run(args: argparse.Namespace) -> None:
     """Answers the questions that the log does not hold yet, each rank its share of them."""
     ranks.start()
     style = args.prompt or BENCHMARKS[args.benchmark]
-    records = list({scoring.question_key(r.row): r for r in load_records(
+    records = list({score.question_key(r.row): r for r in load_records(
         args.data, args.video_root)}.values())[: args.limit]  # fmt: skip
     settings = {"benchmark": args.benchmark, "model": args.model, "prompt": style}
     settings |= {k: getattr(args, k) for k in DECIDES_ANSWERS}
-    with scoring.open_log(args.out, settings) as log:
-        keys = [scoring.question_key(r.row) for r in records]
+    with score.open_log(args.out, settings) as log:
+        keys = [score.question_key(r.row) for r in records]
         todo = [(k, r) for k, r in enumerate(records) if keys[k] not in log.done]
         if len(todo) < len(records) and ranks.is_main():
             before = len(records) - len(todo)
@@ -221,12 +221,12 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{args.data}: none of its {len(todo)} questions could be shown")
     if ranks.is_main():
         print(f"{count} questions answered, {skipped} skipped", flush=True)
-        scored = scoring.read_log(args.out)
-        print(scoring.report(scored, scoring.summarize(scored)))
+        scored = score.read_log(args.out)
+        print(score.report(scored, score.summarize(scored)))
 
 
 def answer_all(
-    args: argparse.Namespace, records: list[Record], todo: list, style: str, log: scoring.RowLog
+    args: argparse.Namespace, records: list[Record], todo: list, style: str, log: score.RowLog
 ) -> tuple[int, int]:
     """Answers this rank's questions into the log; how many were answered, and how many skipped."""
     skipped, hits = [], []
@@ -347,7 +347,7 @@ def weights_table(policy: Policy, group: Group, alpha: float, temperature: float
         zip(output.weights_T.tolist(), output.divergence_T.tolist(), strict=True)
     ):
         words = [
-            scoring.one_line(policy.tokenizer.decode([int(c[t])]), 20) if t < len(c) else "."
+            score.one_line(policy.tokenizer.decode([int(c[t])]), 20) if t < len(c) else "."
             for c in group.completions
         ]
         lines.append(f"{t:4} {weight:6.3f} {spread:10.4g}  {' | '.join(words)}")
@@ -451,10 +451,10 @@ def main() -> None:
         elif args.command == "ask":
             ask(args)
         else:
-            logs = [scoring.read_log(path) for path in args.logs]
-            scored = [(log, scoring.summarize(log, args.resamples)) for log in logs]
-            texts = [scoring.report(*pair) for pair in scored]
-            print(scoring.markdown(scored) if args.markdown else "\n\n".join(texts))
+            logs = [score.read_log(path) for path in args.logs]
+            scored = [(log, score.summarize(log, args.resamples)) for log in logs]
+            texts = [score.report(*pair) for pair in scored]
+            print(score.markdown(scored) if args.markdown else "\n\n".join(texts))
     except (UserError, VideoError, ranks.Failed) as error:
         raise SystemExit(f"error: {printable(str(error))}") from None
     except KeyboardInterrupt:

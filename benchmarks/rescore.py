@@ -10,14 +10,14 @@ import argparse
 import json
 from pathlib import Path
 
-from tools import score as scoring
+from tools import score
 
 OUT = Path(__file__).resolve().parent / "rescored.json"
 
 
 def row(name: str, path: str) -> dict:
-    log = scoring.read_log(path)
-    summary = scoring.summarize(log)
+    log = score.read_log(path)
+    summary = score.summarize(log)
     overall = summary.shares["overall"]
     return dict(
         log=name,

@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from conftest import twgrpo_command
+from conftest import PROJECT, twgrpo_command
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prompt_cases import GOLDEN, ROWS, rendered

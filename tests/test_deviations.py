@@ -8,7 +8,7 @@ from doc_checks import PROJECT
 
 import video
 from data import select_records
-from tools import score as scoring
+from tools import score
 
 
 def test_a_prompt_longer_than_4096_tokens_is_kept_whole(prompter, records, policy):
@@ -63,7 +63,7 @@ def test_overall_covers_every_row_of_a_log(tmp_path):
     ]
     path = tmp_path / "log.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-    shares = scoring.summarize(scoring.read_log(path)).shares
+    shares = score.summarize(score.read_log(path)).shares
     assert shares["overall"].questions == 37 and shares["single"].questions == 19
     assert round(shares["overall"].strict * 37 / 100) == 19
     assert round(shares["overall"].soft * 37 / 100, 6) == 19 + 18 / 2

@@ -32,13 +32,13 @@ from model import ranks
 from model.policy import NonFiniteLogits, Policy
 from model.rollout import sample
 from rewards import number
-from run import decoder as loader
-from tools import score as scoring
+from run import decoder
+from tools import score
 
 
 @pytest.fixture(scope="module")
 def reader():
-    with loader.ClipReader() as reader:
+    with decoder.ClipReader() as reader:
         yield reader
 
 
@@ -63,13 +63,13 @@ def tagged(answer):
 
 def log_of(tmp_path, rows, name="log.jsonl"):
     (tmp_path / name).write_text("\n".join(json.dumps(r) for r in rows) + "\n")
-    return scoring.read_log(tmp_path / name)
+    return score.read_log(tmp_path / name)
 
 
 def test_the_published_mmvu_log_scores_65_76(sample, capsys, monkeypatch):
     path = sample("mmvu_twgrpo_eval.jsonl")
-    log = scoring.read_log(path)
-    summary = scoring.summarize(log)
+    log = score.read_log(path)
+    summary = score.summarize(log)
     overall = summary.shares["overall"]
     assert overall.questions == 625 and not log.duplicates and not log.errors
     assert round(overall.strict, 2) == round(overall.soft, 2) == 65.76
@@ -85,7 +85,7 @@ def test_the_published_mmvu_log_scores_65_76(sample, capsys, monkeypatch):
 def test_strict_and_soft_by_hand(tmp_path):
     rows = [row(tagged("A"), "A", 0), row(tagged("B"), "A", 1), row(tagged("A"), "A,C", 2),
             row(tagged("C, A"), "A,C", 3), row(tagged("A,B"), "A,C", 4)]  # fmt: skip
-    shares = scoring.summarize(log_of(tmp_path, rows)).shares
+    shares = score.summarize(log_of(tmp_path, rows)).shares
     assert (shares["overall"].strict, shares["overall"].soft) == (40.0, 50.0)
     assert (shares["single"].questions, shares["single"].strict) == (2, 50.0)
     assert (shares["multi"].questions, shares["multi"].soft) == (3, 50.0)
@@ -106,7 +106,7 @@ def test_the_two_rules_of_extraction(tmp_path):
 def test_a_repeated_question_counts_once_and_is_named(tmp_path):
     rows = [row(tagged("A"), key=7), row(tagged("B"), key=8), row(tagged("B"), key=7)]
     log = log_of(tmp_path, rows)
-    text = scoring.report(log, scoring.summarize(log))
+    text = score.report(log, score.summarize(log))
     assert len(log.answers) == 2 and log.duplicates == ["7"]
     assert "duplicate rows, counted once: 1 (questions 7)" in text and " 50.00 [" in text
 
@@ -115,22 +115,22 @@ def test_answers_that_fit_no_rule_are_counted_and_shown(tmp_path):
     answers = ["A", "A, B", "B,", "CD", "c", "A/B", "", "D, <b>x</b>"]
     rows = [row(tagged(a), key=k) for k, a in enumerate(answers)]
     rows += [row(tagged("4 balls"), "3", 20), row(tagged("3.0"), "3", 21)]
-    summary = scoring.summarize(log_of(tmp_path, rows))
+    summary = score.summarize(log_of(tmp_path, rows))
     assert sum(summary.unfit.values()) == 6
     assert set(summary.unfit) == {"CD", "c", "A/B", "", "D, <b>x</b>", "4 balls"}
 
 
 def test_a_logged_score_that_is_another_is_noticed(tmp_path):
     rows = [row(tagged("A"), key=0, accuracy_score=0.0), row(tagged("A"), key=1, accuracy_score=1)]
-    assert scoring.summarize(log_of(tmp_path, rows)).disagreements == 1
+    assert score.summarize(log_of(tmp_path, rows)).disagreements == 1
 
 
 def test_bad_rows_are_named_and_the_others_scored(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text(json.dumps(row(tagged("A"))) + '\n{"torn\n5\n{"model_output": "A"}\n')
-    log = scoring.read_log(path)
+    log = score.read_log(path)
     assert len(log.answers) == 1 and len(log.errors) == 3
-    text = scoring.report(log, scoring.summarize(log))
+    text = score.report(log, score.summarize(log))
     assert all(f"bad row, not counted: line {k}: " in text for k in (2, 3, 4))
 
 
@@ -138,15 +138,15 @@ def test_bad_rows_are_named_and_the_others_scored(tmp_path):
 def test_a_file_that_is_no_log_is_refused_by_name(text, tmp_path):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(UserError, match="x.json"):
-        scoring.read_log(tmp_path / "x.json")
+        score.read_log(tmp_path / "x.json")
 
 
 def test_untrusted_text_reaches_neither_terminal_nor_table(tmp_path):
     rows = [row(tagged("\x1b[31mred|\n"), key=k) for k in ("a\x1b[2J", "b")]
     log = log_of(tmp_path, rows + rows, "a|b.jsonl")
-    summary = scoring.summarize(log)
-    assert "\x1b" not in scoring.report(log, summary)
-    table = scoring.markdown([(log, summary)])
+    summary = score.summarize(log)
+    assert "\x1b" not in score.report(log, summary)
+    table = score.markdown([(log, summary)])
     assert "a\\|b" in table and len(table.splitlines()) == 3
 
 
@@ -154,7 +154,7 @@ def test_the_interval_is_the_bootstrap_of_drawing_questions():
     rng = np.random.default_rng(0)
     scores = rng.choice([0, 0.5, 1], 400, p=[0.3, 0.2, 0.5])
     drawn = [rng.choice(scores, 400).mean() * 100 for _ in range(4000)]
-    low, high = scoring.interval(scores, 4000, seed=1)
+    low, high = score.interval(scores, 4000, seed=1)
     assert abs(low - np.percentile(drawn, 2.5)) < 0.4
     assert abs(high - np.percentile(drawn, 97.5)) < 0.4
 
@@ -166,8 +166,8 @@ def test_ten_thousand_rows_are_scored_in_ten_seconds(tmp_path):
             for k in range(10_000)]  # fmt: skip
     (tmp_path / "log.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
     start = time.perf_counter()
-    log = scoring.read_log(tmp_path / "log.jsonl")
-    scoring.report(log, scoring.summarize(log, resamples=1000))
+    log = score.read_log(tmp_path / "log.jsonl")
+    score.report(log, score.summarize(log, resamples=1000))
     assert time.perf_counter() - start < 10 and len(log.answers) == 10_000
 
 
@@ -192,14 +192,14 @@ def test_any_log_gives_numbers_or_a_data_error(rows, tmp_path):
     path = tmp_path / "fuzz.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     try:
-        log = scoring.read_log(path)
+        log = score.read_log(path)
     except UserError as error:
         assert str(path) in str(error)
         return
-    summary = scoring.summarize(log, resamples=10)
+    summary = score.summarize(log, resamples=10)
     assert len(log.answers) + len(log.duplicates) + len(log.errors) == len(rows)
     assert all(0 <= s.strict <= s.soft <= 100 for s in summary.shares.values())
-    assert scoring.report(log, summary) and scoring.markdown([(log, summary)])
+    assert score.report(log, summary) and score.markdown([(log, summary)])
 
 
 # --------------------------------------------------------------------------------------------- run
@@ -235,7 +235,7 @@ def test_a_run_writes_one_row_a_question_in_the_official_form(world, tmp_path, m
     official = {"question", "ground_truth", "model_output", "extracted_answer", "think_content",
                 "accuracy_score", "format_score"}  # fmt: skip
     assert official <= set(rows[0]) and rows[0]["video_grid"] == [2, 4, 4]
-    summary = scoring.summarize(scoring.read_log(out))
+    summary = score.summarize(score.read_log(out))
     assert summary.disagreements == 0 and summary.shares["overall"].questions == 12
     assert f"{summary.shares['overall'].strict:6.2f} [" in capsys.readouterr().out
 
@@ -288,7 +288,7 @@ def test_a_file_that_is_no_log_of_ours_is_left_as_it_is(text, tmp_path):
     path = tmp_path / "mine.json"
     path.write_text(text)
     with pytest.raises(UserError, match="mine.json: line 1 .*choose another file"):
-        with scoring.open_log(str(path), {"prompt": "think"}):
+        with score.open_log(str(path), {"prompt": "think"}):
             pass
     assert path.read_text() == text and os.listdir(tmp_path) == ["mine.json"]
 
@@ -304,7 +304,7 @@ def test_a_log_of_ours_is_mended_in_its_last_line_only(tmp_path):
         f"{rows[0]}\n{rows[1]}": f"{rows[0]}\n",  # even if only its line break is missing
     }.items():
         path.write_text(text)
-        with scoring.open_log(str(path), settings) as log:
+        with score.open_log(str(path), settings) as log:
             assert path.read_text() == whole and len(log.done) == whole.count("\n")
 
 
@@ -313,7 +313,7 @@ def test_a_second_run_into_the_same_log_is_refused_while_the_first_lives(
 ):
     out = tmp_path / "log.jsonl"
     (tmp_path / "alias.jsonl").symlink_to(out)
-    with scoring.open_log(str(out), {}):
+    with score.open_log(str(out), {}):
         for name in ("log.jsonl", "alias.jsonl"):
             with pytest.raises(SystemExit, match=f"{name}: another eval.py run is writing to it"):
                 eval_py(monkeypatch, run_flags(world, tmp_path / name))
@@ -337,7 +337,7 @@ def test_two_ranks_split_the_questions_into_one_log(world, tmp_path, monkeypatch
             capture_output=True, text=True, timeout=120, env=environment,
         )  # fmt: skip
 
-    with scoring.open_log(str(shared), {}):
+    with score.open_log(str(shared), {}):
         refused = run_two()
     assert refused.returncode == 1 and shared.read_text() == ""
     assert "shared.jsonl: another eval.py run is writing to it" in refused.stderr
@@ -351,7 +351,7 @@ def test_a_row_that_does_not_fit_on_the_disk_is_absent(tmp_path):
     """The kernel itself writes a part of the row, then refuses."""
     path = tmp_path / "log.jsonl"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with scoring.open_log(str(path), {}) as log:
+    with score.open_log(str(path), {}) as log:
         log.append({"question": 1})
         before = path.read_bytes()
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 100, limits[1]))
@@ -379,7 +379,7 @@ def test_a_run_on_a_full_disk_ends_with_status_1_and_goes_on_later(world, tmp_pa
         return write(descriptor, data)
 
     with monkeypatch.context() as full:
-        full.setattr(scoring.os, "write", nearly_full)
+        full.setattr(score.os, "write", nearly_full)
         with pytest.raises(SystemExit, match="error: .*No space left on device.*same command"):
             eval_py(monkeypatch, run_flags(world, out, "--limit", "6"))
     assert len(read_rows(out)) == 2
@@ -421,7 +421,7 @@ def test_half_a_character_in_a_field_nobody_reads_is_kept(world, tmp_path, monke
 
 
 def append_rows(path, writer):
-    log = scoring.RowLog(path, {"prompt": "think"}, set())
+    log = score.RowLog(path, {"prompt": "think"}, set())
     for k in range(50):
         log.append({"question": [writer, k], "text": "x" * 20_000})
 
@@ -567,7 +567,7 @@ def test_counting_trains_and_evaluates_with_qwen2_vl(world, policy, tmp_path, mo
         twgrpo.Prompter, "render", lambda self, r: prompts.append(render(self, r)) or prompts[-1]
     )
     texts = iter(["<think>a</think><answer>0</answer>", "<answer>1</answer>"] * 999)
-    monkeypatch.setattr("policy.Policy.decode", lambda self, completion: next(texts))
+    monkeypatch.setattr("model.policy.Policy.decode", lambda self, completion: next(texts))
     flags = ["--model_name_or_path", tmp_path / "qwen2_vl", "--jsonl_path", data, "--video_root",
              world, "--output_dir", tmp_path / "run", "--max_steps", "2", "--num_generations", "2",
              "--per_device_train_batch_size", "2", "--reward_funcs", "accuracy", "format",
@@ -582,9 +582,9 @@ def test_counting_trains_and_evaluates_with_qwen2_vl(world, policy, tmp_path, mo
     out = tmp_path / "dvd.log.jsonl"
     flags = ("--benchmark", "dvd", "--model", directory / "checkpoint-2", "--data", data)
     eval_py(monkeypatch, run_flags(world, out, *flags))
-    log = scoring.read_log(out)
+    log = score.read_log(out)
     assert len(log.answers) == 4 and all(number(a.answer) is not None for a in log.answers)
-    assert scoring.summarize(log).shares["overall"].strict == 50.0
+    assert score.summarize(log).shares["overall"].strict == 50.0
 
 
 def toy_flags():

@@ -19,8 +19,7 @@ import toy
 import twgrpo
 from files import UserError
 from model.policy import Policy
-from run import checkpoint
-from run import log as runlog
+from run import checkpoint, log
 from run.config import parse_config
 
 KILLS = int(os.environ.get("TWGRPO_KILLS", 2))  # CI keeps it short; 10 for the real thing
@@ -84,7 +83,7 @@ def test_only_the_newest_checkpoint_keeps_its_trainer_state(whole):
 def test_rows_after_the_checkpoint_are_moved_aside_not_lost(tmp_path):
     rows = [f'{{"step": {k}, "loss": 0}}\n' for k in range(1, 6)]
     (tmp_path / "metrics.jsonl").write_text("".join(rows) + '{"step": 6, "lo')
-    runlog.move_aside_later_rows(tmp_path, 3)
+    log.move_aside_later_rows(tmp_path, 3)
     assert (tmp_path / "metrics.jsonl").read_text() == "".join(rows[:3])
     later = (tmp_path / "metrics.jsonl.after-3").read_text()
     assert later == "".join(rows[3:]) + '{"step": 6, "lo'

@@ -109,7 +109,7 @@ def test_a_maximum_stays_one_over_questions_and_ranks(tmp_path, monkeypatch):
     for value in (1.0, 3.0, 2.0):
         log.add(far=value, far_max=value)
     other_rank = (dict(far=8.0, far_max=4.0), dict(far=1.0), {}, 0, 0.0)
-    monkeypatch.setattr("ranks.gather", lambda mine: [mine, other_rank])
+    monkeypatch.setattr("model.ranks.gather", lambda mine: [mine, other_rank])
     log.steps = 1
     log.write(1)
     (row,) = metrics(tmp_path)
@@ -397,7 +397,7 @@ def test_simultaneous_starts_choose_different_directories(tmp_path):
 )
 def test_a_rank_ends_with_the_right_exit_code_and_without_shutdown(ending, code, said):
     script = (
-        "import atexit, ranks\n"
+        "import atexit\nfrom model import ranks\n"
         "atexit.register(print, 'the interpreter shut down')\n"
         f"def main():\n    print('done')\n    {ending}\n"
         "ranks.run_script(main)"

@@ -159,7 +159,8 @@ def test_the_page_leaves_out_a_clip_that_crashes_its_decoder(stuck):
 PARENT = """
 import signal, sys
 sys.path.insert(0, {project!r})
-decoder.__file__ = {script!r}
+from run import decoder
+decoder.SERVER = [sys.executable, {script!r}]
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, lambda *_: None)  # as a run that first finishes its step
 clip = decoder.ClipReader({timeout}).load_clip(sys.argv[1])
