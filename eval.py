@@ -36,11 +36,8 @@ from model.packing import Group
 from model.policy import Policy
 from records import LETTERS, Record, load_records, printable
 from rewards import (
-    accuracy_reward,
     compare_answers,
     extract_answer,
-    format_reward,
-    origin_accuracy_reward,
     strict_format_reward,
     tagged_answer,
 )
@@ -48,7 +45,6 @@ from run.decoder import ClipReader
 from tools import score
 from video import VideoError
 
-MEASURES = {"soft": accuracy_reward, "exact": origin_accuracy_reward, "format": format_reward}
 BENCHMARKS = {  # the prompt style with which the paper evaluates its model on each
     "clevrer": "r1_system",
     "nextgqa": "video_r1",
@@ -59,65 +55,6 @@ BENCHMARKS = {  # the prompt style with which the paper evaluates its model on e
     "star": "video_r1",
     "dvd": "count",
 }
-
-
-@torch.no_grad()
-def evaluate(
-    policy: Policy,
-    prompter: Prompter,
-    records: list[Record],
-    *,
-    temperature: float,
-    num_generations: int = 1,
-    max_completion_length: int,
-    batch_size: int = 32,
-    seed: int = 0,
-    wrong_video: bool = False,
-) -> dict[str, float]:
-    """Mean over all completions of the soft accuracy, the exact accuracy and the format reward,
-    each in [0, 1].
-
-    temperature 0 is greedy (num_generations is then 1). With wrong_video every question is shown
-    the clip of another one: what is left of the accuracy is what can be guessed from the text.
-    Questions whose clip cannot be read are left out and counted in "skipped". Under torchrun every
-    rank takes its share of the questions, and all return the mean over all of them.
-    """
-    if wrong_video and len(records) < 2:
-        raise UserError("a wrong video needs a second question to take it from")
-    others = np.random.default_rng([seed, 0, 0, 3]).permutation(len(records))
-    # The next one of a random cycle through all records: never the record itself.
-    clip_of = {int(a): records[b] for a, b in zip(others, np.roll(others, 1), strict=True)}
-    mine, scores, skipped = range(ranks.rank(), len(records), ranks.world()), [], 0
-    label = ("greedy" if temperature == 0 else "sampled") + (", wrong video" if wrong_video else "")
-    bar = range(0, len(mine), batch_size)
-    if ranks.is_main():
-        bar = tqdm(bar, desc=f"evaluating ({label})", leave=False)
-    for start in bar:
-        questions, seeds = [], []
-        for k in mine[start : start + batch_size]:
-            try:
-                questions.append(prompter(records[k], clip_of[k] if wrong_video else None))
-                seeds.append((seed, k, 0, 2))  # 2: no other stream ends so
-            except VideoError as error:
-                skipped += 1
-                note = printable(f"left out question {records[k].id}: {error}")
-                tqdm.write(note, file=sys.stderr)
-        if not questions:
-            continue
-        G = num_generations if temperature > 0 else 1
-        features = policy.encode_videos(questions)
-        groups = policy.rollout(questions, features, G, max_completion_length, temperature, seeds)
-        for group in groups:
-            truth = group.question.record.solution
-            scores += [
-                [measure(text, truth) for measure in MEASURES.values()] for text in group.texts
-            ]
-    everyones, skips = zip(*ranks.gather((scores, skipped)), strict=True)
-    scores, skipped = [row for rows in everyones for row in rows], sum(skips)
-    if not scores:
-        raise UserError(f"none of the {len(records)} clips to evaluate on can be read")
-    means = np.mean(scores, axis=0)
-    return dict(zip(MEASURES, means.tolist(), strict=True)) | {"skipped": skipped}
 
 
 # ----------------------------------------------------------------------------------------- eval run

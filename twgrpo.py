@@ -3,34 +3,25 @@
     python twgrpo.py                  the embedded default: tiny model, synthetic clips, no GPU
     python twgrpo.py --model_name_or_path Qwen/Qwen2.5-VL-7B-Instruct --jsonl_path train.json ...
 
-One step of `train`, below (the paper: arXiv 2505.24718; the equations: docs/equations.md):
-    1. take the step's questions, and encode each video once    policy.Policy.encode_videos
-    2. sample G completions of each question (eqs. 5, 6)        policy.Policy.rollout
-    3. reward each: soft accuracy + format (eqs. 1, 3)          rewards.py
-    4. compare within the group: A = (r - mean) / std (eq. 4)   group_advantages
-    5. score them, one packed row per question (eqs. 7, 8)      policy.Policy.hidden_states
-    6. weigh each position by how much the group disagrees
-       there, take the clipped, weighted loss (eqs. 9 to 26)    kernels.tw_grpo_head
-    7. step the optimizer
+`train_step` is the algorithm (arXiv 2505.24718; equation numbers are those of docs/equations.md),
+and `train` the loop around it. The network is in model/, the loss in kernels/, the rewards in
+rewards.py; run/ holds what surrounds the loop: settings, clips, log, checkpoints.
 
-Letters in shapes: B questions of a step, G completions of each, K reward functions, N completion
-tokens of a question, D hidden size.
+Letters in shapes: B questions of a micro-batch, G completions of each, K reward functions, N
+completion tokens of a question, D hidden size.
 """
 
 import contextlib
-import dataclasses
-import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from torch.optim import Optimizer
 from transformers.utils import logging as transformers_logging
 
-import files
 from data import Prompter, Question, check_prompts
-from eval import evaluate
 from files import UserError
 from kernels import HeadOutput, token_logps, tw_grpo_head
 from model import ranks
@@ -51,20 +42,67 @@ from run.config import (
     toy_config,
     training_records,
 )
-from run.decoder import ClipReader
-from run.log import RunLog
+from run.held_out import measure, print_measures, read_measures, write_measures
+from run.log import RunLog, phase
+from run.setup import load_policy, make_optimizer, make_prompter, rate
 from tools import curves
 from video import VideoError
 
 # ------------------------------------------------------------------------------------ the algorithm
 
 
-def group_advantages(rewards_G: Tensor) -> Tensor:
-    """Eq. 4: A_i = (r_i - mean r) / (std r + 1e-4) over the group: (G,); std has ddof = 1.
+@dataclass
+class Update:
+    """What one optimizer step on the completions of a training step measured."""
 
-    A group whose rewards are all equal has advantage 0 and teaches nothing.
-    """
-    return (rewards_G - rewards_G.mean()) / (rewards_G.std() + 1e-4)
+    outputs: list[HeadOutput]  # one for each of this rank's questions
+    loss: float  # eq. 20, of all ranks
+    grad_norm: float  # before clipping
+    finite: bool  # False: the weights were left as they are
+
+
+def train_step(
+    cfg: Config,
+    policy: Policy,
+    reference: Policy | None,
+    optimizer: Optimizer,
+    questions: list[Question],
+    seeds: list[tuple[int, ...]],
+    learning_rate: float,
+) -> tuple[list[Group], list[Update]]:
+    """One step of TW-GRPO on this rank's questions: the groups it sampled, and its updates."""
+    # Sample G completions of each question from the whole softmax. Eqs. 5, 6.
+    groups = sample(cfg, policy, questions, seeds)
+
+    # Reward each completion: soft accuracy and format. Eqs. 1 to 3.
+    # Compare it with its group: A = (r - mean) / std. Eq. 4.
+    with ranks.alone():
+        for group in groups:
+            group.rewards_GK = rewards_of(cfg, group)
+            group.advantages_G = group_advantages(group.rewards_GK.sum(-1))
+
+    count = ranks.total(len(groups))  # questions of this step, on all ranks
+    if reference and count:
+        score_reference(cfg, reference, groups)
+
+    updates = []
+    for _ in range(cfg.num_iterations if count else 0):
+        # Weigh each position by how much the group disagrees there, clip the ratios, differentiate
+        # the weighted loss. Eqs. 7 to 19; each question counts 1 / count (eq. 20), however the
+        # questions are spread over ranks and micro-batches.
+        total, outputs = 0.0, []
+        for chunk in micro_batches(cfg, groups):
+            chunk_loss, chunk_outputs = policy.run(score, cfg, policy, chunk)
+            differentiate(chunk_loss, count)
+            total, outputs = total + chunk_loss.item(), outputs + chunk_outputs
+        for group, output in zip(groups, outputs, strict=True):
+            if group.old_logps_N is None:
+                group.old_logps_N = output.logps_N  # from now on, the ratio is to these
+        # Update the weights.
+        loss = ranks.total(total) / count
+        norm, finite = update(cfg, policy, optimizer, loss, learning_rate)
+        updates.append(Update(outputs, loss, norm, finite))
+    return groups, updates
 
 
 def train(
@@ -85,37 +123,19 @@ def train(
         checkpoint.load(resume[0], policy, optimizer)
         log.go_on_from(resume[1])
     saver = checkpoint.Saver(cfg, policy, optimizer, log, resume)
-    step, failures, ending = saver.step, 0, None
+    step, ending = saver.step, None
     ahead = QuestionsAhead(cfg, records, prompter, log, step + 1)
+    steps = log.progress(range(step + 1, cfg.max_steps + 1))
 
     with ranks.StopSignal() as stop, contextlib.closing(ahead), saver.rescuing():
-        bar = tqdm(
-            range(step + 1, cfg.max_steps + 1), "training", cfg.max_steps, initial=step,
-            disable=not ranks.is_main(),
-        )  # fmt: skip
-        for step in bar:
-            with ranks.alone(), log.phase("data"):
+        for step in steps:
+            with ranks.alone(), phase("data"):
                 questions, seeds = ahead.take(step)
-            with log.phase("rollout"), policy.gathered() as actor, ranks.alone():
-                groups = sample_groups(cfg, actor, questions, seeds)
-                for group in groups:
-                    group.rewards_GK = rewards_of(cfg, group)
-                    group.advantages_G = group_advantages(group.rewards_GK.sum(-1))
-
-            count = ranks.total(len(groups))  # questions of this step, on all ranks
-            if reference and count:
-                score_reference(cfg, reference, groups, log)
-            for _ in range(cfg.num_iterations if count else 0):
-                loss = backward(cfg, policy, groups, count, step, log)
-                updated = update(cfg, policy, optimizer, step, loss, log)
-                failures = 0 if updated else failures + 1
-                if not updated:
-                    log.not_finite(step, groups, loss)
-
-            log.add(learning_rate=rate(cfg, step))
-            log.end_step(step, bar)
+            lr = rate(cfg, step)
+            groups, updates = train_step(cfg, policy, reference, optimizer, questions, seeds, lr)
+            log.step(step, groups, updates, lr, policy.tokenizer)
             saver.finished(step)
-            ending = log.reason_to_end(step, failures)
+            ending = log.reason_to_end(step)
             leaving = ending or ranks.agree(stop.requested) or step == cfg.max_steps
             if leaving or step % cfg.save_steps == 0:
                 saver.save()
@@ -126,21 +146,28 @@ def train(
     return step
 
 
-def sample_groups(
-    cfg: Config, actor: Policy, questions: list[Question], seeds: list[tuple[int, ...]]
+# -------------------------------------------------------------------------- the parts of a step
+
+
+@phase("rollout")
+def sample(
+    cfg: Config, policy: Policy, questions: list[Question], seeds: list[tuple[int, ...]]
 ) -> list[Group]:
-    """G completions of each question; each video is encoded once, and kept if it stays the same."""
-    if not questions:
-        return []
-    with torch.no_grad():
-        features = actor.encode_videos(questions)
-    groups = actor.rollout(
-        questions, features, cfg.num_generations, cfg.max_completion_length, cfg.temperature, seeds
-    )
-    if cfg.freeze_vision_modules:
-        for group, tokens in zip(groups, features, strict=True):
-            group.features = tokens
-    return groups
+    """G completions of each question. Each video is encoded once and each prompt prefilled once;
+    the features of the video are kept if training does not change the vision tower."""
+    with policy.gathered() as actor, ranks.alone():
+        if not questions:
+            return []
+        with torch.no_grad():
+            features = actor.encode_videos(questions)
+        groups = actor.rollout(
+            questions, features, cfg.num_generations, cfg.max_completion_length,
+            cfg.temperature, seeds,
+        )  # fmt: skip
+        if cfg.freeze_vision_modules:
+            for group, tokens in zip(groups, features, strict=True):
+                group.features = tokens
+        return groups
 
 
 def rewards_of(cfg: Config, group: Group) -> Tensor:
@@ -151,91 +178,18 @@ def rewards_of(cfg: Config, group: Group) -> Tensor:
     )
 
 
-def micro_batches(cfg: Config, groups: list[Group]) -> list[list[Group]]:
-    """At most B groups each. On several ranks always the same number of them, some perhaps empty,
-    because every one is a round of collectives."""
-    B = cfg.per_device_train_batch_size
-    chunks = [groups[k : k + B] for k in range(0, B * cfg.gradient_accumulation_steps, B)]
-    return chunks if ranks.world() > 1 else [chunk for chunk in chunks if chunk]
+def group_advantages(rewards_G: Tensor) -> Tensor:
+    """Eq. 4: A_i = (r_i - mean r) / (std r + 1e-4) over the group: (G,); std has ddof = 1.
 
-
-def backward(
-    cfg: Config, policy: Policy, groups: list[Group], count: float, step: int, log: RunLog
-) -> float:
-    """Eq. 20: gradient of the mean loss over the step's `count` questions, on all ranks; the loss.
-
-    Each question counts 1 / count, however the questions are spread over ranks and micro-batches.
+    A group whose rewards are all equal has advantage 0 and teaches nothing.
     """
-    total = 0.0
-    for chunk in micro_batches(cfg, groups):
-        with log.phase("score"):
-            loss, outputs = policy.run(score, cfg, policy, chunk)
-        with log.phase("update"):
-            # FSDP averages gradients over the ranks; we want their sum over the questions.
-            (loss * (ranks.world() / count)).backward()
-        total += loss.item()
-        if chunk and chunk[0].old_logps_N is None:
-            log.scored(step, chunk, outputs)
-            if chunk[0] is groups[0]:
-                log.sample(step, chunk[0], outputs[0], policy.tokenizer)
-            for group, output in zip(chunk, outputs, strict=True):
-                group.old_logps_N = output.logps_N  # from now on, the ratio is to these
-        for output in outputs:
-            log.add(kl=output.kl, clip_ratio=output.clip_ratio)
-    return ranks.total(total) / count
+    return (rewards_G - rewards_G.mean()) / (rewards_G.std() + 1e-4)
 
 
-def score(cfg: Config, policy: Policy, groups: list[Group]) -> tuple[Tensor, list[HeadOutput]]:
-    """The summed loss of some questions, and what was measured.
-
-    Without a question the loss is 0 and so is its gradient, but every parameter has taken part in
-    it: the other ranks wait for each of them.
-    """
-    scored = groups or [idle_group(policy)]
-    hidden = policy.hidden_states(scored, video_tokens(policy, scored))
-    outputs = [question_loss(cfg, policy, *pair) for pair in zip(scored, hidden, strict=True)]
-    return torch.stack([o.loss for o in outputs]).sum(), outputs if groups else []
-
-
-def idle_group(policy: Policy) -> Group:
-    """A group without advantage, and so without gradient."""
-    group = policy.idle_group()
-    group.advantages_G = torch.zeros(1)
-    return group
-
-
-def video_tokens(policy: Policy, groups: list[Group]) -> list[Tensor]:
-    """The rollout's, if it kept them because the vision tower is frozen; else with gradient."""
-    if groups[0].features is None:
-        return policy.encode_videos([group.question for group in groups])
-    return [group.features for group in groups]
-
-
-def question_loss(cfg: Config, policy: Policy, group: Group, hidden_ND: Tensor) -> HeadOutput:
-    """The loss of one question from the hidden states that predict its completion tokens."""
-    device, dtype = hidden_ND.device, policy.compute_dtype
-    return tw_grpo_head(
-        hidden_ND.to(dtype),
-        policy.head_VD.to(dtype),
-        group.targets_N.to(device),
-        group.lengths_G.to(device),
-        group.advantages_G.to(device),
-        old_logps_N=group.old_logps_N,
-        ref_logps_N=group.ref_logps_N,
-        alpha=cfg.alpha,
-        eps_low=cfg.epsilon,
-        eps_high=cfg.epsilon_high,
-        beta=cfg.beta if group.ref_logps_N is not None else 0.0,
-        temperature=cfg.temperature,
-        loss_type=cfg.loss_type,
-        divergence=cfg.divergence,
-        ended_rows=cfg.ended_rows,
-    )
-
-
+@phase("score")
 @torch.no_grad()
-def score_reference(cfg: Config, reference: Policy, groups: list[Group], log: RunLog) -> None:
-    """Puts the log-probs under the reference model into each group."""
+def score_reference(cfg: Config, reference: Policy, groups: list[Group]) -> None:
+    """Puts the log-probs under the reference model into each group, for the KL term (eq. 11)."""
 
     def score_chunk(chunk: list[Group]) -> None:
         hidden = reference.hidden_states(chunk, video_tokens(reference, chunk))
@@ -245,106 +199,81 @@ def score_reference(cfg: Config, reference: Policy, groups: list[Group], log: Ru
                 hidden_ND.to(dtype), reference.head_VD.to(dtype), targets, cfg.temperature
             )
 
-    with log.phase("score"):
-        for chunk in micro_batches(cfg, groups):
-            reference.run(score_chunk, chunk or [reference.idle_group()])
+    for chunk in micro_batches(cfg, groups):
+        reference.run(score_chunk, chunk or [reference.idle_group()])
 
 
+def micro_batches(cfg: Config, groups: list[Group]) -> list[list[Group]]:
+    """At most B groups each. On several ranks always the same number of them, some perhaps empty,
+    because every one is a round of collectives."""
+    B = cfg.per_device_train_batch_size
+    chunks = [groups[k : k + B] for k in range(0, B * cfg.gradient_accumulation_steps, B)]
+    return chunks if ranks.world() > 1 else [chunk for chunk in chunks if chunk]
+
+
+@phase("score")
+def score(cfg: Config, policy: Policy, groups: list[Group]) -> tuple[Tensor, list[HeadOutput]]:
+    """The summed loss of some questions, each scored as one packed row, and what was measured.
+
+    Without a question the loss is 0 and so is its gradient, but every parameter has taken part in
+    it: the other ranks wait for each of them.
+    """
+    scored, dtype = groups or [policy.idle_group()], policy.compute_dtype
+    hidden = policy.hidden_states(scored, video_tokens(policy, scored))
+    outputs = [
+        tw_grpo_head(
+            hidden_ND.to(dtype),
+            policy.head_VD.to(dtype),
+            group.targets_N.to(hidden_ND.device),
+            group.lengths_G.to(hidden_ND.device),
+            group.advantages_G.to(hidden_ND.device),
+            old_logps_N=group.old_logps_N,
+            ref_logps_N=group.ref_logps_N,
+            alpha=cfg.alpha,
+            eps_low=cfg.epsilon,
+            eps_high=cfg.epsilon_high,
+            beta=cfg.beta if group.ref_logps_N is not None else 0.0,
+            temperature=cfg.temperature,
+            loss_type=cfg.loss_type,
+            divergence=cfg.divergence,
+            ended_rows=cfg.ended_rows,
+        )
+        for group, hidden_ND in zip(scored, hidden, strict=True)
+    ]
+    return torch.stack([o.loss for o in outputs]).sum(), outputs if groups else []
+
+
+def video_tokens(policy: Policy, groups: list[Group]) -> list[Tensor]:
+    """The rollout's, if it kept them because the vision tower is frozen; else with gradient."""
+    if groups[0].features is None:
+        return policy.encode_videos([group.question for group in groups])
+    return [group.features for group in groups]
+
+
+@phase("update")
+def differentiate(loss: Tensor, count: float) -> None:
+    """Eq. 20: adds the gradient of loss / count, summed over the ranks; FSDP would average it."""
+    (loss * (ranks.world() / count)).backward()
+
+
+@phase("update")
 def update(
-    cfg: Config, policy: Policy, optimizer: torch.optim.Optimizer, step: int, loss: float, log
-) -> bool:
-    """One optimizer step from the gradients that have gathered; False: they were not finite, and
-    the weights are left as they are. The same on every rank."""
+    cfg: Config, policy: Policy, optimizer: Optimizer, loss: float, learning_rate: float
+) -> tuple[float, bool]:
+    """One optimizer step from the gradients that have gathered: their norm, and whether it and the
+    loss were finite. If not, the weights are left as they are. The same on every rank."""
     norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), cfg.max_grad_norm)
     norm = norm.full_tensor().item() if hasattr(norm, "full_tensor") else norm.item()
     finite = math.isfinite(loss) and math.isfinite(norm)
     if finite:
         for parameters in optimizer.param_groups:
-            parameters["lr"] = rate(cfg, step)
+            parameters["lr"] = learning_rate
         optimizer.step()
-        log.add(loss=loss, grad_norm=norm)
-    else:
-        log.nonfinite += 1
     optimizer.zero_grad(set_to_none=True)
-    return finite
-
-
-def rate(cfg: Config, step: int) -> float:
-    """The learning rate of a step (from 1): linear warm-up, then linear to 0 after max_steps."""
-    warm = min(1.0, step / (cfg.warmup_steps + 1))
-    return cfg.learning_rate * warm * (1 - (step - 1) / cfg.max_steps)
-
-
-def make_optimizer(cfg: Config, policy: Policy) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        [p for p in policy.model.parameters() if p.requires_grad],
-        lr=cfg.learning_rate,
-        betas=(cfg.adam_beta1, cfg.adam_beta2),
-        weight_decay=cfg.weight_decay,
-        fused=policy.device.type == "cuda",  # elsewhere AdamW makes copies as large as its states
-    )
+    return norm, finite
 
 
 # --------------------------------------------------------------------------------------------- main
-
-
-def load_policy(cfg: Config, freeze_all: bool = False) -> Policy:
-    """The model of --model_name_or_path on this rank's device, or its share of it."""
-    device, several = ranks.start(), ranks.world() > 1
-    place = "cpu" if several else device
-    policy = Policy.load(
-        cfg.model_name_or_path, place, cfg.freeze_vision_modules, cfg.attn_implementation
-    )
-    if freeze_all:
-        policy.model.requires_grad_(False)
-    elif cfg.gradient_checkpointing:
-        policy.checkpoint_activations()
-    if several:
-        policy.shard(device)
-    return policy
-
-
-def measure(cfg: Config, policy: Policy, prompter: Prompter, records: list[Record]) -> dict:
-    """Sampled and greedy accuracy, and sampled with the wrong video as a control."""
-    common = dict(max_completion_length=cfg.max_completion_length, seed=cfg.seed)
-    sampled = dict(temperature=cfg.temperature, num_generations=cfg.num_generations, **common)
-    with policy.gathered() as actor, ClipReader(cfg.clip_timeout) as reader:
-        prompter = dataclasses.replace(prompter, load_clip=reader.load_clip)
-        measures = {
-            "sampled": evaluate(actor, prompter, records, **sampled),
-            "greedy": evaluate(actor, prompter, records, temperature=0.0, **common),
-        }
-        if len(records) > 1:
-            measures["wrong video"] = evaluate(
-                actor, prompter, records, wrong_video=True, **sampled
-            )
-        return measures
-
-
-def read_measures(path: Path) -> dict:
-    """eval.json as far as there is one. Raises UserError if it is damaged."""
-    remedy = "remove it, and what it held is measured once more"
-    measures = files.read_json(path, remedy) if path.exists() else {}
-    try:
-        for name in measures.keys() & {"before", "after"}:
-            for row in measures[name].values():
-                [float(row[key]) for key in ("soft", "exact", "format")]
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise UserError(f"{path} is not the eval.json of a run; {remedy}") from None
-    return measures
-
-
-def write_measures(path: Path, measures: dict) -> None:
-    with files.replacing(path) as beside:
-        beside.write_text(json.dumps(measures, indent=2) + "\n", encoding="utf-8")
-
-
-def print_measures(before: dict, after: dict, count: int) -> None:
-    print(f"\n{count} held-out questions    soft accuracy     exact accuracy    format")
-    print(f"{'':20}" + "    before   after" * 3)
-    for name in before:
-        pairs = [(before[name][key], after[name][key]) for key in ("soft", "exact", "format")]
-        print(f"{name:20}" + "".join(f"    {a:6.3f}  {b:6.3f}" for a, b in pairs))
 
 
 def run(cfg: Config) -> Path | None:
@@ -372,11 +301,7 @@ def run(cfg: Config) -> Path | None:
     policy = load_policy(cfg)
     if resume:
         checkpoint.check_fits(resume[0], policy)
-    prompter = Prompter(
-        policy.tokenizer, policy.chat_template, policy.geometry, cfg.question_type,
-        cfg.fps, cfg.max_frames, cfg.min_pixels, cfg.max_pixels,
-        max_prompt_length=policy.longest_prompt(cfg.max_prompt_length),
-    )  # fmt: skip
+    prompter = make_prompter(cfg, policy)
     check_prompts(prompter, records, cfg.jsonl_path)
     check_prompts(prompter, held_out, cfg.eval_jsonl_path)
     with contextlib.closing(RunLog(cfg, directory, resume[1]["step"] if resume else 0)) as log:

@@ -31,6 +31,7 @@ from unittest import mock
 import torch
 
 import toy
+import twgrpo
 import video
 from benchmarks.origin import Results
 from data import TEMPLATES, Prompter, Question
@@ -41,7 +42,6 @@ from model.packing import ATTENTION
 from model.policy import Policy
 from records import Record
 from run.config import Config, check_attention
-from twgrpo import question_loss, rewards_of, sample_groups
 
 SIZES = {
     "tiny": dict(hidden_size=512, layers=10, heads=8, kv_heads=2, intermediate_size=1408,
@@ -133,15 +133,14 @@ def bytes_of_a_token(policy: Policy, prompt: int, cfg: Config) -> float:
 def ours(cfg: Config, policy: Policy, ask, optimizer, phase) -> None:
     with phase("data"):
         question: Question = ask()
-    with phase("rollout"), policy.gathered() as actor, phase.decoding():
-        group = sample_groups(cfg, actor, [question], [(0, 0, 0, 1)])[0]
-    group.rewards_GK = rewards_of(cfg, group)
+    with phase("rollout"), phase.decoding():
+        (group,) = twgrpo.sample(cfg, policy, [question], [(0, 0, 0, 1)])
+    group.rewards_GK = twgrpo.rewards_of(cfg, group)
     group.advantages_G = torch.linspace(-1, 1, cfg.num_generations)
     with phase("score"):
-        hidden = policy.hidden_states([group], [group.features])
-        output = question_loss(cfg, policy, group, hidden[0])
+        loss, _ = twgrpo.score(cfg, policy, [group])
     with phase("update"):
-        output.loss.backward()
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

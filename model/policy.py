@@ -431,7 +431,8 @@ class Policy:
 
     def idle_group(self) -> Group:
         """The smallest group there is: a blank video of one token, one completion of two. A rank
-        left without a question scores it, for the collectives the others wait in."""
+        left without a question scores it, for the collectives the others wait in. Its advantage is
+        0, and so is its gradient."""
         config, m = self.model.config, self.geometry.merge_size
         ids_P = torch.tensor([config.vision_start_token_id, config.video_token_id, self.pad_id])
         size = 3 * self.geometry.temporal_patch_size * self.geometry.patch_size**2
@@ -444,7 +445,8 @@ class Policy:
             grid=(1, m, m),
             seconds=1.0,
         )
-        return Group(question, [torch.full((2,), self.pad_id)], [True], [""])
+        completion = torch.full((2,), self.pad_id)
+        return Group(question, [completion], [True], [""], advantages_G=torch.zeros(1))
 
 
 def _first(error: Exception) -> str:

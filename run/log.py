@@ -33,6 +33,19 @@ from run.config import changed_settings, read_settings, settings_of
 COUNTERS = ("asked", "skipped", "trained", "nonfinite")  # since the start of the run, all ranks
 
 
+SECONDS: dict[str, float] = defaultdict(float)  # spent in each phase since the last line
+
+
+@contextmanager
+def phase(name: str):
+    """Counts the time spent inside as time/<name>, seconds. Also decorates a function."""
+    start = time.perf_counter()
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    SECONDS[name] += time.perf_counter() - start
+
+
 class RunLog:
     """Collects the measurements of a run on every rank; the first rank writes them.
 
@@ -45,8 +58,7 @@ class RunLog:
         self.cfg, self.dir = cfg, directory
         self.sums: dict[str, float] = defaultdict(float)  # since the last line, over weights
         self.weights: dict[str, float] = defaultdict(float)
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.tokens = self.steps = 0
+        self.tokens = self.steps = self.failures = 0  # failures: updates in a row, not finite
         self.asked = self.skipped = self.trained = self.nonfinite = 0  # since the start, all ranks
         self.this_step: dict[str, list[float]] = {}  # of this step, for the progress bar
         self.named: set[str] = set()
@@ -65,15 +77,6 @@ class RunLog:
     def go_on_from(self, counters: dict[str, int]) -> None:
         for name in COUNTERS:
             setattr(self, name, counters[name])
-
-    @contextmanager
-    def phase(self, name: str):
-        """Counts the time spent inside as time/<name>, seconds."""
-        start = time.perf_counter()
-        yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds[name] += time.perf_counter() - start
 
     def add(self, weight: float = 1.0, **values) -> None:
         for name, value in values.items():
@@ -99,12 +102,12 @@ class RunLog:
             text = f"step {step}: loss {loss} or its gradient is not finite; weights unchanged"
             self.note(f"step {step}", printable(f"{text} (questions {', '.join(everyones)})"))
 
-    def reason_to_end(self, step: int, failures: int) -> str | None:
+    def reason_to_end(self, step: int) -> str | None:
         """Why the run cannot go on, in words, or None. The same on every rank."""
         if step == self.cfg.max_steps and not self.trained:
             return f"no question was trained on: none of {self.asked} clips could be read"
-        if failures >= 3:
-            return f"{failures} updates in a row were not finite"
+        if self.failures >= 3:
+            return f"{self.failures} updates in a row were not finite"
         allowed = self.cfg.max_skip_fraction  # one bad clip in ten is no trend
         if self.skipped > allowed * max(self.asked, 100):
             return (
@@ -113,8 +116,32 @@ class RunLog:
             )
         return None
 
-    def scored(self, step: int, groups: list[Group], outputs: list[HeadOutput]) -> None:
-        """What the completions of a micro-batch measured at their first scoring."""
+    def progress(self, steps: range) -> tqdm:
+        self.bar = tqdm(
+            steps, "training", self.cfg.max_steps, initial=steps.start - 1,
+            disable=not ranks.is_main(),
+        )  # fmt: skip
+        return self.bar
+
+    def step(self, step: int, groups: list[Group], updates: list, rate: float, tokenizer) -> None:
+        """What a training step measured; `updates` are twgrpo.Update's. Called by all ranks."""
+        for k, update in enumerate(updates):
+            if k == 0:
+                self.scored(groups, update.outputs)
+                self.sample(step, groups, update.outputs, tokenizer)
+            for output in update.outputs:
+                self.add(kl=output.kl, clip_ratio=output.clip_ratio)
+            self.failures = 0 if update.finite else self.failures + 1
+            if update.finite:
+                self.add(loss=update.loss, grad_norm=update.grad_norm)
+            else:
+                self.nonfinite += 1
+                self.not_finite(step, groups, update.loss)
+        self.add(learning_rate=rate)
+        self.end_step(step)
+
+    def scored(self, groups: list[Group], outputs: list[HeadOutput]) -> None:
+        """What the completions measured when they were first scored."""
         for group, output in zip(groups, outputs, strict=True):
             reward_G = group.rewards_GK.sum(-1)
             weights_T, lengths = output.weights_T, group.lengths_G
@@ -140,21 +167,21 @@ class RunLog:
             )
             self.tokens += int(lengths.sum())
 
-    def sample(self, step: int, group: Group, output: HeadOutput, tokenizer) -> None:
-        """Keeps one group of a logged step."""
-        if ranks.is_main() and step % self.cfg.logging_steps == 0:
-            row = sample_row(step, group, output, self.cfg.reward_funcs, tokenizer)
+    def sample(self, step: int, groups: list[Group], outputs: list[HeadOutput], tokenizer) -> None:
+        """Keeps the first group of a logged step."""
+        if groups and ranks.is_main() and step % self.cfg.logging_steps == 0:
+            row = sample_row(step, groups[0], outputs[0], self.cfg.reward_funcs, tokenizer)
             self.completions_file.write(json.dumps(row) + "\n")
             self.completions_file.flush()
 
-    def end_step(self, step: int, bar: tqdm) -> None:
+    def end_step(self, step: int) -> None:
         """Shows the step (counted from 1) and, every logging_steps, writes the line."""
         self.steps += 1
         if "reward" in self.this_step:
             names = ("reward", "reward_std", "completion_length")
             reward, std, length = (mean(self.this_step[name]) for name in names)
-            phases = " ".join(f"{name} {s / self.steps:.2f}" for name, s in self.seconds.items())
-            bar.set_postfix_str(
+            phases = " ".join(f"{name} {s / self.steps:.2f}" for name, s in SECONDS.items())
+            self.bar.set_postfix_str(
                 f"reward {reward:.2f} std {std:.2f} length {length:.0f}, s: {phases}", refresh=False
             )
         self.this_step.clear()
@@ -165,7 +192,7 @@ class RunLog:
         """The line of metrics.jsonl for the steps since the last, if any. Called by all ranks."""
         if not self.steps:
             return
-        mine = (self.sums, self.weights, self.seconds, self.tokens, peak_memory_gb())
+        mine = (self.sums, self.weights, SECONDS, self.tokens, peak_memory_gb())
         sums, weights, seconds, tokens, memory = zip(*ranks.gather(mine), strict=True)
         if ranks.is_main():
             names = dict.fromkeys(name for values in sums for name in values)
@@ -174,9 +201,9 @@ class RunLog:
                 else sum(s[n] for s in sums) / sum(w[n] for w in weights)
                 for n in names
             }  # fmt: skip
-            for phase in self.seconds:
-                row[f"time/{phase}"] = mean([s[phase] for s in seconds]) / self.steps
-            row["tokens_per_second"] = sum(tokens) / max(sum(self.seconds.values()), 1e-9)
+            for name in SECONDS:
+                row[f"time/{name}"] = mean([s[name] for s in seconds]) / self.steps
+            row["tokens_per_second"] = sum(tokens) / max(sum(SECONDS.values()), 1e-9)
             row["peak_memory_gb"] = max(memory)
             row["skipped"], row["nonfinite"] = self.skipped, self.nonfinite
             self.metrics_file.write(json.dumps({"step": step, **row}) + "\n")
@@ -184,7 +211,7 @@ class RunLog:
             self.report(row, step)
         self.sums.clear()
         self.weights.clear()
-        self.seconds.clear()
+        SECONDS.clear()
         self.tokens = self.steps = 0
 
 

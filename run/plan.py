@@ -8,12 +8,13 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import video
-from data import Prompter, check_prompts, load_chat_template, step_records
+from data import check_prompts, load_chat_template, step_records
 from files import UserError
 from model import ranks
 from model.policy import Policy, read_config
 from records import Record, printable
 from run.decoder import ClipReader
+from run.setup import make_prompter
 
 GB = 1e9
 QUESTIONS = 3
@@ -34,11 +35,7 @@ def show(cfg, records: list[Record]) -> None:
         )  # fmt: skip
     questions = []
     with ClipReader(cfg.clip_timeout) as reader:
-        prompter = Prompter(
-            tokenizer, policy.chat_template, policy.geometry, cfg.question_type,
-            cfg.fps, cfg.max_frames, cfg.min_pixels, cfg.max_pixels, load_clip=reader.load_clip,
-            max_prompt_length=policy.longest_prompt(cfg.max_prompt_length),
-        )  # fmt: skip
+        prompter = make_prompter(cfg, policy, load_clip=reader.load_clip)
         check_prompts(prompter, records, cfg.jsonl_path)
         for record in step_records(records, 0, min(QUESTIONS, len(records)), cfg.seed):
             try:

@@ -19,7 +19,7 @@ from run import checkpoint  # noqa: E402
 fault, rank, step = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 del sys.argv[1:4]
 now = 0
-take, question_loss = twgrpo.QuestionsAhead.take, twgrpo.question_loss
+take, head = twgrpo.QuestionsAhead.take, twgrpo.tw_grpo_head
 write_data = checkpoint.dcp.FileSystemWriter.write_data
 
 
@@ -31,8 +31,8 @@ def faulty_take(self, k):
     return take(self, k)
 
 
-def faulty_loss(*args):
-    output = question_loss(*args)
+def faulty_head(*args, **options):
+    output = head(*args, **options)
     last = step + 2 if fault == "nan3" else step
     if fault.startswith("nan") and step <= now <= last and ranks.rank() == rank:
         output.loss = output.loss * float("nan")
@@ -59,8 +59,8 @@ def faulty_write(*args, **kwargs):
     return write_data(*args, **kwargs)
 
 
-twgrpo.QuestionsAhead.take, twgrpo.question_loss = faulty_take, faulty_loss
+twgrpo.QuestionsAhead.take, twgrpo.tw_grpo_head = faulty_take, faulty_head
 twgrpo.rewards_of = raising("rollout", twgrpo.rewards_of)
-twgrpo.backward = raising("backward", twgrpo.backward)
+twgrpo.differentiate = raising("backward", twgrpo.differentiate)
 checkpoint.dcp.FileSystemWriter.write_data = faulty_write
 ranks.run_script(twgrpo.main)

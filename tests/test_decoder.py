@@ -11,9 +11,8 @@ import pytest
 import torch
 from conftest import PROJECT
 
-import twgrpo
 import video
-from run import decoder, plan
+from run import decoder, held_out, plan
 from run.clips import QuestionsAhead
 from run.config import Config
 from tools import weights_page
@@ -122,7 +121,7 @@ def stuck_config(world, **settings):
 
 def test_evaluation_leaves_out_a_clip_that_hangs(world, stuck, policy, prompter, records):
     cfg = stuck_config(world, num_generations=2)
-    measures = twgrpo.measure(cfg, policy, prompter, stuck_records(stuck, records)[:2])
+    measures = held_out.measure(cfg, policy, prompter, stuck_records(stuck, records)[:2])
     assert [m["skipped"] for m in measures.values()] == [1, 1, 1]
 
 

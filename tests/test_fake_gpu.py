@@ -6,17 +6,17 @@ or a copy that is kept alive fails here. What is alive is compared with the memo
 
 import contextlib
 import gc
-import types
 
 import pytest
 import torch
 from fake_gpu import backward, group_of, model_and_question
 
 import twgrpo
-from eval import evaluate
 from model import packing, rollout
 from run import plan
 from run.config import Config
+from run.held_out import evaluate
+from run.setup import make_optimizer
 
 pytest_plugins = ["fake_gpu"]
 
@@ -77,8 +77,8 @@ def test_a_step_waits_for_what_it_has_to_know(gpu, attention):
     backward(loss, [output])
     trained = [p for p in policy.model.parameters() if p.requires_grad]
     assert all(p.grad.dtype == torch.float32 and p.grad.is_cuda for p in trained)
-    log = types.SimpleNamespace(add=lambda **_: None)
-    assert twgrpo.update(cfg, policy, twgrpo.make_optimizer(cfg, policy), 1, 0.0, log)
+    norm, finite = twgrpo.update(cfg, policy, make_optimizer(cfg, policy), 0.0, 1e-6)
+    assert finite
     assert gpu.waits[2:] == ["update"]
 
 
@@ -89,7 +89,7 @@ def test_the_memory_plan_counts_what_is_alive(gpu, monkeypatch, layers, checkpoi
     cfg = Config(max_completion_length=T, gradient_checkpointing=checkpoints)
     if checkpoints:
         policy.checkpoint_activations()
-    optimizer, log = twgrpo.make_optimizer(cfg, policy), types.SimpleNamespace(add=lambda **_: None)
+    optimizer = make_optimizer(cfg, policy)
     monkeypatch.setattr(rollout, "FIRST_WIDTH", T)  # one step over the whole cache, then the end
     monkeypatch.setattr(gpu, "answer", lambda: gpu.waits.count("run") > 1)
     run = rollout.Decoder.run
@@ -98,12 +98,11 @@ def test_the_memory_plan_counts_what_is_alive(gpu, monkeypatch, layers, checkpoi
     )
 
     def sample():
-        with policy.gathered() as actor:
-            twgrpo.sample_groups(cfg, actor, [question], [(1,)])
+        twgrpo.sample(cfg, policy, [question], [(1,)])
 
     for parameter in policy.model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    twgrpo.update(cfg, policy, optimizer, 1, 0.0, log)  # makes the moments
+    twgrpo.update(cfg, policy, optimizer, 0.0, 1e-6)  # makes the moments
     held = {"always": gpu.live, "rollout": gpu.peak_of(sample)[0]}
     groups = [group_of(question, policy, cfg)]
     held["score"], scored = gpu.peak_of(lambda: twgrpo.score(cfg, policy, groups))

@@ -16,10 +16,9 @@ from test_train import metrics
 
 import files
 import toy
-import twgrpo
 from files import UserError
 from model.policy import Policy
-from run import checkpoint, log
+from run import checkpoint, held_out, log
 from run.config import parse_config
 
 KILLS = int(os.environ.get("TWGRPO_KILLS", 2))  # CI keeps it short; 10 for the real thing
@@ -254,7 +253,7 @@ def test_a_model_with_fewer_layers_does_not_resume(policy, whole):
 def test_a_damaged_eval_json_is_one_sentence(text, tmp_path):
     (tmp_path / "eval.json").write_text(text)
     with pytest.raises(UserError, match="eval.json .*remove it"):
-        twgrpo.read_measures(tmp_path / "eval.json")
+        held_out.read_measures(tmp_path / "eval.json")
 
 
 # ------------------------------------------------------------------------------ errors in the loop

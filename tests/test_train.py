@@ -24,7 +24,8 @@ from records import load_records
 from run import plan
 from run.config import Config, check_contents, make_output_dir, make_toy, parse_config
 from run.log import RunLog
-from twgrpo import group_advantages, rate
+from run.setup import rate
+from twgrpo import group_advantages
 
 TIMINGS = ("time/", "tokens_per_second", "peak_memory_gb")
 
