@@ -84,7 +84,8 @@ class Saver:
             kept = "nothing was saved"
             try:
                 if agreed and self.between_steps and self.step > self.saved_step:
-                    self.save()
+                    if weights_are_finite(self.policy):
+                        self.save()
             except UserError as another:  # the first error is the one to be raised
                 kept = str(another)
             if self.saved:
@@ -92,6 +93,12 @@ class Saver:
             if ranks.is_main() or not agreed:
                 tqdm.write(f"stopped after step {self.step}; {kept}", file=sys.stderr)
             raise
+
+
+def weights_are_finite(policy: Policy) -> bool:
+    """On all ranks. Saving others would replace the last state that a run can go on from."""
+    shards = [getattr(p, "to_local", lambda p=p: p)() for p in policy.model.parameters()]
+    return not ranks.agree(not all(shard.isfinite().all() for shard in shards))
 
 
 def save(

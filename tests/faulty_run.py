@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import twgrpo  # noqa: E402
-from model import ranks  # noqa: E402
+from model import ranks, rollout  # noqa: E402
 from run import checkpoint  # noqa: E402
 
 fault, rank, step = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
@@ -39,6 +39,20 @@ def faulty_head(*args, **options):
     return output
 
 
+def faulty_logits(hidden_RD, weight_VD):
+    """ "logits": what the head gives is NaN; "weights": so is the head itself."""
+    if fault in ("logits", "weights") and now == step and ranks.rank() == rank:
+        hidden_RD = hidden_RD * float("nan")
+        if fault == "weights":
+            loaded["policy"].model.lm_head.weight.data.fill_(float("nan"))
+    return head_logits(hidden_RD, weight_VD)
+
+
+def remember(*args, **options):
+    loaded["policy"] = load_policy(*args, **options)
+    return loaded["policy"]
+
+
 def raising(phase, function):
     calls = 0
 
@@ -60,6 +74,8 @@ def faulty_write(*args, **kwargs):
 
 
 twgrpo.QuestionsAhead.take, twgrpo.tw_grpo_head = faulty_take, faulty_head
+loaded, load_policy, twgrpo.load_policy = {}, twgrpo.load_policy, remember
+head_logits, rollout.head_logits = rollout.head_logits, faulty_logits
 twgrpo.rewards_of = raising("rollout", twgrpo.rewards_of)
 twgrpo.differentiate = raising("backward", twgrpo.differentiate)
 checkpoint.dcp.FileSystemWriter.write_data = faulty_write

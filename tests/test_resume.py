@@ -266,6 +266,18 @@ def faulty(world, out, *fault, flags=()):
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.parametrize("fault, kept", [("logits", "checkpoint-3"), ("weights", "checkpoint-2")])
+def test_logits_that_are_not_finite_end_the_run(fault, kept, world, tmp_path):
+    """After saving the steps before, unless the weights themselves are NaN: those would take the
+    place of the last state that can be resumed."""
+    out = tmp_path / "r"
+    result = faulty(world, out, fault, 0, 4, flags=("--save_steps", "2"))
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "logits were not finite on question(s)" in result.stderr
+    assert f"stopped after step 3; {out}/{kept} holds the run so far" in result.stderr
+    assert checkpoint.find(out, "auto").name == kept
+
+
 @pytest.mark.parametrize("phase", ["rollout", "backward"])
 def test_an_error_in_the_loop_saves_the_steps_before_it(phase, whole, world, tmp_path):
     result = faulty(world, tmp_path / "r", phase, 0, 4)
