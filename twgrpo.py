@@ -125,9 +125,9 @@ def train(
     saver = checkpoint.Saver(cfg, policy, optimizer, log, resume)
     step, ending = saver.step, None
     ahead = QuestionsAhead(cfg, records, prompter, log, step + 1)
-    steps = log.progress(range(step + 1, cfg.max_steps + 1))
 
     with ranks.StopSignal() as stop, contextlib.closing(ahead), saver.rescuing():
+        steps = log.progress(range(step + 1, cfg.max_steps + 1))
         for step in steps:
             with ranks.alone(), phase("data"):
                 questions, seeds = ahead.take(step)

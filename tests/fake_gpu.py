@@ -33,6 +33,8 @@ aten = torch.ops.aten
 ONE_DTYPE = {aten.mm.default, aten.mm.dtype, aten.bmm.default, aten.addmm.default,
              aten.baddbmm.default, aten.index_copy_.default, aten.convolution.default}  # fmt: skip
 
+HOME = (PROJECT, PROJECT / "model", PROJECT / "kernels")  # where a wait is counted
+
 
 class FakeGPU(TorchDispatchMode):
     """Fakes what happens on the GPU; the host computes as ever. Counts the bytes alive, and keeps
@@ -72,7 +74,7 @@ class FakeGPU(TorchDispatchMode):
 
     def caller(self) -> str:
         frame = sys._getframe(2)
-        while Path(frame.f_code.co_filename).parent not in (PROJECT, PROJECT / "kernels"):
+        while Path(frame.f_code.co_filename).parent not in HOME:
             frame = frame.f_back
         return frame.f_code.co_name
 

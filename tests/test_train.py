@@ -539,7 +539,7 @@ def test_the_memory_table_in_the_readme_is_what_the_plan_computes(monkeypatch):
     policy = Policy(model, tokenizer, toy.CHAT_TEMPLATE)
     columns = []
     for gpus in (2, 1):
-        monkeypatch.setattr("ranks.world", lambda gpus=gpus: gpus)
+        monkeypatch.setattr("model.ranks.world", lambda gpus=gpus: gpus)
         parts = plan.memory(Config(), policy, prompt=1100)
         always, *phases = (
             sum(size for part, size in parts.items() if part.startswith(phase)) / 1e9
