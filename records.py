@@ -71,7 +71,9 @@ def read_rows(path: Path, errors: list[str]) -> Iterator[tuple[str, object]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; a JSON list or JSONL of questions is due") from None
+        raise UserError(
+            f"{path}: no such file; expected a JSON list or JSONL of questions"
+        ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
     if text.lstrip().startswith("["):

@@ -329,7 +329,7 @@ def mrope_positions(
     start, count = int(is_video.int().argmax()), int(is_video.sum())
     if count != t * h * w or not is_video[start : start + count].all():
         raise ValueError(
-            f"the prompt has {count} video tokens where one block of {t} x {h} x {w} is due"
+            f"the prompt has {count} video tokens where one block of {t} x {h} x {w} is expected"
         )
 
     step = (

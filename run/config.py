@@ -1,4 +1,4 @@
-"""The settings of a run: every flag of twgrpo.py, what it must not be, and the files it names.
+"""The settings of a run: every flag of twgrpo.py and its validation, and the files it names.
 
 A run without a model is the embedded toy: toy.DEFAULTS take the place of the recipe's defaults, and
 `toy_config` names the files that the run makes first.

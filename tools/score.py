@@ -83,7 +83,7 @@ def read_log(path: str | Path) -> Log:
     if not log.answers:
         first = f"; {log.errors[0]}" if log.errors else ""
         raise UserError(
-            f"{path}: holds no row that can be scored; an evaluation log is due, JSONL of "
+            f"{path}: holds no row that can be scored; expected an evaluation log, JSONL of "
             f'{{"question", "ground_truth", "model_output"}}{first}'
         )
     return log
