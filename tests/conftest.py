@@ -1,5 +1,9 @@
-"""What several test files share: a small toy world, a tiny model, real samples if present."""
+"""Shared by the test files: a small toy world, a tiny model, real samples if present.
 
+Nothing heavy is imported here, so that tests of plain text need no torch.
+"""
+
+import ctypes
 import dataclasses
 import importlib.util
 import os
@@ -8,26 +12,34 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-# Two test processes share the cores (pyproject.toml), so each computes in one thread; before torch.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-import numpy as np
 import pytest
-import torch
+from hypothesis import settings
 
-if not torch.cuda.is_available():
+
+def has_gpu() -> bool:
+    """Asks the CUDA driver itself: importing torch to ask would take seconds."""
+    count = ctypes.c_int()
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return driver.cuInit(0) == driver.cuDeviceGetCount(ctypes.byref(count)) == 0 < count.value
+
+
+# Two test processes share the cores, so each computes in one thread. Read when torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+if not has_gpu():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
-import toy
-from data import Prompter, Question
-from model.policy import Policy
-from records import load_records
+for name, examples in dict(quick=50, full=500).items():
+    settings.register_profile(name, max_examples=examples, deadline=None, derandomize=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 MISSING_CODECS = [] if importlib.util.find_spec("av") else ["av"]
 INTERPRETER_IS_BROKEN = (
     importlib.util.find_spec("triton") is not None
     and version("triton").startswith("3.6.")
-    and not np.__version__.startswith(("2.0.", "2.1.", "2.2.", "2.3."))
+    and not version("numpy").startswith(("2.0.", "2.1.", "2.2.", "2.3."))
 )
 PROJECT = Path(__file__).resolve().parent.parent
 SAMPLES = Path(os.environ.get("TWGRPO_SAMPLES", PROJECT.parent / "shared" / "data"))
@@ -35,6 +47,11 @@ TOY_FLAGS = (
     "--max_frames 4 --min_pixels 3136 --max_pixels 3136 --max_completion_length 20 "
     "--dataloader_num_workers 0 --gradient_checkpointing false"
 ).split()
+
+
+def pytest_xdist_auto_num_workers(config) -> int:
+    """Two processes; one for a single file, where starting another costs more than it saves."""
+    return 0 if len(config.args) == 1 and ".py" in config.args[0] else 2
 
 
 def lacking(error: BaseException | None) -> str | None:
@@ -79,6 +96,8 @@ def sample():
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> Path:
     """A toy world of 24 + 8 clips, its model warm-started just enough to answer in form."""
+    import toy
+
     root = tmp_path_factory.mktemp("world")
     toy.prepare(root, seed=0, train=24, test=8, steps=80)
     return root
@@ -86,16 +105,23 @@ def world(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def records(world):
+    from records import load_records
+
     return load_records(world / "train.jsonl", world)
 
 
 @pytest.fixture
-def policy(world) -> Policy:
+def policy(world):
+    from model.policy import Policy
+
     return Policy.load(world / "model")
 
 
 @pytest.fixture
-def prompter(policy) -> Prompter:
+def prompter(policy):
+    import toy
+    from data import Prompter
+
     return Prompter(policy.tokenizer, policy.chat_template, policy.geometry, **toy.CLIP)
 
 
@@ -104,7 +130,7 @@ def questions(prompter, records):
     return questions_of(prompter, records)
 
 
-def questions_of(prompter, records) -> list[Question]:
+def questions_of(prompter, records) -> list:
     """Three questions whose prompts differ in length."""
     extra = ("", " Look twice.", " Look closely, then look again.")
     chosen = zip(records, extra, strict=False)
@@ -125,8 +151,10 @@ def run_twgrpo(world: Path, out: Path, *flags: str) -> subprocess.CompletedProce
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
-def random_completions(policy: Policy, lengths: list[int], seed: int = 0) -> list[torch.Tensor]:
+def random_completions(policy, lengths: list[int], seed: int = 0) -> list:
     """Token ids that may be sampled, of the given lengths."""
+    import torch
+
     allowed = (~policy.banned_V).nonzero()[:, 0]
     generator = torch.Generator().manual_seed(seed)
     return [allowed[torch.randint(len(allowed), (n,), generator=generator)] for n in lengths]
