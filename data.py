@@ -13,7 +13,7 @@ Letters in shapes: P prompt tokens, S patches of a clip, F frames.
 import itertools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -196,9 +196,10 @@ class Prompter:
         except Exception as error:  # a template is a program and may raise anything
             raise UserError(f"the model's chat template fails on it ({error})") from error
 
-    def tokenize(self, record: Record) -> tuple[str, list[int]]:
+    def tokenize(self, record: Record, times: Sequence[float] = ()) -> tuple[str, list[int]]:
         """The prompt and its ids, the clip as one placeholder. Raises UserError if there is none.
 
+        With `times`, in seconds, there is a placeholder for each of them, and its time before it.
         Special tokens come from the template alone. One that stands in the question is text: it is
         spelled out by the ids of its letters.
         """
@@ -213,6 +214,8 @@ class Prompter:
         videos = pieces[1::2].count(VIDEO_TOKEN)
         if videos != 1 or len(template) != len(prompt):
             raise UserError(f"the chat template shows {videos} videos, or edits the question")
+        if times:
+            pieces = with_times(pieces, times)
         encoded = self.tokenizer(pieces[::2], add_special_tokens=False, split_special_tokens=True)
         special_ids = self.tokenizer.convert_tokens_to_ids(pieces[1::2])
         ids = encoded["input_ids"][0]
@@ -243,17 +246,46 @@ class Prompter:
         if self.repeat_frames:
             clip = video.repeat_frames(clip, self.repeat_frames)
         patches, grid = video.patchify(clip.frames, self.geometry)
-        prompt, ids = self.tokenize(record)
+        times = patch_times(clip, self.geometry) if self.geometry.timestamps else ()
+        prompt, ids = self.tokenize(record, times)
         video_id = self.tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
-        place, tokens = ids.index(video_id), len(patches) // self.geometry.merge_size**2
-        if (length := len(ids) - 1 + tokens) > self.max_prompt_length:
-            raise video.VideoError(f"{record.video}: {self._too_long(length)}")
-        ids_P = torch.tensor(ids[:place] + [video_id] * tokens + ids[place + 1 :])
+        ids_P = torch.tensor(ids)
+        tokens = len(patches) // self.geometry.merge_size**2 // ids.count(video_id)  # each stands for
+        ids_P = ids_P.repeat_interleave(torch.where(ids_P == video_id, tokens, 1))
+        if len(ids_P) > self.max_prompt_length:
+            raise video.VideoError(f"{record.video}: {self._too_long(len(ids_P))}")
         seconds_per_patch = self.seconds_per_patch
         if seconds_per_patch is None:
             seconds_per_patch = clip.seconds * self.geometry.temporal_patch_size
         positions = video.mrope_positions(ids_P, video_id, grid, seconds_per_patch, self.geometry)
         return Question(record, prompt, ids_P, positions, patches, grid, clip.seconds)
+
+
+def patch_times(clip: video.Clip, geometry: video.Geometry) -> list[float]:
+    """The time of each temporal patch of a clip, in seconds: the mean of its first and last frame
+    (transformers 4.57 to 5.17, Qwen3VLProcessor._calculate_timestamps)."""
+    q = geometry.temporal_patch_size
+    times = clip.times or [k * clip.seconds for k in range(len(clip.frames))]
+    return [(a + b) / 2 for a, b in zip(times[::q], times[q - 1 :: q], strict=True)]
+
+
+def with_times(pieces: list[str], times: Sequence[float]) -> list[str]:
+    """A prompt for Qwen3-VL, cut into text, special token, text, ...: its video becomes one video
+    for each temporal patch, each after its time in words.
+
+    OFFICIAL: `<|vision_start|><|video_pad|><|vision_end|>` is replaced as a whole in transformers
+    4.57, with which Qwen3-VL was published; from 5.0 on the outer pair stays, around all blocks.
+    OURS: as published.
+    """
+    at = pieces.index(VIDEO_TOKEN)
+    wrapped = pieces[at - 2 : at + 3]
+    if wrapped != ["<|vision_start|>", "", VIDEO_TOKEN, "", "<|vision_end|>"]:
+        raise UserError("the chat template does not put the video between its two vision tokens")
+    blocks = []
+    for seconds in times:
+        blocks += [f"<{seconds:.1f} seconds>", *wrapped]
+    blocks[0] = pieces[at - 3] + blocks[0]
+    return [*pieces[: at - 3], *blocks, *pieces[at + 3 :]]
 
 
 def check_prompts(prompter: Prompter, records: list[Record], path: str) -> None:

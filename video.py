@@ -61,7 +61,8 @@ class TooShort(ValueError):
 @dataclass
 class Clip:
     frames: Tensor  # (F, 3, H, W) uint8
-    seconds: float  # between one frame and the next
+    seconds: float  # between one frame and the next, on average
+    times: list[float] | None = None  # seconds at which each frame is shown; None: evenly spaced
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,12 @@ class Geometry:
     patch_size: int = 14  # pixels
     temporal_patch_size: int = 2  # frames
     merge_size: int = 2  # patches a side of one token
-    tokens_per_second: float | None = (
-        2.0  # of the time axis; None: one position per temporal patch (Qwen2-VL)
-    )
+    # Of the time axis; None: one position per temporal patch (Qwen2-VL).
+    tokens_per_second: float | None = 2.0
+    # Qwen3-VL: each temporal patch is a block of its own, after its time in words.
+    timestamps: bool = False
+    mean: tuple[float, float, float] = CLIP_MEAN  # of red, green, blue in 0..1
+    std: tuple[float, float, float] = CLIP_STD
 
     @property
     def factor(self) -> int:
@@ -114,9 +118,9 @@ def read_clip(path: str | os.PathLike, fps: float = FPS, max_frames: int = MAX_F
             can_jump = container.format.name.startswith(("mov", "matroska"))  # both have an index
         packets.sort(key=lambda packet: (packet[0] is not None, packet[0]))  # as shown, not as sent
         pts = [time for time, _ in packets]
-        indices, seconds = choose_frames(np.array(pts, float) * unit, rate, fps, max_frames)
+        indices, seconds, times = choose_frames(np.array(pts, float) * unit, rate, fps, max_frames)
         keyframes = [k for k, (_, is_keyframe) in enumerate(packets) if is_keyframe and can_jump]
-        return Clip(_decode(path, indices, pts, keyframes), seconds)
+        return Clip(_decode(path, indices, pts, keyframes), seconds, times)
     except VideoError:
         raise
     except TooShort as error:
@@ -146,13 +150,15 @@ def repeat_frames(clip: Clip, count: int) -> Clip:
     """
     sampled = len(clip.frames)
     indices = torch.linspace(0, sampled - 1, count).long()
-    return Clip(clip.frames[indices], clip.seconds * (sampled - 1) / (count - 1))
+    times = clip.times and [clip.times[k] for k in indices]
+    return Clip(clip.frames[indices], clip.seconds * (sampled - 1) / (count - 1), times)
 
 
 def choose_frames(
     times: np.ndarray, rate: float, fps: float, max_frames: int
-) -> tuple[list[int], float]:
-    """Which frames to show, and the seconds between them, given every frame's time in seconds.
+) -> tuple[list[int], float, list[float]]:
+    """Which frames to show, the seconds between them, and when each is shown, given every frame's
+    time in seconds.
 
     The header's rate, in frames a second, counts unless some frame is more than one frame away from
     where that rate puts it: the rate varies, or the header is wrong. Then the frames are those on
@@ -163,12 +169,14 @@ def choose_frames(
     increasing = total > 1 and np.isfinite(times).all() and (np.diff(times) > 0).all()
     if rate > 0 and not (increasing and abs(elapsed - np.arange(total) / rate).max() > 1 / rate):
         indices = frame_indices(total, rate, fps, max_frames)
-        return indices, (indices[-1] - indices[0]) / (len(indices) - 1) / rate
+        seconds = (indices[-1] - indices[0]) / (len(indices) - 1) / rate
+        return indices, seconds, [k / rate for k in indices]
     if not increasing:
         raise TooShort("has neither a frame rate nor times of its frames")
     count = len(frame_indices(total, (total - 1) / elapsed[-1], fps, max_frames))
     shown = np.linspace(0, elapsed[-1], count)
-    return (np.searchsorted(elapsed, shown, "right") - 1).tolist(), elapsed[-1] / (count - 1)
+    indices = (np.searchsorted(elapsed, shown, "right") - 1).tolist()
+    return indices, elapsed[-1] / (count - 1), shown.tolist()
 
 
 def _open(path: str):
@@ -281,7 +289,7 @@ def load_clip(
         raise VideoError(f"{path}: {error}") from None
     # One by one, because whole clips in float32 take gigabytes.
     frames = [resize(frame_3HW[None], *shape).to(torch.uint8) for frame_3HW in clip.frames]
-    return Clip(torch.cat(frames), clip.seconds)
+    return Clip(torch.cat(frames), clip.seconds, clip.times)
 
 
 def patchify(frames_F3HW: Tensor, geometry: Geometry) -> tuple[Tensor, tuple[int, int, int]]:
@@ -292,7 +300,7 @@ def patchify(frames_F3HW: Tensor, geometry: Geometry) -> tuple[Tensor, tuple[int
     token; within a row over colour, frame, height, width.
     """
     frames_F3HW = frames_F3HW.float()
-    mean, std = (torch.tensor(c).view(3, 1, 1) for c in (CLIP_MEAN, CLIP_STD))
+    mean, std = (torch.tensor(c).view(3, 1, 1) for c in (geometry.mean, geometry.std))
     pixels = (frames_F3HW / 255 - mean) / std
     p, q, m = geometry.patch_size, geometry.temporal_patch_size, geometry.merge_size
     t, h, w = pixels.shape[0] // q, pixels.shape[2] // p, pixels.shape[3] // p
@@ -315,23 +323,25 @@ def mrope_positions(
     Text counts up by one on all three axes at once. The token of the video at temporal patch k, row
     y, column x stands at s + (floor(k * seconds_per_patch * tokens_per_second), y, x), where s is
     the position of its first token; for Qwen2-VL, which has no absolute time, at s + (k, y, x). The
-    text after the video goes on at the largest position so far plus 1, on any axis.
+    text after the video goes on at the largest position so far plus 1, on any axis. For Qwen3-VL
+    each temporal patch is a block of its own, with text between the blocks, and k is 0 in each.
 
     This is the rule of the models' authors and of transformers 4.50, with which the published
     checkpoint was trained. Later transformers changed it: intervals below 1 s collapsed, and from
     5.3 on the text after a video starts at the *spatial* extent and so overlaps the video's own
     time axis. Hence these positions are always passed explicitly.
 
-    Raises ValueError if the video tokens are not one block of exactly t * h * w / merge^2.
+    Raises ValueError if the video tokens are not one block of exactly t * h * w / merge^2, or t
+    blocks of h * w / merge^2.
     """
     t, h, w = grid[0], grid[1] // geometry.merge_size, grid[2] // geometry.merge_size
-    is_video = ids_P == video_token_id
-    start, count = int(is_video.int().argmax()), int(is_video.sum())
-    if count != t * h * w or not is_video[start : start + count].all():
+    blocks, t = (t, 1) if geometry.timestamps else (1, t)
+    is_video, lengths = (ids_P == video_token_id).unique_consecutive(return_counts=True)
+    if lengths[is_video].tolist() != [t * h * w] * blocks:
         raise ValueError(
-            f"the prompt has {count} video tokens where one block of {t} x {h} x {w} is expected"
+            f"the prompt has blocks of {lengths[is_video].tolist()} video tokens where {blocks} of "
+            f"{t} x {h} x {w} are expected"
         )
-
     step = (
         1.0
         if geometry.tokens_per_second is None
@@ -339,7 +349,10 @@ def mrope_positions(
     )
     time = torch.tensor([math.floor(k * step) for k in range(t)])
     axes = torch.meshgrid(time, torch.arange(h), torch.arange(w), indexing="ij")
-    video = torch.stack([axis.flatten() for axis in axes]) + start  # (3, count)
-    before = torch.arange(start).expand(3, -1)
-    after = torch.arange(len(ids_P) - start - count).expand(3, -1) + video.max() + 1
-    return torch.cat([before, video, after], dim=1)
+    block = torch.stack([axis.flatten() for axis in axes])  # (3, t * h * w)
+    parts, start = [], 0
+    for in_video, length in zip(is_video.tolist(), lengths.tolist(), strict=True):
+        part = block if in_video else torch.arange(length).expand(3, -1)
+        parts.append(part + start)
+        start = int(parts[-1].max()) + 1
+    return torch.cat(parts, dim=1)

@@ -24,6 +24,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from transformers import AttentionInterface
 from transformers.vision_utils import (
     get_vision_cu_seqlens,
+    get_vision_interpolation_indices_and_weights,
     get_vision_position_ids,
     get_vision_window_index,
 )
@@ -239,6 +240,12 @@ def tower_layout(grids_B3: Tensor, config, device: torch.device) -> dict:
     lengths = get_vision_cu_seqlens(grids_B3).diff()  # of the frames: full attention is within one
     layout = dict(cu_seqlens=Segments(runs_of(lengths)), max_seqlen=0)
     layout["position_ids"] = get_vision_position_ids(grids_B3, merge).to(device)
+    if hasattr(config, "num_position_embeddings"):  # Qwen3-VL: learned positions, interpolated
+        places, shares = get_vision_interpolation_indices_and_weights(
+            grids_B3, int(config.num_position_embeddings**0.5), align_corners=True,
+            spatial_merge_size=merge,
+        )  # fmt: skip
+        layout |= dict(interp_indices=places.to(device), interp_weights=shares.to(device))
     if hasattr(config, "window_size"):  # Qwen2.5-VL
         index, starts = get_vision_window_index(
             grids_B3, merge, config.window_size, config.patch_size

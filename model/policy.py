@@ -48,7 +48,11 @@ from model.rollout import Decoder, GroupCache
 from records import Record
 from video import Geometry, mrope_positions
 
-MODEL_TYPES = ("qwen2_5_vl", "qwen2_vl")
+FAMILIES = {  # by model_type: how a clip becomes tokens, where the config does not say it
+    "qwen2_5_vl": {},
+    "qwen2_vl": dict(tokens_per_second=None),
+    "qwen3_vl": dict(tokens_per_second=None, timestamps=True, mean=(0.5,) * 3, std=(0.5,) * 3),
+}
 VISION_TOKENS = [
     f"<|{name}|>" for name in "vision_start vision_end vision_pad image_pad video_pad".split()
 ]
@@ -68,13 +72,17 @@ def read_config(name: str | os.PathLike) -> PreTrainedConfig:
     never run. Raises UserError if it is no Qwen-VL."""
     try:
         kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
-        if kind in MODEL_TYPES:
+        if kind in FAMILIES:
             return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # config.json is checked by several libraries
         raise UserError(f"{name}: not a checkpoint for transformers ({_first(error)})") from error
     if kind is None:
         raise UserError(f"{name}: not a checkpoint; it has no config.json with a model_type")
-    raise UserError(f"{name}: is a {kind!r} model; {' or '.join(MODEL_TYPES)} is needed")
+    why = "; its linear attention carries state from one completion of a packed row to the next"
+    raise UserError(
+        f"{name}: is a {kind!r} model; {' or '.join(FAMILIES)} is needed"
+        + why * str(kind).startswith(("qwen3_5", "qwen3_next", "qwen4"))
+    )
 
 
 class Root(nn.Module):
@@ -102,11 +110,12 @@ class Policy:
         self.save_dtype = torch.float32
         self.attn_implementation = "sdpa"  # of packed rows; see `attend_with`
         config, vision = model.config, model.config.vision_config
+        known = dict(tokens_per_second=getattr(vision, "tokens_per_second", None))
         self.geometry = Geometry(
             vision.patch_size,
             vision.temporal_patch_size,
             vision.spatial_merge_size,
-            vision.tokens_per_second if config.model_type == "qwen2_5_vl" else None,
+            **known | FAMILIES[config.model_type],
         )
         # OFFICIAL: generation stops at either of <|im_end|> and <|endoftext|>, the mask ends at the
         # first.  OURS: a completion ends where generation stops.
@@ -133,7 +142,7 @@ class Policy:
         if looks_local and not os.path.isdir(name):
             raise UserError(f"{name}: no such model directory; give one, or a hub name")
         config = read_config(name)
-        if set(config.text_config.layer_types) != {"full_attention"}:
+        if set(getattr(config.text_config, "layer_types", ())) - {"full_attention"}:
             raise UserError(f"{name}: has sliding-window layers, which packed rows do not support")
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -268,25 +277,40 @@ class Policy:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=on_cuda)
 
     def encode_videos(self, questions: list[Question]) -> list[Tensor]:
-        """Video tokens of each question, B x (tokens, D), from one pass of the vision tower."""
+        """Video tokens of each question, from one pass of the vision tower: B x (tokens, D).
+
+        Qwen3-VL's are (tokens, (1 + K) D): after each its K DeepStack features, which are added to
+        it behind the first K decoder layers.
+        """
         patches = torch.cat([q.patches for q in questions]).to(self.device)
         grids_B3 = torch.tensor([q.grid for q in questions])  # stays on the host, where it is read
         layout = tower_layout(grids_B3, self.vision.config, self.device)
         with self.compute(), self.attention(self.vision, "segments_flash"):
-            features = self.vision(patches, grid_thw=grids_B3, **layout).pooler_output
+            out = self.vision(patches, grid_thw=grids_B3, **layout)
+        features = torch.cat([out.pooler_output, *getattr(out, "deepstack_features", ())], dim=-1)
         return list(
             features.split([len(q.patches) // self.geometry.merge_size**2 for q in questions])
         )
 
-    def _embed(self, ids_BL: Tensor, features: list[Tensor]) -> Tensor:
-        """Token embeddings, the video tokens in the places of their placeholders: (B, L, D). The
-        ids are on the host: counting the places on a GPU would wait for it."""
-        places, videos = ids_BL == self.model.config.video_token_id, torch.cat(features)
+    def _embed(self, ids_BL: Tensor, features: list[Tensor]) -> dict[str, Tensor]:
+        """Token embeddings, the video tokens in the places of their placeholders, as keywords of
+        the language model: inputs_embeds (B, L, D), and the DeepStack features if there are any.
+        The ids are on the host: counting the places on a GPU would wait for it."""
+        embeds = self.text.embed_tokens(ids_BL.to(self.device))
+        places = ids_BL == self.model.config.video_token_id
+        videos, *deepstack = torch.cat(features).to(embeds.dtype).split(embeds.shape[-1], dim=-1)
         if int(places.sum()) != len(videos):
             raise ValueError(f"{int(places.sum())} video placeholders, {len(videos)} video tokens")
-        embeds = self.text.embed_tokens(ids_BL.to(self.device))
-        places = places[..., None].to(self.device)
-        return embeds.masked_scatter(places, videos.to(embeds.dtype))
+        places = places.to(self.device)
+        inputs = dict(inputs_embeds=embeds.masked_scatter(places[..., None], videos))
+        if deepstack:
+            inputs |= dict(visual_pos_masks=places, deepstack_visual_embeds=deepstack)
+        return inputs
+
+    def _mask(self, mask: Tensor | None) -> Tensor | dict[str, Tensor | None] | None:
+        """As the language model takes it: Qwen3-VL by itself, the others by the kind of layer."""
+        by_kind = hasattr(self.text.config, "layer_types")
+        return {"full_attention": mask} if by_kind else mask
 
     @torch.no_grad()
     def rollout(
@@ -326,9 +350,9 @@ class Policy:
         self.text.eval()
         with self.compute(), self.attention(self.text, "sdpa"):
             hidden_BD = self.text(
-                inputs_embeds=self._embed(ids_BP, features),
+                **self._embed(ids_BP, features),
                 position_ids=positions_3BP.to(device),
-                attention_mask={"full_attention": mask},
+                attention_mask=self._mask(mask),
                 past_key_values=cache,
             ).last_hidden_state[:, -1]
 
@@ -417,9 +441,9 @@ class Policy:
         _, who_sees_whom = ATTENTION[self.attn_implementation]
         with self.compute():
             hidden_BLD = self.text(
-                inputs_embeds=self._embed(ids_BL, features),
+                **self._embed(ids_BL, features),
                 position_ids=positions_3BL.to(device),
-                attention_mask={"full_attention": who_sees_whom(segments_BL, device)},
+                attention_mask=self._mask(who_sees_whom(segments_BL, device)),
                 use_cache=False,
             ).last_hidden_state
         return [hidden_BLD[b, rows.to(device)] for b, rows in enumerate(rows_N)]

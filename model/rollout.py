@@ -176,7 +176,7 @@ class Decoder:
         hidden_R1D = self.text(
             inputs_embeds=self.text.embed_tokens(tokens_R1),
             position_ids=(self.following_R + self.t_1).expand(3, -1)[..., None],
-            attention_mask={"full_attention": None},
+            attention_mask=None,
             past_key_values=self.cache,
             group_cache=self.cache,
         ).last_hidden_state

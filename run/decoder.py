@@ -68,8 +68,8 @@ class ClipReader:
         answer = self._answer(limit, (limit, path, *settings))
         if isinstance(answer, str):
             raise VideoError(f"{path}: {answer.removeprefix(f'{path}: ')}")
-        frames, seconds = answer
-        return Clip(torch.from_numpy(frames), seconds)
+        frames, *when = answer
+        return Clip(torch.from_numpy(frames), *when)
 
     def _answer(self, limit: float, request: tuple | None = None):
         """What the process answers within `limit` seconds. If it does not, it is killed, and the
@@ -105,7 +105,7 @@ def serve() -> None:
         signal.setitimer(signal.ITIMER_REAL, 2 * limit)  # ends us if nobody is left to do it
         try:
             clip = video.load_clip(*arguments)
-            answer = (clip.frames.contiguous().numpy(), clip.seconds)
+            answer = (clip.frames.contiguous().numpy(), clip.seconds, clip.times)
         except VideoError as error:
             answer = str(error)
         signal.setitimer(signal.ITIMER_REAL, 0)
