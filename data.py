@@ -250,8 +250,9 @@ class Prompter:
         prompt, ids = self.tokenize(record, times)
         video_id = self.tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
         ids_P = torch.tensor(ids)
-        tokens = len(patches) // self.geometry.merge_size**2 // ids.count(video_id)  # each stands for
-        ids_P = ids_P.repeat_interleave(torch.where(ids_P == video_id, tokens, 1))
+        tokens = len(patches) // self.geometry.merge_size**2
+        per_placeholder = tokens // ids.count(video_id)
+        ids_P = ids_P.repeat_interleave(torch.where(ids_P == video_id, per_placeholder, 1))
         if len(ids_P) > self.max_prompt_length:
             raise video.VideoError(f"{record.video}: {self._too_long(len(ids_P))}")
         seconds_per_patch = self.seconds_per_patch

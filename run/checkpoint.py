@@ -288,7 +288,8 @@ def check_fits(path: Path, policy: Policy) -> None:
         }
     except (Exception, CheckpointException) as error:  # of pickle and torch
         raise UserError(f"{path}: its trainer_state cannot be read ({_sentence(error)})") from None
-    ours = {name: tuple(value.shape) for name, value in policy.model.named_parameters()}
+    named = policy.model.named_parameters(remove_duplicate=False)  # tied ones are saved twice
+    ours = {name: tuple(value.shape) for name, value in named}
     if wrong := sorted({name for name, _ in theirs.items() ^ ours.items()}):
         raise UserError(
             f"{path}: its trainer_state is of another model than this one ({len(wrong)} parameters "

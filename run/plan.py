@@ -91,7 +91,8 @@ def memory(cfg, policy: Policy, prompt: int) -> dict[str, float]:
     B, G, T = cfg.per_device_train_batch_size, cfg.num_generations, cfg.max_completion_length
     length = prompt + G * T
     tokens, accumulates = B * length, cfg.gradient_accumulation_steps
-    head_dim = D // text.num_attention_heads
+    head_dim = getattr(text, "head_dim", D // text.num_attention_heads)
+    tables = 1 if model.config.tie_word_embeddings else 2  # embedding and lm_head
     cached = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * 2  # bytes a token
 
     masks = 2 * B * length**2 if cfg.attn_implementation == "sdpa" else 0  # a layer's, bf16
@@ -102,7 +103,10 @@ def memory(cfg, policy: Policy, prompt: int) -> dict[str, float]:
         kept = text.num_hidden_layers * (tokens * (8 * F + 34 * D) + masks)
         forward = 0
     if world > 1:  # gathered: embedding and head for the whole phase, and two layers in turn
-        in_bf16, in_backward = 2 * (2 * V * D + 2 * layer), 2 * (4 * V * D + 2 * layer)
+        in_bf16, in_backward = (
+            2 * (tables * V * D + 2 * layer),
+            2 * (2 * tables * V * D + 2 * layer),
+        )
     else:  # autocast's copies; they last until the forward ends, or without checkpoints longer
         in_bf16 = 2 * (layers + B * V * D)  # the head is cast for each question
         in_backward = 2 * layer
