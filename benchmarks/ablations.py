@@ -3,32 +3,30 @@
     python -m benchmarks.ablations
     python -m benchmarks.ablations --settings alpha_1 alpha_1.7 --seeds 0 1 2 3 --max_steps 200
 
-Each run is an ordinary `python twgrpo.py` of one thread, `--jobs` at a time. A seed decides the toy
-world (clips, questions, warm-started model), which is made once and shared by the runs of all
-settings, the order of the questions, and the random numbers of sampling. So settings are compared
-within a seed: the table shows differences to alpha 1 of the same seed, their mean and range.
+Each run is an ordinary `python twgrpo.py` on one thread, `--jobs` of them at a time. A seed fixes
+the toy world (clips, questions, warm-started model), which is made once and shared, the order of
+the questions, and the random numbers of sampling. So settings are compared within a seed.
 
-Written are OUT.json (every number, and where it comes from), OUT.md and OUT.png. The runs stay in
-the work directory; the same command after an interruption makes only those that are missing. A run
-that fails is named, the others go on, the table says which is missing, and the exit code is 1.
+Writes OUT.json (every number and where it comes from), OUT.md and OUT.png. The same command after
+an interruption makes only the runs that are missing. A run that fails is named, the others go on,
+and the exit code is 1.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from statistics import fmean
 
 import toy
 from benchmarks.origin import source, surroundings
+from files import replacing
 from tools import curves
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -36,7 +34,7 @@ BASE = "alpha_1"  # token-normalised GRPO: all weights are 1
 SETTINGS = {
     "grpo": dict(loss_type="grpo", alpha=1.0),
     "alpha_1": dict(loss_type="tw_grpo", alpha=1.0),
-    "null": dict(loss_type="tw_grpo", alpha=1.0001),  # no change to speak of: what chance does
+    "null": dict(loss_type="tw_grpo", alpha=1.0001),  # the control: differs by chance alone
     "alpha_1.4": dict(loss_type="tw_grpo", alpha=1.4),
     "alpha_1.7": dict(loss_type="tw_grpo", alpha=1.7),
     "alpha_2": dict(loss_type="tw_grpo", alpha=2.0),
@@ -46,180 +44,147 @@ SETTINGS = {
 MEASURES = {  # heading in the table, decimals
     "training_accuracy": ("training accuracy", 3),
     "sampled_soft": ("sampled soft", 3),
-    "sampled_exact": ("sampled exact", 3),
     "greedy_soft": ("greedy soft", 3),
-    "greedy_exact": ("greedy exact", 3),
     "wrong_video_soft": ("wrong video", 3),
     "completion_length": ("tokens", 1),
     "weight_mean": ("weight", 3),
 }
-PAIRED = {  # whose differences to alpha 1 are shown: what they are, in the figure and in sentences
-    "training_accuracy": "accuracy reward, mean over training",
-    "sampled_soft": "sampled soft accuracy after training",
+PAIRED = {  # whose differences to alpha 1 are shown
+    "training_accuracy": "Accuracy reward, mean over training",
+    "sampled_soft": "Sampled soft accuracy after training",
 }
-COLOURS = (  # Okabe-Ito, and grey for the control
-    "#000000", "#0072B2", "#999999", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7",
-)  # fmt: skip
-MAKE_WORLD = """import pathlib, sys, toy
-part = pathlib.Path(sys.argv[1] + ".part")
-toy.prepare(part, int(sys.argv[2]))
-part.rename(sys.argv[1])"""  # renamed when whole, so that a kill leaves no half a world
+MAKE_WORLD = "import pathlib, sys, toy; toy.prepare(pathlib.Path(sys.argv[1]), int(sys.argv[2]))"
 
 
 # --------------------------------------------------------------------------------------------- runs
 
 
-@dataclass
-class Job:
-    """One child process: a run, or the toy world that the runs of a seed share."""
+class Runs:
+    """The runs of all settings and seeds in a work directory, started from a pool of threads."""
 
-    seed: int
-    setting: str | None  # None: the world
-    flags: dict  # of twgrpo.py, without paths
-    directory: Path  # of the seed
+    def __init__(self, args: argparse.Namespace):
+        self.work, self.max_steps = args.work_dir.resolve(), args.max_steps
+        self.all = [(setting, seed) for seed in args.seeds for setting in args.settings]
+        self.world_of = {seed: threading.Lock() for seed in args.seeds}
+        self.children: set[subprocess.Popen] = set()
+        self.stopped = threading.Event()
 
-    @property
-    def out(self) -> Path:
-        return self.directory / (self.setting or "world")
+    def directory(self, setting: str, seed: int) -> Path:
+        return self.work / f"seed{seed}" / setting
 
-    @property
-    def done(self) -> bool:
-        if self.setting is None:
-            return self.out.is_dir()
-        try:
-            return "after" in json.loads((self.out / "eval.json").read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):  # not begun; killed while writing
-            return False
+    def record(self, setting: str, seed: int) -> dict | None:
+        """Commit and CPU seconds of a run, which are written when it is finished; else None."""
+        path = Path(f"{self.directory(setting, seed)}.json")
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
-    @property
-    def record(self) -> Path:
-        """Where the job's commit and seconds are kept."""
-        return self.directory / f"{self.setting or 'world'}.json"
+    def flags(self, setting: str, seed: int) -> dict:
+        steps = dict(max_steps=self.max_steps, save_steps=self.max_steps, save_only_model=True)
+        return toy.DEFAULTS | steps | SETTINGS[setting] | dict(seed=seed)
 
-    def cost(self) -> dict:
-        """Its commit, and CPU seconds if they could be noted; nothing if somebody else made it."""
-        try:
-            return json.loads(self.record.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):  # not there; killed while writing
-            return {}
+    def check_same_flags(self) -> None:
+        """Raises SystemExit if a finished run was made with other flags than asked for."""
+        for run in self.all:
+            if not self.record(*run):
+                continue
+            made = json.loads((self.directory(*run) / "config.json").read_text(encoding="utf-8"))
+            wanted = self.flags(*run)
+            other = [f"--{k} {made.get(k)}" for k in wanted if made.get(k) != wanted[k]]
+            if other:
+                raise SystemExit(
+                    f"error: {self.directory(*run)} was made with {' '.join(other)}; choose "
+                    "another --work_dir"
+                )
 
-    def __str__(self) -> str:
-        return f"{self.setting or 'toy world'}, seed {self.seed}"
-
-    def command(self) -> list[str]:
-        if self.setting is None:
-            return [sys.executable, "-c", MAKE_WORLD, str(self.out), str(self.seed)]
-        world = self.directory / "world"
+    def make(self, setting: str, seed: int) -> None:
+        """One run, and before it its world if there is none. Raises RuntimeError if one fails."""
+        out, world = self.directory(setting, seed), self.work / f"seed{seed}" / "world"
+        world.parent.mkdir(parents=True, exist_ok=True)
+        with self.world_of[seed]:
+            if not world.exists():
+                self.execute(["-c", MAKE_WORLD, str(world), str(seed)], world.with_suffix(".log"))
         paths = dict(model_name_or_path=world / "model", jsonl_path=world / "train.jsonl",
                      eval_jsonl_path=world / "test.jsonl", video_root=world,
-                     output_dir=self.out)  # fmt: skip
-        flags = [(f"--{name}", str(value)) for name, value in (self.flags | paths).items()]
-        return [sys.executable, "twgrpo.py", *(part for pair in flags for part in pair)]
+                     output_dir=out)  # fmt: skip
+        flags = [f"--{name}={value}" for name, value in (self.flags(setting, seed) | paths).items()]
+        shutil.rmtree(out, ignore_errors=True)  # of a run that was killed
+        code = source()
+        seconds = self.execute(["twgrpo.py", *flags], Path(f"{out}.log"))
+        with replacing(Path(f"{out}.json")) as partial:
+            partial.write_text(json.dumps(code | dict(cpu_seconds=seconds)), encoding="utf-8")
 
-    def start(self) -> subprocess.Popen:
-        """From nothing: what a killed attempt left is removed."""
-        for left in (self.out, Path(f"{self.out}.part")):
-            shutil.rmtree(left, ignore_errors=True)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self.record.write_text(json.dumps(source()) + "\n", encoding="utf-8")
+    def execute(self, arguments: list[str], log: Path) -> float:
+        """Runs Python on one thread and returns its CPU seconds."""
+        if self.stopped.is_set():
+            raise RuntimeError("interrupted")
         quiet = {"OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "10"}
-        with open(f"{self.out}.log", "w", encoding="utf-8") as log:
-            # In a session of its own, Ctrl-C reaches it only through us.
-            return subprocess.Popen(self.command(), cwd=PROJECT, env=os.environ | quiet, stdout=log,
-                                    stderr=log, start_new_session=True)  # fmt: skip
+        with open(log, "w", encoding="utf-8") as file:
+            # In a session of its own, Ctrl-C reaches the child only through `stop`.
+            child = subprocess.Popen(
+                [sys.executable, *arguments], cwd=PROJECT, env=os.environ | quiet, stdout=file,
+                stderr=file, start_new_session=True,
+            )  # fmt: skip
+        self.children.add(child)
+        if self.stopped.is_set():  # since the look above
+            child.kill()
+        _, status, usage = os.wait4(child.pid, 0)  # tells what it cost, unlike Popen.wait
+        self.children.discard(child)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        if child.returncode:
+            tail = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-5:]
+            raise RuntimeError("\n".join([f"exit code {child.returncode}, log {log}", *tail]))
+        return usage.ru_utime + usage.ru_stime
 
-    def ended(self, code: int, cpu_seconds: float) -> str | None:
-        """Notes what it cost, in seconds; what its log says last, if it failed."""
-        row = json.dumps(self.cost() | {"cpu_seconds": cpu_seconds})
-        self.record.write_text(row + "\n", encoding="utf-8")
-        if code == 0 and self.done:
-            return None
-        lines = Path(f"{self.out}.log").read_text(encoding="utf-8", errors="replace").splitlines()
-        tail = [line for line in lines if line.strip()][-5:]
-        return "\n".join([f"exit code {code}, log {self.out}.log", *tail])
+    def stop(self) -> None:
+        self.stopped.set()
+        for child in list(self.children):
+            child.kill()
 
-
-def shared_flags(args: argparse.Namespace) -> dict:
-    """The toy's own, without checkpoints on the way."""
-    steps = dict(max_steps=args.max_steps, save_steps=args.max_steps, save_only_model=True)
-    return toy.DEFAULTS | steps
-
-
-def jobs_of(args: argparse.Namespace) -> list[Job]:
-    """Worlds first, then seed by seed."""
-    work, shared = args.work_dir.resolve(), shared_flags(args)
-    worlds = [Job(seed, None, {}, work / f"seed{seed}") for seed in args.seeds]
-    return worlds + [
-        Job(world.seed, name, shared | SETTINGS[name] | dict(seed=world.seed), world.directory)
-        for world in worlds
-        for name in args.settings
-    ]
-
-
-def check_same_flags(job: Job) -> None:
-    """Raises SystemExit if the run is finished, and was made with other flags than asked for."""
-    if job.setting is None or not job.done:
-        return
-    made = json.loads((job.out / "config.json").read_text(encoding="utf-8"))
-    other = [f"--{name} {made.get(name)}" for name, v in job.flags.items() if made.get(name) != v]
-    if other:
-        raise SystemExit(
-            f"error: {job.out} was made with {' '.join(other)}; choose another --work_dir"
-        )
+    def make_missing(self, jobs: int) -> list[str]:
+        """Makes every run that is missing. Returns the names of those that failed."""
+        todo, failed = [run for run in self.all if not self.record(*run)], []
+        print(f"{len(self.all) - len(todo)} of {len(self.all)} runs are there", flush=True)
+        with ThreadPoolExecutor(jobs) as pool:
+            try:
+                futures = {pool.submit(self.make, *run): "{}, seed {}".format(*run) for run in todo}
+                for k, future in enumerate(as_completed(futures), 1):
+                    error = future.exception()
+                    print(f"[{k}/{len(todo)}] {futures[future]}: {error or 'done'}", flush=True)
+                    failed += [futures[future]] if error else []
+            except KeyboardInterrupt:
+                ignore_signals()  # a second Ctrl-C must not leave children behind
+                self.stop()
+                pool.shutdown(cancel_futures=True)
+                raise
+        return failed
 
 
-def execute(jobs: list[Job], at_once: int) -> Iterator[tuple[Job, str | None]]:
-    """Each job as it ends, and why it failed or None. Whoever stops early kills what still runs."""
-    waiting, running = list(jobs), {}
-    try:
-        while waiting or running:
-            ready = [j for j in waiting if j.setting is None or (j.directory / "world").is_dir()]
-            for job in ready[: at_once - len(running)]:
-                waiting.remove(job)
-                process = job.start()
-                running[process.pid] = job, process
-            if not running:
-                yield from ((job, "its toy world could not be made") for job in waiting)
-                return
-            pid, status, usage = os.wait4(-1, 0)  # this one also tells what the child cost
-            if pid not in running:  # somebody else's child, handed to us when its parent ended
-                continue
-            job, process = running.pop(pid)
-            process.returncode = os.waitstatus_to_exitcode(status)
-            yield job, job.ended(process.returncode, usage.ru_utime + usage.ru_stime)
-    finally:
-        for _, process in running.values():
-            process.kill()
-            process.wait()
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def ignore_signals() -> None:
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
 
 
 # ------------------------------------------------------------------------------------------ numbers
 
 
-def spread(values: list[float]) -> dict | None:
-    if not values:
-        return None
-    return dict(mean=fmean(values), min=min(values), max=max(values), seeds=len(values))
-
-
-def numbers_of(job: Job) -> dict:
+def numbers_of(runs: Runs, setting: str, seed: int) -> dict:
     """A finished run: shares in [0, 1], tokens, weights, CPU seconds."""
-    rows = curves.read_metrics(job.out)
-    measures = json.loads((job.out / "eval.json").read_text(encoding="utf-8"))
-    after = measures["after"]
+    out = runs.directory(setting, seed)
+    rows = curves.read_metrics(out)
+    measures = json.loads((out / "eval.json").read_text(encoding="utf-8"))
+    after, accuracy = measures["after"], [row["rewards/accuracy"] for row in rows]
     size, tenth = max(1, len(rows) // 20), max(1, len(rows) // 10)
-    accuracy = [row["rewards/accuracy"] for row in rows]
     return dict(
-        setting=job.setting,
-        seed=job.seed,
-        flags=SETTINGS[job.setting],
-        **job.cost(),
+        setting=setting,
+        seed=seed,
+        flags=SETTINGS[setting],
+        **runs.record(setting, seed),
         measures=dict(
             training_accuracy=fmean(accuracy),
             sampled_soft=after["sampled"]["soft"],
-            sampled_exact=after["sampled"]["exact"],
             greedy_soft=after["greedy"]["soft"],
-            greedy_exact=after["greedy"]["exact"],
             wrong_video_soft=after["wrong video"]["soft"],
             completion_length=fmean(row["completion_length"] for row in rows[-tenth:]),
             weight_mean=fmean(row["weight_mean"] for row in rows),
@@ -230,28 +195,11 @@ def numbers_of(job: Job) -> dict:
     )
 
 
-def collect(jobs: list[Job], args: argparse.Namespace) -> dict:
-    """All numbers of the finished runs, and what the table shows of them."""
-    runs = [numbers_of(job) for job in jobs if job.setting and job.done]
-    values = {(run["setting"], run["seed"]): run["measures"] for run in runs}
-    table, differences = {}, {}
-    for name in args.settings:
-        mine = {seed: v for (setting, seed), v in values.items() if setting == name}
-        base = {seed: values[BASE, seed] for seed in mine if (BASE, seed) in values}
-        table[name] = {m: spread([v[m] for v in mine.values()]) for m in MEASURES}
-        differences[name] = {m: spread([mine[s][m] - base[s][m] for s in base]) for m in MEASURES}
-    return dict(
-        **source(),
-        **surroundings(),
-        flags={name: getattr(args, name) for name in ("seeds", "settings", "max_steps", "jobs")},
-        flags_of_all_runs=shared_flags(args),
-        cpu_seconds=sum(job.cost().get("cpu_seconds", 0) for job in jobs if job.done),
-        missing=[str(job) for job in jobs if job.setting and not job.done],
-        table=table,
-        differences_to_alpha_1=differences,
-        worlds=[{"seed": job.seed} | job.cost() for job in jobs if not job.setting],
-        runs=runs,
-    )
+def values_of(data: dict, setting: str, measure: str, minus: str | None = None) -> list[float]:
+    """A measure of a setting for every seed, or its difference to the setting `minus`."""
+    of = {(run["setting"], run["seed"]): run["measures"][measure] for run in data["runs"]}
+    seeds = [seed for name, seed in of if name == setting and (minus or name, seed) in of]
+    return [of[setting, seed] - (of[minus, seed] if minus else 0) for seed in seeds]
 
 
 # --------------------------------------------------------------------------------- table and figure
@@ -262,106 +210,75 @@ def label(name: str) -> str:
     flags = dict(SETTINGS[name])
     if flags.pop("loss_type") == "grpo":
         return "grpo"
-    words = [f"alpha {flags.pop('alpha'):g}", *(f"{k} {v}" for k, v in flags.items())]
-    return ", ".join(words)
+    return ", ".join([f"alpha {flags.pop('alpha'):g}", *(f"{k} {v}" for k, v in flags.items())])
 
 
-def cell(value: dict | None, decimals: int, sign: str = "") -> str:
-    if value is None:
+def cell(values: list[float], decimals: int, sign: str = "") -> str:
+    if not values:
         return "none"
-    mean, low, high = (f"{value[k]:{sign}.{decimals}f}" for k in ("mean", "min", "max"))
+    mean, low, high = (f"{x:{sign}.{decimals}f}" for x in (fmean(values), min(values), max(values)))
     return f"{mean}<br>{low} to {high}"
 
 
 def table_rows(data: dict) -> list[list[str]]:
     """The table, its head first; a difference stands right of what it is a difference of."""
-    head, rows = ["setting"], []
-    for measure, (heading, _) in MEASURES.items():
+    head, rows = ["setting"], [[label(name)] for name in data["flags"]["settings"]]
+    for measure, (heading, decimals) in MEASURES.items():
         head += [heading] + ["difference to alpha 1"] * (measure in PAIRED)
-    for name, values in data["table"].items():
-        row = [label(name)]
-        for measure, (_, decimals) in MEASURES.items():
-            row.append(cell(values[measure], decimals))
+        for name, row in zip(data["flags"]["settings"], rows, strict=True):
+            row.append(cell(values_of(data, name, measure), decimals))
             if measure in PAIRED:
-                difference = data["differences_to_alpha_1"][name][measure]
-                row.append("0" if name == BASE else cell(difference, decimals, "+"))
-        rows.append(row)
+                differences = values_of(data, name, measure, minus=BASE)
+                row.append("0" if name == BASE else cell(differences, decimals, "+"))
     return [head, *rows]
 
 
-def learned(runs: list[dict]) -> str:
-    """Did every run learn, and to look at the clip?"""
-    before = [run["eval"]["before"]["sampled"]["soft"] for run in runs]
-    after = [run["measures"]["sampled_soft"] for run in runs]
-    wrong = [run["measures"]["wrong_video_soft"] for run in runs]
-    ranges = [f"{min(values):.2f} to {max(values):.2f}" for values in (before, after, wrong)]
-    each = [f"{r['setting']}, seed {r['seed']}" for r in runs]
-    failed = [n for n, b, a, w in zip(each, before, after, wrong, strict=True) if a <= max(b, w)]
-    verdict = (
-        "So the loop works with each of these settings, and what is learned is to look at the clip."
-        if not failed
-        else f"Not better than both: {'; '.join(failed)}."
-    )
-    return (
-        f"Over all runs, sampled soft accuracy is {ranges[0]} before training and {ranges[1]} "
-        f"after it; with another question's clip it ends at {ranges[2]}. {verdict}"
-    )
-
-
 def sentences(data: dict) -> list[str]:
-    """What the numbers show and what not, in words that the numbers decide."""
-    lines, seeds = [learned(data["runs"])], len(data["flags"]["seeds"])
-    compared = {n: d for n, d in data["differences_to_alpha_1"].items() if n != BASE}
-    complete = {n for n, d in compared.items() if (d["sampled_soft"] or {}).get("seeds") == seeds}
-    compared = {n: d for n, d in compared.items() if seeds > 1 and n in complete}
-    for measure, words in PAIRED.items() if compared else ():
-        base = data["table"][BASE][measure]
-        same = [n for n, d in compared.items() if d[measure]["min"] * d[measure]["max"] > 0]
+    """What the numbers show, in words that the numbers decide."""
+    before = [run["eval"]["before"]["sampled"]["soft"] for run in data["runs"]]
+    after = [run["measures"]["sampled_soft"] for run in data["runs"]]
+    wrong = [run["measures"]["wrong_video_soft"] for run in data["runs"]]
+    ranges = [f"{min(v):.2f} to {max(v):.2f}" for v in (before, after, wrong)]
+    learned = [a > max(b, w) for a, b, w in zip(after, before, wrong, strict=True)]
+    lines = [
+        f"Sampled soft accuracy is {ranges[0]} before training and {ranges[1]} after it; with "
+        f"another question's clip it ends at {ranges[2]}. {sum(learned)} of {len(learned)} runs "
+        "end above both."
+    ]
+    seeds = len(data["flags"]["seeds"])
+    for measure, words in PAIRED.items() if seeds > 1 else ():
+        differences = {n: values_of(data, n, measure, BASE) for n in data["flags"]["settings"]}
+        same = [label(n) for n, d in differences.items() if len(d) == seeds and min(d) * max(d) > 0]
+        base = values_of(data, BASE, measure)
         lines.append(
-            f"{words.capitalize()}: alpha 1 itself differs by {base['max'] - base['min']:.3f} "
-            "between seeds. The difference to alpha 1 has one sign for all seeds with: "
-            f"{'; '.join(map(label, same)) or 'no setting'}. For every other setting that has "
-            "all its seeds, the range over seeds holds 0."
-        )
-    if compared:
-        chance = 2 ** (seeds - 1)
-        lines.append(
-            f"What one sign is worth: where a setting changes nothing, {seeds} seeds agree in sign "
-            f"in 1 of {chance} cases; of {len(compared)} such settings about "
-            f"{len(compared) / chance:.1f} would in each column."
-        )
-    if "null" in compared:
-        low, high = (compared["null"]["sampled_soft"][end] for end in ("min", "max"))
-        lines.append(
-            f"{label('null')} is the control: such weights change nothing to speak of, so what its "
-            f"runs differ by, {low:+.3f} to {high:+.3f} in sampled soft accuracy, is chance, grown "
-            "over the steps from a rounding error."
+            f"{words}: alpha 1 itself varies by {max(base) - min(base):.3f} between seeds. The "
+            f"difference to alpha 1 has the same sign for every seed with: "
+            f"{'; '.join(same) or 'no setting'}."
         )
     return lines + [
-        "A toy is a toy: it says that the loop works, not that one setting beats another. Answers "
-        "have about 15 tokens, most of them fixed by the form; the paper's claim is about long "
-        "reasoning, of which there is none here."
+        f"A setting that changes nothing has the same sign for {seeds} seeds in 1 of "
+        f"{2 ** (seeds - 1)} cases. {label('null')} is such a setting: its differences are chance.",
+        "This shows that the loop works, not that one setting beats another. Answers have about 15 "
+        "tokens, most of them fixed by the format; the paper's claim is about long reasoning.",
     ]
 
 
 def markdown(data: dict, out: Path) -> str:
     head, *rows = ["| " + " | ".join(row) + " |" for row in table_rows(data)]
     made = {f"{r.get('commit')}{' with changes' * bool(r.get('dirty'))}" for r in data["runs"]}
+    seeds = ", ".join(map(str, data["flags"]["seeds"]))
+    missing = f"Missing, because the run failed: {'; '.join(data['missing'])}."
     parts = [
         "# Ablation on the toy",
         f"`python -m benchmarks.ablations`: {len(data['runs'])} runs of "
-        f"{data['flags']['max_steps']} steps, seeds {', '.join(map(str, data['flags']['seeds']))}. "
-        f"Commit {', '.join(sorted(made))}, {data['date']}, {data['machine']['cores']} cores of "
-        f"{data['machine']['cpu']}: {data['cpu_seconds'] / 60:.0f} core-minutes, "
-        f"{data['wall_seconds'] / 60:.0f} minutes.",
-        "Each cell: the mean over seeds, then the smallest to the largest. Training accuracy is "
-        "the accuracy reward, mean over all steps: the area under the learning curve, so the speed "
-        "of learning. Sampled, greedy and wrong video are accuracies on held-out questions after "
-        "training, the last one soft, with another question's clip shown. Tokens is the length of "
-        "completions in the last tenth of training, weight the mean token weight over training. "
-        "Runs of one seed start from the same model and are asked the same questions in the same "
-        "order, so differences are taken within a seed.",
-        f"Missing, because the run failed: {'; '.join(data['missing'])}." * bool(data["missing"]),
+        f"{data['flags']['max_steps']} steps, seeds {seeds}. Commit {', '.join(sorted(made))}, "
+        f"{data['date']}, {data['machine']['cores']} cores of {data['machine']['cpu']}.",
+        "Each cell: mean over seeds, then minimum to maximum. Training accuracy is the accuracy "
+        "reward averaged over all steps. Sampled, greedy and wrong video are soft accuracies on "
+        "held-out questions after training, the last with another question's clip. Tokens is the "
+        "completion length in the last tenth of training, weight the mean token weight. Runs of "
+        "one seed share the starting model and the order of questions.",
+        missing * bool(data["missing"]),
         f"<!-- figures: {os.path.relpath(out, PROJECT)}.json -->\n"
         + "\n".join([head, "|" + " --- |" * len(table_rows(data)[0]), *rows]),
         f"![Learning curves, and differences to alpha 1]({out.name}.png)",
@@ -371,40 +288,31 @@ def markdown(data: dict, out: Path) -> str:
 
 
 def draw(data: dict, path: str) -> None:
-    """Learning curves, and every seed's differences to alpha 1. Writes a PNG 900 pixels wide."""
+    """Learning curves, and every seed's differences to alpha 1, as a PNG."""
     from matplotlib.figure import Figure  # no pyplot: no display, no global state
 
     figure = Figure(figsize=(9, 8.5), dpi=100, layout="constrained")
     axes = figure.subplot_mosaic([["curves"] * 2, list(PAIRED)], height_ratios=(1.2, 1))
-    colours = dict(zip(SETTINGS, COLOURS, strict=True))
-    runs = {(run["setting"], run["seed"]): run for run in data["runs"]}
-    for i, name in enumerate(data["table"]):
-        mine = [run for (setting, _), run in runs.items() if setting == name]
-        if mine:
-            curve = [fmean(values) for values in zip(*(r["curve"] for r in mine), strict=True)]
-            style = dict(color=colours[name], linestyle=("-", "--", "-.", ":")[i % 4])
-            size = mine[0]["curve_steps_per_point"]
-            steps = [size * (k + 0.5) for k in range(len(curve))]
-            axes["curves"].plot(steps, curve, label=label(name), **style)
+    names = data["flags"]["settings"]
+    for name in names:
+        runs = [run for run in data["runs"] if run["setting"] == name]
+        if runs:
+            curve = [fmean(points) for points in zip(*(run["curve"] for run in runs), strict=True)]
+            steps = [runs[0]["curve_steps_per_point"] * (k + 0.5) for k in range(len(curve))]
+            axes["curves"].plot(steps, curve, label=label(name))
     axes["curves"].set(xlabel="step", ylabel="accuracy reward", title="Mean over seeds")
     axes["curves"].legend(fontsize=10)
-    others = [name for name in data["table"] if name != BASE]
+    others = [name for name in names if name != BASE]
     for measure, title in PAIRED.items():
+        axis = axes[measure]
         for y, name in enumerate(others):
-            seeds = [s for s in data["flags"]["seeds"] if {(name, s), (BASE, s)} <= set(runs)]
-            for s in seeds:
-                a, b = (runs[n, s]["measures"][measure] for n in (name, BASE))
-                axes[measure].plot(a - b, y, "o", color=colours[name], alpha=0.6)
-            if seeds:  # the bar: their mean
-                middle = data["differences_to_alpha_1"][name][measure]["mean"]
-                axes[measure].plot(middle, y, "|", color=colours[name], ms=22, mew=2.5)
-        axes[measure].axvline(0, color="grey", linewidth=1)
-        axes[measure].set_yticks(
-            range(len(others)), [label(n).replace(", ", ",\n") for n in others]
-        )
-        axes[measure].set_ylim(len(others) - 0.5, -0.5)
-        axes[measure].set_xlabel("difference to alpha 1; dots: seeds, bar: mean")
-        axes[measure].set_title(title[0].upper() + title[1:], fontsize=11)
+            differences = values_of(data, name, measure, minus=BASE)
+            axis.plot(differences, [y] * len(differences), "ko", alpha=0.6)
+        axis.axvline(0, color="grey", linewidth=1)
+        axis.set_yticks(range(len(others)), [label(n).replace(", ", ",\n") for n in others])
+        axis.invert_yaxis()
+        axis.set_xlabel("difference to alpha 1, one dot a seed")
+        axis.set_title(title, fontsize=11)
     axes["sampled_soft"].tick_params(labelleft=False)
     for axis in axes.values():
         axis.grid(alpha=0.3)
@@ -425,50 +333,31 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--max_steps", type=positive, default=toy.DEFAULTS["max_steps"])
-    parser.add_argument("--jobs", type=positive, default=2, help="runs at once, a thread each")
+    parser.add_argument("--jobs", type=positive, default=2, help="runs at a time, a thread each")
     parser.add_argument("--work_dir", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--out", type=Path, default=PROJECT / "benchmarks" / "ablations",
-                        help="what is written, without .json, .md and .png")  # fmt: skip
+                        help="where to write, without .json, .md and .png")  # fmt: skip
     args = parser.parse_args(arguments)
     args.seeds, args.settings = list(dict.fromkeys(args.seeds)), list(dict.fromkeys(args.settings))
     return args
 
 
-def work_through(jobs: list[Job], args: argparse.Namespace) -> int:
-    """Makes what is missing, a line for each job that ends; the number that failed."""
-    todo, failed, start = [job for job in jobs if not job.done], 0, time.monotonic()
-    print(f"{len(jobs) - len(todo)} of {len(jobs)} runs and toy worlds are there", flush=True)
-    with contextlib.closing(execute(todo, args.jobs)) as ends:
-        for k, (job, error) in enumerate(ends, 1):
-            minutes = (time.monotonic() - start) / 60
-            print(f"[{k}/{len(todo)}, {minutes:.1f} min] {job}: {error or 'done'}", flush=True)
-            failed += error is not None
-    return failed
-
-
 def main() -> None:
-    args, start = parse(), time.monotonic()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_DFL:  # nohup's choice stays
+    args = parse()
+    for number in STOPPING:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's choice stays
             signal.signal(number, signal.default_int_handler)
-    jobs = jobs_of(args)
-    for job in jobs:
-        check_same_flags(job)
-    args.work_dir.mkdir(parents=True, exist_ok=True)
-    clock = args.work_dir / "wall_seconds"  # of all commands that made these runs
-    earlier = 0.0
-    with contextlib.suppress(OSError, ValueError):  # the first command; killed while writing
-        earlier = float(clock.read_text())
+    runs = Runs(args)
+    runs.check_same_flags()
     try:
-        failed = work_through(jobs, args)
+        failed = runs.make_missing(args.jobs)
     except KeyboardInterrupt:
         raise SystemExit("interrupted; the same command makes what is missing") from None
-    finally:
-        clock.write_text(str(earlier + time.monotonic() - start))
-    data = collect(jobs, args)
-    data["wall_seconds"] = float(clock.read_text())
-    if not data["runs"]:
+    finished = [numbers_of(runs, *run) for run in runs.all if runs.record(*run)]
+    if not finished:
         raise SystemExit("error: no run was finished")
+    flags = {name: getattr(args, name) for name in ("seeds", "settings", "max_steps", "jobs")}
+    data = dict(**source(), **surroundings(), flags=flags, missing=failed, runs=finished)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     Path(f"{args.out}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     Path(f"{args.out}.md").write_text(markdown(data, args.out), encoding="utf-8")
