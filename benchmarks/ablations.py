@@ -279,7 +279,8 @@ def markdown(data: dict, out: Path) -> str:
         "completion length in the last tenth of training, weight the mean token weight. Runs of "
         "one seed share the starting model and the order of questions.",
         missing * bool(data["missing"]),
-        f"<!-- figures: {os.path.relpath(out, PROJECT)}.json -->\n"
+        "<!-- computed: tests/test_ablations.py::"
+        "test_the_committed_table_is_that_of_the_committed_numbers -->\n"
         + "\n".join([head, "|" + " --- |" * len(table_rows(data)[0]), *rows]),
         f"![Learning curves, and differences to alpha 1]({out.name}.png)",
         "\n".join(f"- {line}" for line in sentences(data)),

@@ -13,7 +13,7 @@ Tokens are stored completion by completion: all of c_1, then all of c_2, and so 
 
 Source of the formulas: the official code at aa529ff, src/open_r1/trainer/grpo_trainer.py
 (`compute_loss` and `compute_token_importance_kl_logs_uniform`), and the paper, arXiv 2505.24718.
-"Eq. 14" is number 14 of docs/equations.md, which says of each equation what it leaves unsaid.
+"Eq. 14" is number 14 of docs/equations.md, which has implementation notes on each equation.
 """
 
 import math
