@@ -32,7 +32,7 @@ NOT_OURS = set(
     "grpo.py model_card.md grpo_trainer.py grpo_config.py vision_process.py eval_clevrer.py "
     "eval_clevrer_zeroshot.py eval_general_zeroshot.py eval_general_videor1.py convert_nextgqa.py "
     "convert_star.py tw-grpo.sh grpo.sh eval_nextgqa.json eval_mvbench.json eval_tempcompass.json "
-    "eval_videomme.json use_epsilon use_dynamic_sampling ori_accuracy".split()
+    "eval_videomme.json scripts/grpo.sh scripts/tw-grpo.sh use_epsilon use_dynamic_sampling ori_accuracy".split()
 )
 # What a run leaves; tests/test_train.py looks at a finished one.
 OF_A_RUN = set(
@@ -119,7 +119,9 @@ def test_every_name_in_code_type_exists(path):
 @pytest.mark.parametrize("path", [*DOCUMENTS, *CODE], ids=lambda path: path.name)
 def test_every_test_and_equation_referred_to_exists(path):
     for file, name in re.findall(r"(tests/test_\w+\.py)(?:::(\w+))?", text_of(path)):
-        assert file in names_of_tests() and (not name or name in names_of_tests()[file]), f"{file}::{name}"
+        assert file in names_of_tests() and (not name or name in names_of_tests()[file]), (
+            f"{file}::{name}"
+        )
     every = [f"{file} {name}" for file, names in names_of_tests().items() for name in names]
     for word in re.findall(r"pytest[^\n`]*? -k (\w+)", text_of(path)):
         assert any(word in name for name in every), f"-k {word}"
