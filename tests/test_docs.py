@@ -32,7 +32,8 @@ NOT_OURS = set(
     "grpo.py model_card.md grpo_trainer.py grpo_config.py vision_process.py eval_clevrer.py "
     "eval_clevrer_zeroshot.py eval_general_zeroshot.py eval_general_videor1.py convert_nextgqa.py "
     "convert_star.py tw-grpo.sh grpo.sh eval_nextgqa.json eval_mvbench.json eval_tempcompass.json "
-    "eval_videomme.json scripts/grpo.sh scripts/tw-grpo.sh use_epsilon use_dynamic_sampling ori_accuracy".split()
+    "eval_videomme.json scripts/grpo.sh scripts/tw-grpo.sh use_epsilon use_dynamic_sampling "
+    "ori_accuracy".split()
 )
 # What a run leaves; tests/test_train.py looks at a finished one.
 OF_A_RUN = set(
