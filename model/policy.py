@@ -24,7 +24,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -108,7 +107,7 @@ class Policy:
         self.root: Root | None = None  # when sharded
         self.gradient_checkpointing = False
         self.save_dtype = torch.float32
-        self.attn_implementation = "sdpa"  # of packed rows; see `attend_with`
+        self.attend_with("sdpa")
         config, vision = model.config, model.config.vision_config
         known = dict(tokens_per_second=getattr(vision, "tokens_per_second", None))
         self.geometry = Geometry(
@@ -307,11 +306,6 @@ class Policy:
             inputs |= dict(visual_pos_masks=places, deepstack_visual_embeds=deepstack)
         return inputs
 
-    def _mask(self, mask: Tensor | None) -> Tensor | dict[str, Tensor | None] | None:
-        """As the language model takes it: Qwen3-VL by itself, the others by the kind of layer."""
-        by_kind = hasattr(self.text.config, "layer_types")
-        return {"full_attention": mask} if by_kind else mask
-
     @torch.no_grad()
     def rollout(
         self,
@@ -335,26 +329,18 @@ class Policy:
             np.concatenate([np.random.default_rng(s).random((T, G)).T for s in seeds])
         )
 
-        # Prefill: each prompt once, left-padded so that all of them end in the same column.
-        P = max(len(q.ids_P) for q in questions)
-        pads = [P - len(q.ids_P) for q in questions]
-        both = list(zip(questions, pads, strict=True))
-        ids_BP = torch.stack([F.pad(q.ids_P, (pad, 0), value=self.pad_id) for q, pad in both])
-        positions_3BP = torch.stack([F.pad(q.positions_3P, (pad, 0)) for q, pad in both], dim=1)
-        real_BP = torch.stack([torch.arange(P) >= pad for pad in pads]).to(device)
-        causal_PP = torch.ones(P, P, dtype=torch.bool, device=device).tril()
-        # Padding sees itself: a row that sees nothing would be NaN.
-        itself_PP = torch.eye(P, dtype=torch.bool, device=device)
-        mask = (causal_PP & real_BP[:, None, :] | itself_PP)[:, None]
-        cache = GroupCache(len(self.text.layers), G, T, real_BP)
+        # Prefill: each prompt once, right-padded, where causal attention does not look.
+        ids_BP, positions_3BP, segments_BP, _ = pack([Group(q) for q in questions], self.pad_id)
+        cache = GroupCache(len(self.text.layers), G, T, (segments_BP == 0).to(device))
         self.text.eval()
-        with self.compute(), self.attention(self.text, "sdpa"):
-            hidden_BD = self.text(
+        with self.compute():
+            hidden_BPD = self.text(
                 **self._embed(ids_BP, features),
                 position_ids=positions_3BP.to(device),
-                attention_mask=self._mask(mask),
                 past_key_values=cache,
-            ).last_hidden_state[:, -1]
+            ).last_hidden_state
+        last_B = torch.tensor([len(q.ids_P) - 1 for q in questions], device=device)
+        hidden_BD = hidden_BPD[torch.arange(len(questions), device=device), last_B]
 
         # Decode: R = B G rows side by side.
         following_B = torch.stack([q.positions_3P.max() + 1 for q in questions])
@@ -438,12 +424,12 @@ class Policy:
         ids_BL, positions_3BL, segments_BL, rows_N = pack(groups, self.pad_id)
         device = self.device
         self.text.train(self.gradient_checkpointing)  # transformers checkpoints in training only
-        _, who_sees_whom = ATTENTION[self.attn_implementation]
+        _, layout = ATTENTION[self.attn_implementation]
         with self.compute():
             hidden_BLD = self.text(
                 **self._embed(ids_BL, features),
                 position_ids=positions_3BL.to(device),
-                attention_mask=self._mask(who_sees_whom(segments_BL, device)),
+                packed=layout(segments_BL, device),
                 use_cache=False,
             ).last_hidden_state
         return [hidden_BLD[b, rows.to(device)] for b, rows in enumerate(rows_N)]

@@ -83,8 +83,8 @@ class Config:
     gradient_accumulation_steps: int = flag(1, "B x this many questions a rank and step")
     freeze_vision_modules: bool = flag(True, "leave the vision tower as it is")
     gradient_checkpointing: bool = flag(True, "trade time for memory in the decoder layers")
-    attn_implementation: Literal["sdpa", "flex_attention", "flash_attention_2"] = flag(
-        "sdpa", "attention over packed rows; the other two need CUDA (model/packing.py)"
+    attn_implementation: Literal["sdpa", "flash_attention_2"] = flag(
+        "sdpa", "attention over packed rows: torch's, or the flash-attn package (CUDA)"
     )
     # Bookkeeping
     seed: int = flag(42, "of data order, sampling and the toy")
@@ -270,13 +270,12 @@ def check_attention(cfg: Config, device: torch.device) -> None:
         return
     if device.type != "cuda":
         raise UserError(f"--attn_implementation {name} needs CUDA; sdpa works everywhere")
-    if name == "flash_attention_2":
-        try:
-            import flash_attn  # noqa: F401
-        except ImportError as error:  # not there, or built for another torch
-            raise UserError(
-                f"--attn_implementation {name} needs: pip install flash-attn ({error})"
-            ) from None
+    try:
+        import flash_attn  # noqa: F401
+    except ImportError as error:  # not there, or built for another torch
+        raise UserError(
+            f"--attn_implementation {name} needs: pip install flash-attn ({error})"
+        ) from None
 
 
 def training_records(cfg: Config) -> list[Record]:
