@@ -30,10 +30,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -42,16 +38,13 @@ from transformers.utils import cached_file
 from data import Question, load_chat_template
 from files import UserError
 from model import ranks
-from model.packing import ATTENTION, Group, pack, tower_layout
+from model.load import FAMILIES, load_model
+from model.packing import ATTENTION, Group, pack
 from model.rollout import Decoder, GroupCache
+from model.tower import tower_layout
 from records import Record
 from video import Geometry, mrope_positions
 
-FAMILIES = {  # by model_type: how a clip becomes tokens, where the config does not say it
-    "qwen2_5_vl": {},
-    "qwen2_vl": dict(tokens_per_second=None),
-    "qwen3_vl": dict(tokens_per_second=None, timestamps=True, mean=(0.5,) * 3, std=(0.5,) * 3),
-}
 VISION_TOKENS = [
     f"<|{name}|>" for name in "vision_start vision_end vision_pad image_pad video_pad".split()
 ]
@@ -64,24 +57,6 @@ PROCESSOR_FILES = (  # not needed here, but saved checkpoints carry them along f
 
 class NonFiniteLogits(UserError):
     """The model's logits in a rollout were NaN or infinite: nothing can be sampled from them."""
-
-
-def read_config(name: str | os.PathLike) -> PreTrainedConfig:
-    """The config of a checkpoint directory or hub name. Code that a checkpoint brings along is
-    never run. Raises UserError if it is no Qwen-VL."""
-    try:
-        kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
-        if kind in FAMILIES:
-            return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # config.json is checked by several libraries
-        raise UserError(f"{name}: not a checkpoint for transformers ({_first(error)})") from error
-    if kind is None:
-        raise UserError(f"{name}: not a checkpoint; it has no config.json with a model_type")
-    why = "; its linear attention carries state from one completion of a packed row to the next"
-    raise UserError(
-        f"{name}: is a {kind!r} model; {' or '.join(FAMILIES)} is needed"
-        + why * str(kind).startswith(("qwen3_5", "qwen3_next", "qwen4"))
-    )
 
 
 class Root(nn.Module):
@@ -137,39 +112,9 @@ class Policy:
     ):
         """A checkpoint directory or hub name, in float32. Raises UserError if it is no Qwen-VL."""
         name = os.fspath(model_name_or_path)
-        looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-        if looks_local and not os.path.isdir(name):
-            raise UserError(f"{name}: no such model directory; give one, or a hub name")
-        config = read_config(name)
-        if set(getattr(config.text_config, "layer_types", ())) - {"full_attention"}:
-            raise UserError(f"{name}: has sliding-window layers, which packed rows do not support")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-            model, found = AutoModelForImageTextToText.from_pretrained(
-                name, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True,
-                trust_remote_code=False,
-            )  # fmt: skip
-        except Exception as error:  # of transformers, tokenizers, safetensors, each their own types
-            raise UserError(
-                f"{name}: its weights or tokenizer cannot be loaded ({_first(error)})"
-            ) from error
-        if found["missing_keys"]:
-            lost = sorted(found["missing_keys"])
-            raise UserError(f"{name}: its weights lack {len(lost)} tensors, such as {lost[0]}")
-        if tokenizer.convert_tokens_to_ids("<|video_pad|>") != config.video_token_id:
-            raise UserError(
-                f"{name}: its tokenizer does not have <|video_pad|> where config.json does"
-            )
-        ends = model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-        for end in [tokenizer.eos_token_id, *ends]:
-            if type(end) is not int or not 0 <= end < config.text_config.vocab_size:
-                raise UserError(
-                    f"{name}: its end token {end!r} (generation_config.json, or eos_token of the "
-                    "tokenizer) is no id of its vocabulary"
-                )
+        model, tokenizer, save_dtype = load_model(name)
         policy = cls(model.to(device).eval(), tokenizer, load_chat_template(name, tokenizer))
-        policy.save_dtype = config.dtype or torch.float32
+        policy.save_dtype = save_dtype
         policy.vision.requires_grad_(not freeze_vision_modules)
         policy.attend_with(attn_implementation)
         return policy
@@ -457,7 +402,3 @@ class Policy:
         )
         completion = torch.full((2,), self.pad_id)
         return Group(question, [completion], [True], [""], advantages_G=torch.zeros(1))
-
-
-def _first(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -11,7 +11,8 @@ import video
 from data import check_prompts, load_chat_template, step_records
 from files import UserError
 from model import ranks
-from model.policy import Policy, read_config
+from model.load import read_config
+from model.policy import Policy
 from records import Record, printable
 from run.decoder import ClipReader
 from run.setup import make_prompter
