@@ -19,7 +19,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # So small that a group of a dozen tokens and 100 words takes several chunks, slices, blocks, tiles.
 TINY = Sizes(
     chunk_rows=7, slice_words=48, row_block=64, group_elements=256, gradient_block=32,
-    objective_block=8, tile=fused.Tile(32, 32, 16, warps=4, stages=2),
+    tile=fused.Tile(32, 32, 16, warps=4, stages=2),
 )  # fmt: skip
 
 

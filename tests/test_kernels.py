@@ -20,9 +20,8 @@ import triton
 import triton.language as tl
 
 from kernels import chunked, fused, reference, tiles, token_logps, tw_grpo_head
-from kernels.backward import backward
-from kernels.head import Sizes, lay_out, words_of_backward
-from kernels.objective import objective
+from kernels.backward import backward, words_of_slice as words_of_backward
+from kernels.head import Sizes, lay_out
 
 # NumPy, on which the interpreter runs, warns of the NaN and the overflows that these tests provoke.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -375,11 +374,11 @@ def test_rows_are_laid_out_by_position(lengths):
     expected = [
         (t, i) for t in range(max(lengths)) for i, length in enumerate(lengths) if t < length
     ]
-    position, completion = (table[rows.order_N] for table in (rows.position_N, rows.completion_N))
+    position, completion = (table[rows.order_N] for table in reference.positions_of_tokens(torch.tensor(lengths))[::-1])
     assert list(zip(position.tolist(), completion.tolist(), strict=True)) == expected
     alive = [sum(t < length for length in lengths) for t in range(max(lengths))]
     assert [b - a for a, b in zip(rows.starts[:-1], rows.starts[1:], strict=True)] == alive
-    assert rows.start_T1.tolist() == rows.starts
+    assert rows.start_of_t.tolist() == rows.starts
 
 
 @fast
