@@ -53,12 +53,6 @@ def check_group(
     """How the N rows belong to G completions. Returns the lengths on the host."""
     N, G, device = len(hidden_ND), lengths_G.numel(), hidden_ND.device
     expect("lengths_G", lengths_G, (G,), "int64", device)
-    expect("advantages_G", advantages_G, (G,), "float", device)
-    for name, logps in (("old_logps_N", old_logps_N), ("ref_logps_N", ref_logps_N)):
-        if logps is not None:
-            expect(name, logps, (N,), "float", device)
-    if beta > 0 and ref_logps_N is None:
-        raise ValueError("beta > 0 needs ref_logps_N, the log-probs of the reference model")
     lengths = lengths_G.tolist()
     if min(lengths, default=0) < 1:
         raise ValueError(
@@ -68,6 +62,12 @@ def check_group(
         raise ValueError(
             f"lengths_G sums to {sum(lengths)}, but hidden_ND and targets_N have {N} rows"
         )
+    expect("advantages_G", advantages_G, (G,), "float", device)
+    for name, logps in (("old_logps_N", old_logps_N), ("ref_logps_N", ref_logps_N)):
+        if logps is not None:
+            expect(name, logps, (N,), "float", device)
+    if beta > 0 and ref_logps_N is None:
+        raise ValueError("beta > 0 needs ref_logps_N, the log-probs of the reference model")
     return lengths
 
 
