@@ -93,8 +93,8 @@ def launch_everything(arch: int) -> None:
         launch_head(arch, [300, 100], "fused", divergence=divergence)
 
 
-def properties(arch: int, compiled) -> dict:
-    """Registers a thread, spilled bytes, KB of shared memory, and barriers, as ptxas says."""
+def properties(arch: int, compiled) -> tuple[str, int, int, float, int]:
+    """Target, registers a thread, spilled bytes, KB of shared memory, and barriers."""
     import triton
 
     folder = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -107,13 +107,10 @@ def properties(arch: int, compiled) -> dict:
         file.flush()
         command = [ptxas, "-v", f"-arch={target}", file.name, "-o", "/dev/null"]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return dict(
-        target=target,
-        registers=int(re.search(r"Used (\d+) registers", report)[1]),
-        spills=sum(map(int, re.findall(r"(\d+) bytes spill", report))),
-        shared=compiled.metadata.shared / 1024,
-        barriers=len(re.findall(r"\bbar(?:rier)?\.", ptx)),
-    )
+    registers = int(re.search(r"Used (\d+) registers", report)[1])
+    spills = sum(map(int, re.findall(r"(\d+) bytes spill", report)))
+    barriers = len(re.findall(r"\bbar(?:rier)?\.", ptx))
+    return target, registers, spills, compiled.metadata.shared / 1024, barriers
 
 
 def main() -> None:
@@ -125,15 +122,11 @@ def main() -> None:
         with compiling_for(arch) as found:
             launch_everything(arch)
         for name, compiled in found.items():
-            r = properties(arch, compiled)
-            print(
-                f"{name:92} {r['target']:8} {r['registers']:9} {r['spills']:9} {r['shared']:10.1f}"
-                f" {r['barriers']:9}",
-                flush=True,
-            )
-            waits = name.startswith("group") and r["barriers"] > GROUP_BARRIERS
-            if r["spills"] or r["shared"] > SHARED_LIMIT[arch] or waits:
-                failed.append(f"{name} on {r['target']}")
+            target, registers, spills, shared, barriers = properties(arch, compiled)
+            print(f"{name:92} {target:8} {registers:9} {spills:9} {shared:10.1f} {barriers:9}")
+            waits = name.startswith("group") and barriers > GROUP_BARRIERS
+            if spills or shared > SHARED_LIMIT[arch] or waits:
+                failed.append(f"{name} on {target}")
     if failed:
         raise SystemExit(
             "spilled registers, too much shared memory, or a barrier in the group kernel's loop: "

@@ -14,7 +14,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @contextlib.contextmanager
-def small_cuts(tile=fused.Tile(32, 32, 16, warps=4, stages=2)):  # noqa: B008
+def small_cuts():
     """A group of a dozen tokens and 100 words takes several chunks, slices, blocks and tiles."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunked, "CHUNK_ROWS", 7)
@@ -22,6 +22,7 @@ def small_cuts(tile=fused.Tile(32, 32, 16, warps=4, stages=2)):  # noqa: B008
         patch.setattr(logits, "GROUP_ELEMENTS", 256)
         patch.setattr(logits, "GRADIENT_BLOCK", 32)
         patch.setattr(backward, "words_of_slice", lambda impl, N: 48)
+        tile = fused.Tile(32, 32, 16, warps=4, stages=2)
         patch.setattr(fused, "tile_for", lambda hidden_ND: tile)
         yield
 

@@ -149,7 +149,7 @@ def test_positions_without_disagreement_have_no_spread(impl, divergence, ended_r
 
 
 def reordered(group):
-    """The completions in another order; undone on the rows by the second value."""
+    """The group with its completions in another order, and what undoes it on rows and words."""
     lengths, order = group["lengths_G"].tolist(), [2, 0, 1]
     rows = torch.cat([torch.arange(8, device=DEVICE).split(lengths)[i] for i in order])
     turned = {k: v[rows] for k, v in group.items() if k.endswith(("_ND", "_N"))}
@@ -164,28 +164,26 @@ def shuffled_words(group):
     return turned, slice(None), order.argsort()
 
 
+def shifted_logits(group):
+    """The last hidden feature is added to all logits of its row."""
+    shift_N = torch.linspace(-30, 30, 8, device=DEVICE)
+    shifted_ND = group["hidden_ND"] + torch.nn.functional.pad(shift_N[:, None], (19, 0))
+    return group | dict(hidden_ND=shifted_ND), slice(None), slice(None)
+
+
 @KERNELS
-@pytest.mark.parametrize("change", [reordered, shuffled_words])
-def test_order_changes_nothing(impl, change):
+@pytest.mark.parametrize("change", [reordered, shuffled_words, shifted_logits])
+def test_what_changes_nothing(impl, change):
     group = make_group([3, 1, 4], off_policy=True)
     turned, rows, words = change(group)
     one, dH, dW = forward_backward(group, impl, beta=0.04)
     two, turned_dH, turned_dW = forward_backward(turned, impl, beta=0.04)
-    assert_close(two.divergence_T, one.divergence_T, rtol=1e-5, atol=1e-6)
+    assert_close(two.divergence_T, one.divergence_T, rtol=1e-4, atol=1e-6)
     assert_close(two.logps_N[rows], one.logps_N, rtol=1e-5, atol=1e-5)
     assert_close(two.loss, one.loss, rtol=1e-5, atol=1e-6)
     assert_close(turned_dH[rows], dH, rtol=1e-4, atol=1e-6)
-    assert_close(turned_dW[words], dW, rtol=1e-4, atol=1e-6)
-
-
-@KERNELS
-def test_a_constant_added_to_a_row_of_logits_changes_nothing(impl):
-    group = make_group([3, 1, 4])  # its last hidden feature is added to all logits of its row
-    shifted = {**group, "hidden_ND": group["hidden_ND"].clone()}
-    shifted["hidden_ND"][:, -1] += torch.linspace(-30, 30, 8, device=DEVICE)
-    one, two = (forward_backward(g, impl)[0] for g in (group, shifted))
-    assert_close(two.logps_N, one.logps_N, rtol=0, atol=1e-4)
-    assert_close(two.divergence_T, one.divergence_T, rtol=1e-4, atol=1e-6)
+    # Of the last feature dW is the sum of g times the feature, so that it does change with it.
+    assert_close(turned_dW[words, :-1], dW[:, :-1], rtol=1e-4, atol=1e-6)
 
 
 @KERNELS
@@ -197,20 +195,6 @@ def test_bits_repeat(impl):
         assert torch.equal(again.loss, first.loss)
         assert torch.equal(again.divergence_T, first.divergence_T)
         assert all(map(torch.equal, gradients, first_gradients))
-
-
-@KERNELS
-def test_sizes_of_the_cuts_change_nothing(impl):
-    group = make_group([6, 1, 4, 5], V=131, off_policy=True)
-    one, dH, dW = forward_backward(group, impl, beta=0.04)
-    whole = lambda: small_cuts(fused.Tile(256, 128, 32, warps=8, stages=2))  # noqa: E731
-    if impl == "chunked":
-        whole = contextlib.nullcontext
-    two, whole_dH, whole_dW = forward_backward(group, impl, whole, beta=0.04)
-    assert_close(two.divergence_T, one.divergence_T, rtol=1e-5, atol=1e-6)
-    assert_close(two.loss, one.loss, rtol=1e-5, atol=1e-6)
-    assert_close(whole_dH, dH, rtol=1e-4, atol=1e-6)
-    assert_close(whole_dW, dW, rtol=1e-4, atol=1e-6)
 
 
 @KERNELS
