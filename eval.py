@@ -161,24 +161,23 @@ def ask(args: argparse.Namespace) -> None:
     record = Record("asked", problem, "", Path(args.video), kind=kind)
     with load_policy(args).gathered() as policy, ClipReader(args.timeout) as reader:
         question = make_prompter(args, policy, args.prompt, reader)(record)
-        show_answer(args, policy, question)
+        print(shown_clip(policy, question))
+        group = sample(policy, question, (args.seed,), 1, **sampling(args))
+        print(dimmed_think(group.texts[0], sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+        print(f"{len(group.completions[0])} tokens{'' if group.finished[0] else ', cut off'}")
+        if args.weights:
+            args.temperature, args.top_p = args.temperature or 1.0, 1.0  # as in training
+            group = sample(policy, question, (args.seed, 1), args.num_generations, **sampling(args))
+            print(weights_table(policy, group, args.alpha, args.temperature))
 
 
-def show_answer(args: argparse.Namespace, policy: Policy, question: Question) -> None:
-    t, h, w = question.grid
-    size = policy.geometry.patch_size
-    print(
-        f"{t * policy.geometry.temporal_patch_size} frames of {w * size} x {h * size} pixels, "
-        f"{question.seconds:.2f} s apart: {t * h * w // policy.geometry.merge_size**2} video "
-        f"tokens in a prompt of {len(question.ids_P)}"
+def shown_clip(policy: Policy, question: Question) -> str:
+    (t, h, w), geometry = question.grid, policy.geometry
+    return (
+        f"{t * geometry.temporal_patch_size} frames of {w * geometry.patch_size} x "
+        f"{h * geometry.patch_size} pixels, {question.seconds:.2f} s apart: "
+        f"{t * h * w // geometry.merge_size**2} video tokens in a prompt of {len(question.ids_P)}"
     )
-    group = sample(policy, question, (args.seed,), 1, **sampling(args))
-    print(dimmed_think(group.texts[0], sys.stdout.isatty() and "NO_COLOR" not in os.environ))
-    print(f"{len(group.completions[0])} tokens{'' if group.finished[0] else ', cut off'}")
-    if args.weights:
-        args.temperature, args.top_p = args.temperature or 1.0, 1.0  # as in training
-        group = sample(policy, question, (args.seed, 1), args.num_generations, **sampling(args))
-        print(weights_table(policy, group, args.alpha, args.temperature))
 
 
 @torch.no_grad()

@@ -96,23 +96,18 @@ def in_batches(
         try:
             groups = work(batch)
         except RuntimeError as error:
-            if "out of memory" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
+            if "out of memory" not in str(error):
                 raise
-        if groups is None:  # here, because inside `except` the failed batch's tensors are alive
-            batch_size = smaller(len(batch))
-        else:
+        if groups is not None:
             waiting = waiting[len(batch) :]
             yield from groups
-
-
-def smaller(batch_size: int) -> int:
-    """Half the batch that did not fit in memory. Raises UserError if it was one question."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    if batch_size == 1:
-        raise UserError(
-            "one question alone does not fit in memory; lower --max_pixels, --max_frames or "
-            "--max_completion_length"
-        )
-    tqdm.write(f"out of memory: {batch_size // 2} questions at a time from here", sys.stderr)
-    return batch_size // 2
+        elif len(batch) == 1:
+            raise UserError(
+                "one question alone does not fit in memory; lower --max_pixels, --max_frames or "
+                "--max_completion_length"
+            )
+        else:  # not inside `except`, where the failed batch's tensors are still alive
+            batch_size = len(batch) // 2
+            tqdm.write(f"out of memory: {batch_size} questions at a time from here", sys.stderr)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()

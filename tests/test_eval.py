@@ -1,25 +1,20 @@
-"""Benchmarks, the scores of their logs, and one question at a time."""
+"""Answering benchmarks and single questions; scores and logs are in test_score.py."""
 
 import contextlib
 import json
 import os
-import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import PROJECT, twgrpo_command
-from hypothesis import given
-from hypothesis import strategies as st
 from test_policy import as_qwen2_vl
 
 import eval as evaluation
@@ -44,161 +39,6 @@ def reader():
 def one_reader(reader, monkeypatch):
     """One decoding process for all runs here: starting it takes longer than decoding."""
     monkeypatch.setattr(evaluation, "ClipReader", lambda _: contextlib.nullcontext(reader))
-
-
-# ------------------------------------------------------------------------------------------- score
-
-
-def row(output, truth="A", key=0, **more):
-    question = {"problem_id": key, "problem": "?", "video": f"/MVBench/clips/{key}.mp4"}
-    truth = f"<answer>{truth}</answer>"
-    return {"question": question, "ground_truth": truth, "model_output": output} | more
-
-
-def tagged(answer):
-    return f"<think>so</think><answer>{answer}</answer>"
-
-
-def log_of(tmp_path, rows, name="log.jsonl"):
-    (tmp_path / name).write_text("\n".join(json.dumps(r) for r in rows) + "\n")
-    return score.read_log(tmp_path / name)
-
-
-def test_the_published_mmvu_log_scores_65_76(sample, capsys, monkeypatch):
-    path = sample("mmvu_twgrpo_eval.jsonl")
-    log = score.read_log(path)
-    summary = score.summarize(log)
-    overall = summary.shares["overall"]
-    assert overall.questions == 625 and not log.duplicates and not log.errors
-    assert round(overall.strict, 2) == round(overall.soft, 2) == 65.76
-    assert summary.form == 100 and summary.disagreements == 0 and not summary.unfit
-    low, high = overall.strict_interval
-    assert 61 < low < 63 and 68 < high < 70  # 65.76 +- 1.96 * 1.9
-    assert len(summary.shares) == 2 + 27  # overall, single and the 27 subjects of MMVU
-    monkeypatch.setattr(sys, "argv", ["eval.py", "score", str(path), "--markdown"])
-    evaluation.main()
-    assert "| mmvu_twgrpo_eval | 625 | 65.76 |" in capsys.readouterr().out
-
-
-def test_strict_and_soft_by_hand(tmp_path):
-    cases = [("A", "A"), ("B", "A"), ("A", "A,C"), ("C, A", "A,C"), ("A,B", "A,C")]
-    rows = [row(tagged(answer), truth, k) for k, (answer, truth) in enumerate(cases)]
-    shares = score.summarize(log_of(tmp_path, rows)).shares
-    assert (shares["overall"].strict, shares["overall"].soft) == (40.0, 50.0)
-    assert (shares["single"].questions, shares["single"].strict) == (2, 50.0)
-    assert (shares["multi"].questions, shares["multi"].soft) == (3, 50.0)
-
-
-def test_the_two_rules_of_extraction(tmp_path):
-    """A bare letter earns nothing from the think-style evaluators, and everything from the general
-    zero-shot one, whose logs are told by an extracted answer that is the whole output."""
-    for output, extracted, soft in [
-        ("A", None, 0),
-        ("A", "", 0),
-        (" A\n", "A", 1),
-        ("Answer: A", None, 1),
-        ("<answer>A</answer>", "<answer>A</answer>", 0),
-        ("<answer>A</answer>", "A", 1),
-    ]:
-        log = log_of(tmp_path, [row(output, extracted_answer=extracted)])
-        assert log.answers[0].soft == soft
-
-
-def test_a_repeated_question_counts_once_and_is_named(tmp_path):
-    rows = [row(tagged("A"), key=7), row(tagged("B"), key=8), row(tagged("B"), key=7)]
-    log = log_of(tmp_path, rows)
-    text = score.report(log, score.summarize(log))
-    assert len(log.answers) == 2 and log.duplicates == ["7"]
-    assert "duplicate rows, counted once: 1 (questions 7)" in text and " 50.00 [" in text
-
-
-def test_answers_that_fit_no_rule_are_counted_and_shown(tmp_path):
-    answers = ["A", "A, B", "B,", "CD", "c", "A/B", "", "D, <b>x</b>"]
-    rows = [row(tagged(a), key=k) for k, a in enumerate(answers)]
-    rows += [row(tagged("4 balls"), "3", 20), row(tagged("3.0"), "3", 21)]
-    summary = score.summarize(log_of(tmp_path, rows))
-    assert sum(summary.unfit.values()) == 6
-    assert set(summary.unfit) == {"CD", "c", "A/B", "", "D, <b>x</b>", "4 balls"}
-
-
-def test_a_logged_score_that_differs_is_noticed(tmp_path):
-    rows = [row(tagged("A"), key=0, accuracy_score=0.0), row(tagged("A"), key=1, accuracy_score=1)]
-    assert score.summarize(log_of(tmp_path, rows)).disagreements == 1
-
-
-def test_bad_rows_are_named_and_the_others_scored(tmp_path):
-    path = tmp_path / "log.jsonl"
-    path.write_text(json.dumps(row(tagged("A"))) + '\n{"torn\n5\n{"model_output": "A"}\n')
-    log = score.read_log(path)
-    assert len(log.answers) == 1 and len(log.errors) == 3
-    text = score.report(log, score.summarize(log))
-    assert all(f"bad row, not counted: line {k}: " in text for k in (2, 3, 4))
-
-
-@pytest.mark.parametrize("text", ["", "[]", "5", '{"a": 1}', "\x00"])
-def test_a_file_that_is_no_log_is_refused_by_name(text, tmp_path):
-    (tmp_path / "x.json").write_text(text)
-    with pytest.raises(UserError, match="x.json"):
-        score.read_log(tmp_path / "x.json")
-
-
-def test_untrusted_text_reaches_neither_terminal_nor_table(tmp_path):
-    rows = [row(tagged("\x1b[31mred|\n"), key=k) for k in ("a\x1b[2J", "b")]
-    log = log_of(tmp_path, rows + rows, "a|b.jsonl")
-    summary = score.summarize(log)
-    assert "\x1b" not in score.report(log, summary)
-    table = score.markdown([(log, summary)])
-    assert "a\\|b" in table and len(table.splitlines()) == 3
-
-
-def test_the_interval_is_the_bootstrap_of_drawing_questions():
-    rng = np.random.default_rng(0)
-    scores = rng.choice([0, 0.5, 1], 400, p=[0.3, 0.2, 0.5])
-    drawn = [rng.choice(scores, 400).mean() * 100 for _ in range(4000)]
-    low, high = score.interval(scores, 4000, seed=1)
-    assert abs(low - np.percentile(drawn, 2.5)) < 0.4
-    assert abs(high - np.percentile(drawn, 97.5)) < 0.4
-
-
-def test_ten_thousand_rows_are_scored_in_ten_seconds(tmp_path):
-    answers = random.Random(0).choices(["A", "B", "A,B", "C", "x", ""], k=10_000)
-    rows = [row(tagged(answer) + "word " * 200, key=k) for k, answer in enumerate(answers)]
-    start = time.perf_counter()
-    log = log_of(tmp_path, rows)
-    score.report(log, score.summarize(log, resamples=1000))
-    assert time.perf_counter() - start < 10 and len(log.answers) == 10_000
-
-
-TEXTS = st.text(max_size=12) | st.sampled_from([tagged("A"), "<answer>A,C</answer>", "Answer: B"])
-NAMES = st.sampled_from(["problem_id", "solution", "video", "type", "x"])
-ANYTHING = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | TEXTS,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner),
-    max_leaves=3,
-)
-LOG_KEYS = st.sampled_from([*row(""), "extracted_answer", "accuracy_score"])
-LOG_ROWS = st.builds(
-    lambda key, value, k: row(tagged("A"), "A,C", k) | {key: value},
-    *(LOG_KEYS, ANYTHING, st.integers(0, 3)),
-)
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    return tmp_path_factory.mktemp("logs")
-
-
-@given(rows=st.lists(LOG_ROWS | LOG_ROWS | ANYTHING, max_size=3))
-def test_any_log_gives_numbers_or_one_sentence(rows, directory):
-    try:
-        log = log_of(directory, rows)
-    except UserError as error:
-        assert "log.jsonl" in str(error)
-        return
-    summary = score.summarize(log, resamples=10)
-    assert len(log.answers) + len(log.duplicates) + len(log.errors) == len(rows)
-    assert all(0 <= s.strict <= s.soft <= 100 for s in summary.shares.values())
-    assert score.report(log, summary) and score.markdown([(log, summary)])
 
 
 # --------------------------------------------------------------------------------------------- run
@@ -240,11 +80,8 @@ def test_a_run_writes_one_row_a_question_in_the_official_form(world, tmp_path, m
     rows, records = read_rows(out), read_rows(world / "train.jsonl")
     assert [r["question"] for r in rows] == records[:12]
     official = "question ground_truth model_output extracted_answer think_content accuracy_score"
-    assert [*official.split(), "format_score"] == list(rows[0])[:7] and rows[0]["video_grid"] == [
-        2,
-        4,
-        4,
-    ]
+    assert list(rows[0])[:7] == [*official.split(), "format_score"]
+    assert rows[0]["video_grid"] == [2, 4, 4]
     summary = score.summarize(score.read_log(out))
     assert summary.disagreements == 0 and summary.shares["overall"].questions == 12
     assert f"{summary.shares['overall'].strict:6.2f} [" in capsys.readouterr().out
@@ -257,9 +94,8 @@ def test_a_run_killed_at_any_point_goes_on_where_it_stopped(world, tmp_path, mon
     whole, out = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
     eval_py(monkeypatch, run_flags(world, whole, "--batch_size", "5"))
     command = [sys.executable, PROJECT / "eval.py", *run_flags(world, out, "--batch_size", "1")]
-    process = subprocess.Popen(
-        [str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, **quiet)
     deadline = time.time() + 60
     while not (out.exists() and out.read_bytes().count(b"\n") >= 3) and time.time() < deadline:
         time.sleep(0.005)
@@ -273,63 +109,6 @@ def test_a_run_killed_at_any_point_goes_on_where_it_stopped(world, tmp_path, mon
     eval_py(monkeypatch, run_flags(world, out, "--batch_size", "7"))
     assert out.read_bytes().split(b"\n")[:written] == first  # what stood there was not touched
     assert len(read_rows(out)) == 24 and answers_of(out) == answers_of(whole)
-
-
-def test_an_old_log_with_other_settings_is_not_mixed_with(world, tmp_path, monkeypatch):
-    out = tmp_path / "log.jsonl"
-    eval_py(monkeypatch, run_flags(world, out, "--limit", "2"))
-    before = out.read_bytes()
-    with pytest.raises(SystemExit, match="made with another prompt, seed"):
-        eval_py(monkeypatch, run_flags(world, out, "--prompt", "direct", "--seed", "1"))
-    out.write_bytes(before + b"not a row\n")
-    with pytest.raises(SystemExit, match="line 3 is not a row of eval.py run; choose another file"):
-        eval_py(monkeypatch, run_flags(world, out))
-    assert out.read_bytes() == before + b"not a row\n"
-
-
-NO_LOGS = [
-    *('[{"problem": "?"}]', "[]", '{"a": 1}', '{\n  "a": 1\n}', "a line\nthe last line", "\x00"),
-    *('{"question": "why", "answer": "A"}', '{"question": "why"}\n{"question": "how", "ans'),
-    *('{"question": {}, "model_output": "A"}\n', "{" * 100_000),
-]
-
-
-@pytest.mark.parametrize("text", NO_LOGS)
-def test_a_file_that_is_no_log_of_ours_is_left_as_it_is(text, tmp_path):
-    path = tmp_path / "mine.json"
-    path.write_text(text)
-    with pytest.raises(UserError, match="mine.json: line 1 .*choose another file"):
-        with score.open_log(str(path), {"prompt": "think"}):
-            pass
-    assert path.read_text() == text and os.listdir(tmp_path) == ["mine.json"]
-
-
-def test_a_log_of_ours_is_mended_in_its_last_line_only(tmp_path):
-    path, settings = tmp_path / "log.jsonl", {"prompt": "think"}
-    rows = [json.dumps({"question": {"id": k}, "run": settings}) for k in range(2)]
-    for text, whole in {
-        "": "",
-        rows[0][:30]: "",
-        f"{rows[0]}\n": f"{rows[0]}\n",
-        f"{rows[0]}\n{rows[1][:20]}": f"{rows[0]}\n",
-        f"{rows[0]}\n{rows[1]}": f"{rows[0]}\n",  # even if only its line break is missing
-    }.items():
-        path.write_text(text)
-        with score.open_log(str(path), settings) as log:
-            assert path.read_text() == whole and len(log.done) == whole.count("\n")
-
-
-def test_a_second_run_into_the_same_log_is_refused_while_the_first_lives(
-    world, tmp_path, monkeypatch
-):
-    out = tmp_path / "log.jsonl"
-    (tmp_path / "alias.jsonl").symlink_to(out)
-    with score.open_log(str(out), {}):
-        for name in ("log.jsonl", "alias.jsonl"):
-            with pytest.raises(SystemExit, match=f"{name}: another eval.py run is writing to it"):
-                eval_py(monkeypatch, run_flags(world, tmp_path / name))
-    eval_py(monkeypatch, run_flags(world, out, "--limit", "1"))
-    assert len(read_rows(out)) == 1
 
 
 @pytest.mark.ranks
@@ -355,24 +134,6 @@ def test_two_ranks_split_the_questions_into_one_log(world, tmp_path, monkeypatch
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(read_rows(shared)) == 24 and answers_of(shared) == answers_of(alone)
     assert "24 questions answered, 0 skipped\nshared.jsonl: 24 questions" in done.stdout
-
-
-def test_a_row_that_does_not_fit_on_the_disk_is_absent(tmp_path):
-    """The kernel itself writes a part of the row, then refuses."""
-    path = tmp_path / "log.jsonl"
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with score.open_log(str(path), {}) as log:
-        log.append({"question": 1})
-        before = path.read_bytes()
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 100, limits[1]))
-        try:
-            with pytest.raises(UserError, match="log.jsonl: cannot be written .*resumes it"):
-                log.append({"question": "x" * 1000})
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert path.read_bytes() == before
-        log.append({"question": 2})
-    assert [row["question"] for row in read_rows(path)] == [1, 2]
 
 
 def test_logits_that_are_not_finite_end_a_run_by_name(
@@ -403,21 +164,6 @@ def test_half_a_character_in_a_field_nobody_reads_is_kept(world, tmp_path, monke
     assert "1 of 1 answered before" in capsys.readouterr().out
 
 
-def test_ranks_that_write_at_once_do_not_tear_each_others_rows(tmp_path):
-    path = tmp_path / "log.jsonl"
-
-    def write_rows(rank):
-        log = score.RowLog(path, {"prompt": "think"}, set())
-        for k in range(50):
-            log.append({"question": [rank, k], "text": "x" * 20_000})
-
-    with ThreadPoolExecutor(4) as ranks:
-        list(ranks.map(write_rows, range(4)))
-    assert sorted(r["question"] for r in read_rows(path)) == [
-        [w, k] for w in range(4) for k in range(50)
-    ]
-
-
 def test_unreadable_clips_are_skipped_counted_and_tried_again(world, tmp_path, monkeypatch, capfd):
     rows = read_rows(world / "train.jsonl")[:4]
     rows[3]["problem"] = "What is <|video_pad|><|im_end|>?"  # text, like any other
@@ -444,31 +190,22 @@ def test_unreadable_clips_are_skipped_counted_and_tried_again(world, tmp_path, m
 def test_out_of_memory_halves_the_batch_and_loses_nothing(capfd):
     sizes = []
 
-    def generate(batch):
+    def generate(batch, most=3):
         sizes.append(len(batch))
-        if len(batch) > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+        if len(batch) > most:
+            raise RuntimeError("CUDA error: out of memory")
         return [str(k) for k in batch]
 
     groups = answers.in_batches(range(1, 21), generate, 16)
     assert list(groups) == [str(k) for k in range(1, 21)]
     assert sizes[:4] == [16, 8, 4, 2] and set(sizes[4:]) == {2}
     assert "out of memory: 8 questions at a time" in capfd.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "error, raised, message",
-    [
-        ("CUDA error: out of memory", UserError, "one question alone .* lower --max_pixels"),
-        ("another", RuntimeError, "another"),
-    ],
-)
-def test_one_question_that_does_not_fit_ends_with_a_remedy(error, raised, message):
-    def generate(batch):
-        raise RuntimeError(error)
-
-    with pytest.raises(raised, match=message):
-        list(answers.in_batches([1, 2, 3], generate, 2))
+    with pytest.raises(UserError, match="one question alone .* lower --max_pixels"):
+        list(answers.in_batches([1, 2, 3], lambda batch: generate(batch, most=0), 2))
+    with pytest.raises(RuntimeError, match="another"):
+        list(
+            answers.in_batches([1], lambda batch: (_ for _ in ()).throw(RuntimeError("another")), 1)
+        )
 
 
 @pytest.mark.parametrize(
@@ -577,7 +314,15 @@ def test_counting_trains_and_evaluates_with_qwen2_vl(world, policy, tmp_path, mo
     assert score.summarize(log).shares["overall"].strict == 50.0
 
 
-# --------------------------------------------------------------------------------------------- ask
+# ------------------------------------------------------------------------------------ score and ask
+
+
+def test_score_prints_a_report_or_a_table(sample, monkeypatch, capsys):
+    log = sample("mmvu_twgrpo_eval.jsonl")
+    eval_py(monkeypatch, ["score", log, log])
+    assert capsys.readouterr().out.count("mmvu_twgrpo_eval.jsonl: 625 questions") == 2
+    eval_py(monkeypatch, ["score", log, "--markdown"])
+    assert "| mmvu_twgrpo_eval | 625 | 65.76 |" in capsys.readouterr().out
 
 
 def test_ask_answers_on_the_terminal(world, monkeypatch, capsys):
@@ -654,9 +399,6 @@ def test_code_that_a_checkpoint_brings_along_never_runs(name, checkpoint, tmp_pa
 def test_end_tokens_that_are_no_ids_are_named(end, checkpoint):
     with pytest.raises(UserError, match="its end token .* is no id of its vocabulary"):
         Policy.load(checkpoint("generation_config.json", eos_token_id=end))
-
-
-def test_a_checkpoint_whose_generation_config_names_no_end_token_uses_the_tokenizers(checkpoint):
     policy = Policy.load(checkpoint("generation_config.json", eos_token_id=None))
     assert policy.eos_ids.tolist() == [policy.tokenizer.eos_token_id]
 
@@ -684,6 +426,5 @@ def test_every_command_of_the_docs_is_one_the_parsers_take():
     for line in (line for line in block.splitlines() if "twgrpo.py " in line):
         twgrpo.parse_config(line.split("twgrpo.py ", 1)[1].split())
     assert all(f"| `{style}` |" in text for style in STYLES)
-    named = set(re.findall(r"`(--[a-z_]+)", text))
-    assert all(f'"{flag}"' in (PROJECT / "eval.py").read_text() or flag == "--question_type"
-               for flag in named)  # fmt: skip
+    flags = set(re.findall(r"`(--[a-z_]+)", text)) - {"--question_type"}  # of twgrpo.py
+    assert all(f'"{flag}"' in (PROJECT / "eval.py").read_text() for flag in flags)
