@@ -2,7 +2,7 @@
 
 Two Triton matmuls over the vocabulary. The first keeps a running log-sum-exp of every token and
 picks its target's logit; the second holds the G rows of each position in one tile and sums their
-spread. Nothing of size N x V is written. Letters as in `kernels/reference.py`.
+spread. Nothing of size N x V is written. Shape letters: `kernels/reference.py`.
 
 In the second, words lie on the tile's first axis and tokens on its second, where the G rows of a
 position stand POSITIONS columns apart (group-major): on tensor cores each thread then holds all G
@@ -10,12 +10,16 @@ values of a word, and their mean needs no exchange.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from kernels.reference import LossOptions
 from kernels.tiles import VIEWS, group_spread
 
 
@@ -147,7 +151,7 @@ def divergence_kernel(
     tl.store(partial_ptr + tl.program_id(1).to(tl.int64) * T + t, total, t < last_t)
 
 
-def tile_for(hidden_ND) -> Tile:
+def tile_for(hidden_ND: Tensor) -> Tile:
     if hidden_ND.dtype == torch.float32:
         return FLOAT32_TILE
     return TILES.get(torch.cuda.get_device_capability(hidden_ND.device)[0], TILES[8])
@@ -171,16 +175,20 @@ def slices_of_words(V: int, words: int, token_tiles: int) -> tuple[int, int]:
     tiles. No slice is empty.
     """
     word_tiles = triton.cdiv(V, words)
-    waves_times_tiles = {
-        slices: triton.cdiv(slices * token_tiles, MULTIPROCESSORS) * triton.cdiv(word_tiles, slices)
-        for slices in range(1, min(word_tiles, 64) + 1)
-    }
-    slice_tiles = triton.cdiv(word_tiles, min(waves_times_tiles, key=waves_times_tiles.get))
+
+    def waves_times_tiles(slices: int) -> int:
+        waves = triton.cdiv(slices * token_tiles, MULTIPROCESSORS)
+        return waves * triton.cdiv(word_tiles, slices)
+
+    slices = min(range(1, min(word_tiles, 64) + 1), key=waves_times_tiles)
+    slice_tiles = triton.cdiv(word_tiles, slices)
     return triton.cdiv(word_tiles, slice_tiles), slice_tiles
 
 
-def row_statistics(hidden_ND, weight_VD, targets_N, temperature, tile):
-    """(logps_N, peak_N, log_sum_N), float32; the log-sum-exp is the sum of the last two."""
+def row_statistics(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, temperature: float, tile: Tile
+) -> Tensor:
+    """(3, N) float32: log-prob, peak, and log Σ e^(x-peak)."""
     (N, D), V = hidden_ND.shape, len(weight_VD)
     token_tiles = triton.cdiv(N, tile.tokens)
     slices, slice_tiles = slices_of_words(V, tile.words, token_tiles)
@@ -194,53 +202,46 @@ def row_statistics(hidden_ND, weight_VD, targets_N, temperature, tile):
     )  # fmt: skip
     peak_N = peak_SN.amax(0)
     log_sum_N = (sum_SN * (peak_SN - peak_N).exp()).sum(0).log()
-    return picked_N - peak_N - log_sum_N, peak_N, log_sum_N
+    return torch.stack([picked_N - peak_N - log_sum_N, peak_N, log_sum_N])
 
 
-def buckets_of_positions(starts: list[int]):
+def buckets_of_positions(starts: list[int]) -> Iterator[tuple[int, int, int]]:
     """Ranges (first, last, rows) of positions with more than rows / 2 and at most rows alive
     completions.
 
     Fewer and fewer completions are alive as t grows; a tile is padded to a power of two of them,
     never to all G.
     """
-    first = 0
-    for last in range(1, len(starts)):
-        rows = triton.next_power_of_2(starts[last] - starts[last - 1])
-        if (
-            last + 1 == len(starts)
-            or triton.next_power_of_2(starts[last + 1] - starts[last]) != rows
-        ):
-            yield first, last, rows
-            first = last
+    positions = range(len(starts) - 1)
+    padded = lambda t: triton.next_power_of_2(starts[t + 1] - starts[t])  # noqa: E731
+    for rows, bucket in groupby(positions, key=padded):
+        first, *rest = bucket
+        yield first, first + len(rest) + 1, rows
 
 
-def forward(hidden_ND, weight_VD, targets_N, rows, temperature, divergence, ended_rows, sizes):
-    """(logps_N, peak_N, log_sum_N, divergence_T), float32.
+def forward(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, layout, options: LossOptions
+) -> tuple[Tensor, Tensor]:
+    """(statistics_3N, divergence_T), as `chunked.forward`.
 
     Memory beyond outputs: what the slices leave, slices (2 N + T) 4 bytes, 9 MB at N = 32,768.
     """
-    tile = sizes.tile or tile_for(hidden_ND)
-    logps_N, peak_N, log_sum_N = row_statistics(hidden_ND, weight_VD, targets_N, temperature, tile)
-    V, D, T = *weight_VD.shape, len(rows.starts) - 1
-    divergence_T = hidden_ND.new_empty(T, dtype=torch.float32)
-    for first, last, padded in buckets_of_positions(rows.starts):
-        narrow = divergence_tile(tile, padded, divergence == "textbook")
-        token_tiles = triton.cdiv(last - first, narrow.tokens // padded)
+    tile = tile_for(hidden_ND)
+    statistics_3N = row_statistics(hidden_ND, weight_VD, targets_N, options.temperature, tile)
+    V, D, T = *weight_VD.shape, len(layout.starts) - 1
+    divergence_T = hidden_ND.new_zeros(T, dtype=torch.float32)
+    textbook = options.divergence == "textbook"
+    for first, last, rows in buckets_of_positions(layout.starts) if layout.G > 1 else ():
+        narrow = divergence_tile(tile, rows, textbook)
+        token_tiles = triton.cdiv(last - first, narrow.tokens // rows)
         slices, slice_tiles = slices_of_words(V, narrow.words, token_tiles)
         partial_ST = hidden_ND.new_empty(slices, T, dtype=torch.float32)
         divergence_kernel[(token_tiles, slices)](
-            hidden_ND, weight_VD, peak_N + log_sum_N, rows.order_N, rows.start_T1, partial_ST,
-            first, last, V, D, T, rows.G, math.log(V), 1 / temperature, slice_tiles,
-            TEXTBOOK=divergence == "textbook", UNIFORM=ended_rows == "uniform", ROWS=padded,
+            hidden_ND, weight_VD, statistics_3N[1:].sum(0), layout.order_N, layout.start_of_t,
+            partial_ST, first, last, V, D, T, layout.G, math.log(V), 1 / options.temperature,
+            slice_tiles, TEXTBOOK=textbook, UNIFORM=options.ended_rows == "uniform", ROWS=rows,
             WORDS=narrow.words, TOKENS=narrow.tokens, DEPTH=tile.depth, EVEN_D=D % tile.depth == 0,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         divergence_T[first:last] = partial_ST[:, first:last].sum(0)
-    return logps_N, peak_N, log_sum_N, divergence_T
-
-
-def token_logps(hidden_ND, weight_VD, targets_N, temperature, sizes):
-    """(N,) float32 log-probs of the targets: the first kernel alone."""
-    tile = sizes.tile or tile_for(hidden_ND)
-    return row_statistics(hidden_ND, weight_VD, targets_N, temperature, tile)[0]
+    return statistics_3N, divergence_T

@@ -1,14 +1,14 @@
 """The equations of TW-GRPO in plain PyTorch: the specification every kernel is tested against.
 
 One equation is one function, in the paper's order. Everything is differentiable and runs in any
-float dtype, float64 included; nothing here is fast, and the full vocabulary of every completion
-token is held in memory.
+float dtype, float64 included. Nothing up to D_t (eqs. 8 to 15) is fast, and it holds the full
+vocabulary of every token in memory, so the kernels replace it; `weighted_loss` serves them too.
 
-Letters used in shapes, here and in every file of `kernels/`:
-    G  completions of one question (a group)          V  vocabulary
-    T  positions, the longest completion's length     D  hidden size
-    N  completion tokens of the group, sum(lengths)   n, t, i, v  token, position, completion, word
-
+Shape letters, for every file of kernels/ and its tests:
+    G  completions of one question (a group)           V  vocabulary
+    T  positions, the longest completion's length      D  hidden size
+    N  completion tokens of the group, sum(lengths)    n, t, i, v  token, position, completion, word
+    S  vocabulary slices or words of one               R  rows (tokens) of one chunk
 Tokens are stored completion by completion: all of c_1, then all of c_2, and so on.
 
 Source of the formulas: the official code at aa529ff, src/open_r1/trainer/grpo_trainer.py
@@ -26,6 +26,40 @@ from torch import Tensor
 LOG_RATIO_CLAMP = 11.0  # nats; the official bound on every log-ratio that is exponentiated
 
 
+@dataclass(frozen=True)
+class LossOptions:
+    """The options of `kernels.tw_grpo_head`. Raises ValueError for a value out of range."""
+
+    alpha: float = 1.7  # upper bound of the token weights, >= 1 (where tables say 0, w = 1)
+    eps_low: float = 0.2  # ratios are clipped to [1 - eps_low, 1 + eps_high]
+    eps_high: float = 0.28
+    beta: float = 0.0  # factor of the KL term, >= 0
+    temperature: float = 1.0  # divides the logits, > 0
+    loss_type: str = "tw_grpo"  # or "grpo"
+    divergence: str = "official"  # or "textbook"
+    ended_rows: str = "uniform"  # or "exclude": how completions that have ended count in D_t
+    detach_weights: bool = True  # False (reference only): gradient through w_t, the official code
+
+    def __post_init__(self):
+        for name, allowed in (
+            ("loss_type", ("tw_grpo", "grpo")),
+            ("divergence", ("official", "textbook")),
+            ("ended_rows", ("uniform", "exclude")),
+        ):
+            if getattr(self, name) not in allowed:
+                value = getattr(self, name)
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
+        if not self.alpha >= 1:
+            raise ValueError(
+                "alpha is the upper bound of the token weights and must be at least 1, "
+                f"not {self.alpha}"
+            )
+        if not self.beta >= 0:
+            raise ValueError(f"beta must be 0 or more, not {self.beta}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0, not {self.temperature}")
+
+
 @dataclass
 class HeadOutput:
     """What `kernels.tw_grpo_head` returns. Only `loss` carries a gradient."""
@@ -35,7 +69,7 @@ class HeadOutput:
     divergence_T: Tensor  # (T,) D_t, the spread of the group's next-token distributions, nats
     weights_T: Tensor  # (T,) w_t in [1, alpha]; all ones for loss_type "grpo"
     clip_ratio: Tensor  # ()   fraction of the N tokens whose ratio was clipped
-    kl: Tensor  # ()   mean k3 estimate of KL(policy || reference), nats; 0 without a reference
+    kl: Tensor  # ()   mean k3 estimate of KL(policy || reference model), nats; else 0
 
 
 def vocab_logps(hidden_ND: Tensor, weight_VD: Tensor, temperature: float = 1.0) -> Tensor:
@@ -53,13 +87,16 @@ def vocab_logps(hidden_ND: Tensor, weight_VD: Tensor, temperature: float = 1.0) 
     return F.log_softmax(logits_NV / temperature, dim=-1)
 
 
-def positions_of_tokens(lengths_G: Tensor) -> tuple[Tensor, Tensor]:
-    """Eq. 6: (completion_N, position_N), the completion each token belongs to, and its t."""
-    completion_N = torch.repeat_interleave(
-        torch.arange(len(lengths_G), device=lengths_G.device), lengths_G
-    )
+def positions_of_tokens(lengths_G: Tensor, N: int | None = None) -> tuple[Tensor, Tensor]:
+    """Eq. 6: (completion_N, position_N), the completion each token belongs to, and its t.
+
+    If N, the sum of the lengths, is passed, the host does not have to wait for a GPU to add them.
+    """
+    device = lengths_G.device
+    completions = torch.arange(len(lengths_G), device=device)
+    completion_N = torch.repeat_interleave(completions, lengths_G, output_size=N)
     starts_G = lengths_G.cumsum(0) - lengths_G
-    position_N = torch.arange(len(completion_N), device=lengths_G.device) - starts_G[completion_N]
+    position_N = torch.arange(len(completion_N), device=device) - starts_G[completion_N]
     return completion_N, position_N
 
 
@@ -141,14 +178,15 @@ def k3_kl(logps_N: Tensor, ref_logps_N: Tensor) -> Tensor:
     return torch.expm1(d) - d
 
 
-def token_coefficients(lengths_G: Tensor, weights_T: Tensor, loss_type: str) -> Tensor:
+def token_coefficients(
+    completion_N: Tensor, position_N: Tensor, lengths_G: Tensor, weights_T: Tensor, loss_type: str
+) -> Tensor:
     """Eqs. 18, 19: the factor of each token's loss in the total: (N,).
 
     - "tw_grpo":  w_t / N, one weighted mean over all tokens of the group. With alpha = 1 this is
       token-normalised GRPO.
     - "grpo":     1 / (G len_i), the mean over each completion first, then over the completions.
     """
-    completion_N, position_N = positions_of_tokens(lengths_G)
     if loss_type == "tw_grpo":
         return weights_T[position_N] / len(position_N)
     if loss_type == "grpo":
@@ -156,46 +194,64 @@ def token_coefficients(lengths_G: Tensor, weights_T: Tensor, loss_type: str) -> 
     raise ValueError(f"loss_type must be 'tw_grpo' or 'grpo', not {loss_type!r}")
 
 
-def tw_grpo(
-    hidden_ND, weight_VD, targets_N, lengths_G, advantages_G, *, old_logps_N, ref_logps_N,
-    alpha, eps_low, eps_high, beta, temperature, loss_type, divergence, ended_rows, detach_weights,
-) -> HeadOutput:  # fmt: skip
-    """The whole loss of one question, eqs. 8 to 19 in order. Arguments: `kernels.tw_grpo_head`."""
-    completion_N, position_N = positions_of_tokens(lengths_G)
+def weighted_loss(
+    logps_N: Tensor,
+    divergence_T: Tensor,
+    lengths_G: Tensor,
+    advantages_G: Tensor,
+    old_logps_N: Tensor | None,
+    ref_logps_N: Tensor | None,
+    options: LossOptions,
+) -> HeadOutput:
+    """Eqs. 9 to 11 and 16 to 19: from log-probs and D_t to the loss of one question.
 
-    logps_NV = vocab_logps(hidden_ND, weight_VD, temperature)
-    logps_N = logps_NV.gather(1, targets_N[:, None])[:, 0]
-
-    # The N rows laid out as G x T; what stays empty belongs to completions that have ended.
-    empty_GTV = logps_NV.new_zeros(len(lengths_G), int(lengths_G.max()), logps_NV.shape[1])
-    logps_GTV = empty_GTV.index_put(
-        (completion_N, position_N), logps_NV.detach() if detach_weights else logps_NV
-    )
-    divergence_T = group_divergence(logps_GTV, lengths_G, divergence, ended_rows)
-    # OFFICIAL: the gradient also flows through w_t.  OURS: a weight is an importance, not a target,
-    # so it is detached; detach_weights=False gives the official gradient (on-policy and without KL
-    # they agree if no completion ends before another).
-    weights_T = (
-        token_weights(divergence_T, alpha)
-        if loss_type == "tw_grpo"
-        else torch.ones_like(divergence_T)
-    )
-
+    Its derivative with respect to logps_N is eq. 24, found by autograd. On a GPU nothing waits.
+    """
+    completion_N, position_N = positions_of_tokens(lengths_G, len(logps_N))
+    weights_T = torch.ones_like(divergence_T)
+    if options.loss_type == "tw_grpo":
+        weights_T = token_weights(divergence_T, options.alpha)
     # On-policy the old log-probs are the new ones: rho = 1, and the clip never acts.
     old_N = logps_N.detach() if old_logps_N is None else old_logps_N
     objective_N, is_clipped_N = clipped_objective(
-        logps_N, old_N, advantages_G[completion_N], eps_low, eps_high
+        logps_N, old_N, advantages_G[completion_N], options.eps_low, options.eps_high
     )
     kl_N = torch.zeros_like(logps_N) if ref_logps_N is None else k3_kl(logps_N, ref_logps_N)
-    loss_N = -(objective_N - beta * kl_N) if beta > 0 else -objective_N
-    loss = (token_coefficients(lengths_G, weights_T, loss_type) * loss_N).sum()
+    loss_N = -(objective_N - options.beta * kl_N) if options.beta > 0 else -objective_N
+    share_N = token_coefficients(completion_N, position_N, lengths_G, weights_T, options.loss_type)
     return HeadOutput(
-        loss=loss,
+        loss=(share_N * loss_N).sum(),
         logps_N=logps_N.detach(),
         divergence_T=divergence_T.detach(),
         weights_T=weights_T.detach(),
         clip_ratio=is_clipped_N.float().mean(),
         kl=kl_N.detach().mean(),
+    )
+
+
+def tw_grpo(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    lengths_G: Tensor,
+    advantages_G: Tensor,
+    old_logps_N: Tensor | None,
+    ref_logps_N: Tensor | None,
+    options: LossOptions,
+) -> HeadOutput:
+    """The whole loss of one question, eqs. 8 to 19 in order. Arguments: `kernels.tw_grpo_head`."""
+    logps_NV = vocab_logps(hidden_ND, weight_VD, options.temperature)
+    logps_N = logps_NV.gather(1, targets_N[:, None])[:, 0]
+    # OFFICIAL: the gradient also flows through w_t.  OURS: a weight is an importance, not a target,
+    # so it is detached; detach_weights=False gives the official gradient (on-policy and without KL
+    # they agree if no completion ends before another).
+    rows_NV = logps_NV.detach() if options.detach_weights else logps_NV
+    # The N rows laid out as G x T; what stays empty belongs to completions that have ended.
+    empty_GTV = logps_NV.new_zeros(len(lengths_G), int(lengths_G.max()), logps_NV.shape[1])
+    logps_GTV = empty_GTV.index_put(positions_of_tokens(lengths_G), rows_NV)
+    divergence_T = group_divergence(logps_GTV, lengths_G, options.divergence, options.ended_rows)
+    return weighted_loss(
+        logps_N, divergence_T, lengths_G, advantages_G, old_logps_N, ref_logps_N, options
     )
 
 

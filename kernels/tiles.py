@@ -1,8 +1,8 @@
 """Two equations on tiles of registers, called from inside the kernels: k3 and the group's spread.
 
-Letters as in `kernels/reference.py`. Both are ordinary Triton functions without loads or stores, so
-that each equation is written once for the chunked kernels (tiles rows x words) and the fused ones
-(words x rows x positions).
+Both are ordinary Triton functions without loads or stores, so that each equation is written once
+for the chunked kernels (tiles rows x words) and the fused ones (words x rows x positions). Shape
+letters: `kernels/reference.py`.
 """
 
 import triton
@@ -12,8 +12,7 @@ import triton.language as tl
 # aligned where it was not. Where that depends on the lengths of a group it would pause a step for
 # seconds and gain nothing. Such integers are named beside each kernel, such pointers here: rows of
 # larger tensors, and a caller's views.
-VIEWS = ["target_ptr", "order_ptr", "logp_ptr", "peak_ptr", "log_sum_ptr", "sum_ptr", "old_ptr",
-         "ref_ptr", "advantage_ptr", "length_ptr"]  # fmt: skip
+VIEWS = ["target_ptr", "logp_ptr", "peak_ptr", "log_sum_ptr", "sum_ptr", "coefficient_ptr"]
 
 LOG_RATIO_CLAMP = tl.constexpr(11.0)  # nats, as in reference.py
 # Triton's clamp and minimum drop a NaN unless asked; a loss must not hide one.

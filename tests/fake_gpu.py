@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 import toy
 from benchmarks.step import SIZES
 from data import TEMPLATES, Question
-from kernels.chunked import row_kernel
+from kernels.logits import row_kernel
 from model import packing, rollout
 from model.packing import Group
 from model.policy import Policy

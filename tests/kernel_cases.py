@@ -1,26 +1,30 @@
 """Groups of completions to test the kernels on, and what a test compares.
 
-On a machine without a GPU the kernels run in Triton's interpreter, which has to be chosen before
-Triton is imported: import this module before anything that imports Triton.
+Without a GPU conftest.py chooses Triton's interpreter, before anything imports Triton.
 """
 
-import os
+import contextlib
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
-from kernels import fused, reference, tw_grpo_head  # noqa: E402
-from kernels.head import Sizes  # noqa: E402
+from kernels import backward, chunked, fused, logits, reference, tw_grpo_head
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# So small that a group of a dozen tokens and 100 words takes several chunks, slices, blocks, tiles.
-TINY = Sizes(
-    chunk_rows=7, slice_words=48, row_block=64, group_elements=256, gradient_block=32,
-    objective_block=8, tile=fused.Tile(32, 32, 16, warps=4, stages=2),
-)  # fmt: skip
+
+
+@contextlib.contextmanager
+def small_cuts():
+    """A group of a dozen tokens and 100 words takes several chunks, slices, blocks and tiles."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunked, "CHUNK_ROWS", 7)
+        patch.setattr(logits, "ROW_BLOCK", 64)
+        patch.setattr(logits, "GROUP_ELEMENTS", 256)
+        patch.setattr(logits, "GRADIENT_BLOCK", 32)
+        patch.setattr(backward, "words_of_slice", lambda impl, N: 48)
+        tile = fused.Tile(32, 32, 16, warps=4, stages=2)
+        patch.setattr(fused, "tile_for", lambda hidden_ND: tile)
+        yield
 
 
 def make_group(
@@ -40,12 +44,14 @@ def make_group(
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     targets = torch.randint(V, (N,), generator=generator)
     group = dict(
-        hidden_ND=hidden, weight_VD=weight, targets_N=targets, lengths_G=torch.tensor(lengths),
+        hidden_ND=hidden,
+        weight_VD=weight,
+        targets_N=targets,
+        lengths_G=torch.tensor(lengths),
         advantages_G=draw(len(lengths)).float(),
-    )  # fmt: skip
+    )
     if off_policy:
-        logps = (hidden.double() @ weight.double().T).log_softmax(-1)
-        logps = logps.gather(1, targets[:, None])[:, 0]
+        logps = reference.token_logps(hidden.double(), weight.double(), targets)
         group["old_logps_N"] = (logps + 0.5 * draw(N)).float()
         group["ref_logps_N"] = (logps + draw(N)).float()
     return {name: value.to(DEVICE) for name, value in group.items()}
@@ -55,7 +61,7 @@ def materialised_logps(hidden_ND, weight_VD, temperature=1.0):
     return ((hidden_ND @ weight_VD.T).float() / temperature).log_softmax(-1)
 
 
-def run(group, impl, **options):
+def forward_backward(group, impl, cuts=small_cuts, **options):
     """(HeadOutput, dH, dW) of one forward and backward.
 
     impl also takes "float64", the reference on float64 copies of the inputs, and "materialised",
@@ -64,15 +70,14 @@ def run(group, impl, **options):
     if impl == "materialised":
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(reference, "vocab_logps", materialised_logps)
-            return run(group, "reference", **options)
+            return forward_backward(group, "reference", **options)
     if impl == "float64":
         group = {k: v.double() if v.is_floating_point() else v for k, v in group.items()}
         impl = "reference"
     leaves = {k: group[k].detach().clone().requires_grad_() for k in ("hidden_ND", "weight_VD")}
-    if impl in ("chunked", "fused"):
-        options = {"sizes": TINY, **options}
-    output = tw_grpo_head(**{**group, **leaves}, impl=impl, **options)
-    output.loss.backward()
+    with cuts():
+        output = tw_grpo_head(**{**group, **leaves}, impl=impl, **options)
+        output.loss.backward()
     return output, leaves["hidden_ND"].grad, leaves["weight_VD"].grad
 
 

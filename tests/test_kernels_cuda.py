@@ -5,6 +5,7 @@ Memory is what the docstrings derive. Of the speed only what must never be: twic
 arithmetic of a design takes. How fast it is, `python -m benchmarks.gpu` measures.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -21,19 +22,11 @@ from test_policy import test_captured_steps_draw_the_tokens_of_eager_ones  # noq
 import toy
 from benchmarks import head, step
 from data import Prompter
-from kernels import (
-    backward,
-    chunked,
-    compile_check,
-    fused,
-    objective,
-    token_logps,
-    tw_grpo_head,
-)
-from kernels.head import Sizes
+from kernels import compile_check, fused, logits, token_logps, tw_grpo_head
 from records import Record
 from video import Clip
 
+pytestmark = pytest.mark.gpu
 D, V = 3584, 152064
 KERNELS = pytest.mark.parametrize("impl", ["chunked", "fused"])
 HOPPER = pytest.mark.skipif(
@@ -46,7 +39,7 @@ HOPPER = pytest.mark.skipif(
 @pytest.mark.parametrize("lengths", [[9, 4, 30, 1, 17, 5, 40, 22], [5, 3, 8], [3] * 16, [7]])
 def test_bfloat16_at_production_sizes(impl, divergence, lengths):
     group = make_group(lengths, V=3001, D=256, off_policy=True, dtype=torch.bfloat16)
-    check_against_float64(group, impl, sizes=Sizes(), divergence=divergence, beta=0.04)
+    check_against_float64(group, impl, cuts=nullcontext, divergence=divergence, beta=0.04)
 
 
 def measured(impl, N, **options):
@@ -56,18 +49,14 @@ def measured(impl, N, **options):
     return row
 
 
-@pytest.mark.parametrize(
-    "impl, N, limit_mb",
-    [
-        ("chunked", 8192, 1300),
-        ("chunked", 32768, 1500),
-        ("fused", 8192, 250),
-        ("fused", 32768, 750),
-    ],
-)
-def test_extra_memory(impl, N, limit_mb):
-    """Derived at `kernels.head.words_of_backward` and in both forwards' docstrings."""
-    assert measured(impl, N)["peak_mb"] <= limit_mb
+MEMORY_MB = dict(chunked={8192: 1300, 32768: 1500}, fused={8192: 250, 32768: 750})
+
+
+@KERNELS
+@pytest.mark.parametrize("N", [8192, 32768])
+def test_extra_memory(impl, N):
+    """Derived at `kernels.backward.words_of_slice` and in both forwards' docstrings."""
+    assert measured(impl, N)["peak_mb"] <= MEMORY_MB[impl][N]
 
 
 def test_token_logps_hold_one_chunk_of_logits():
@@ -97,9 +86,8 @@ def test_frozen_head_and_ragged_group_cost_less():
 
 @KERNELS
 def test_what_runs_is_what_compile_check_compiles(impl):
-    kernels = [chunked.row_kernel, chunked.group_kernel, fused.log_sum_exp_kernel,
-               fused.divergence_kernel, objective.objective_kernel,
-               backward.softmax_gradient_kernel]  # fmt: skip
+    kernels = [logits.row_kernel, logits.group_kernel, logits.softmax_gradient_kernel]
+    kernels += [fused.log_sum_exp_kernel, fused.divergence_kernel]
     device, arch = torch.cuda.current_device(), 10 * torch.cuda.get_device_capability()[0]
     for kernel in kernels:
         kernel.device_caches[device][0].clear()

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from kernels import reference, token_logps, tw_grpo_head
-from kernels.reference import group_divergence, token_weights
+from kernels.reference import LossOptions, group_divergence, token_weights
 
 ALL_FORMS = [(f, e) for f in ("official", "textbook") for e in ("uniform", "exclude")]
 
@@ -16,18 +16,8 @@ def float64(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def log_rows(*rows):
-    """(G, 1, V) log-probs of completions that are one token long."""
-    return torch.stack([float64(*row).log()[None] for row in rows])
-
-
 def ones(count):
     return torch.ones(count, dtype=torch.int64)
-
-
-def test_two_opposite_certainties_are_ln_2_apart():
-    rows = log_rows([1, 0], [0, 1])
-    assert_close(group_divergence(rows, ones(2), "textbook"), float64(math.log(2)))
 
 
 def test_g_opposite_certainties_are_ln_g_apart():
@@ -99,27 +89,46 @@ def test_k3_is_zero_at_equality_and_clamped_far_away():
 
 
 def test_tw_grpo_is_a_token_mean_and_grpo_a_sequence_mean():
-    lengths = torch.tensor([3, 1])
-    assert_close(
-        reference.token_coefficients(lengths, float64(1, 1.5, 2), "tw_grpo"),
-        float64(1, 1.5, 2, 1) / 4,
-    )
-    assert_close(
-        reference.token_coefficients(lengths, float64(1, 1, 1), "grpo"),
-        float64(1 / 6, 1 / 6, 1 / 6, 1 / 2),
-    )
+    lengths, weights = torch.tensor([3, 1]), float64(1, 1.5, 2)
+    tokens = reference.positions_of_tokens(lengths)
+    factors = lambda kind: reference.token_coefficients(*tokens, lengths, weights, kind)  # noqa: E731
+    assert_close(factors("tw_grpo"), float64(1, 1.5, 2, 1) / 4)
+    assert_close(factors("grpo"), float64(1 / 6, 1 / 6, 1 / 6, 1 / 2))
+
+
+@pytest.mark.parametrize("loss_type", ["tw_grpo", "grpo"])
+def test_coefficients_are_the_derivative_of_the_loss(loss_type):
+    """Eq. 24 as the page has it; ratios on both sides of the clip, one KL beyond its clamp."""
+    lengths, A = torch.tensor([3, 1, 2]), float64(1.0, -0.6, -0.4)
+    logps = torch.linspace(-4, -1, 6, dtype=torch.float64).requires_grad_()
+    old = logps.detach() - float64(0.5, 0.1, -0.3, 0.5, -0.5, 0.1)
+    ref = logps.detach() + float64(30, 1, -1, 0.2, 0, -2)
+    D = float64(0, 2, 1)
+    options = LossOptions(alpha=1.5, beta=0.3, loss_type=loss_type)
+    output = reference.weighted_loss(logps, D, lengths, A, old, ref, options)
+    output.loss.backward()
+
+    rho, d, A_N = (logps - old).exp(), ref - logps, A[torch.tensor([0, 0, 0, 1, 2, 2])]
+    is_clipped = torch.tensor([1, 0, 0, 0, 1, 0])
+    w_over_N = float64(1, 1.5, 1.25, 1, 1, 1.5) / 6
+    share = w_over_N if loss_type == "tw_grpo" else 1 / (3 * float64(3, 3, 3, 1, 2, 2))
+    by_hand = share * (-rho * A_N * (1 - is_clipped) - 0.3 * d.expm1() * (d.abs() <= 11))
+    assert_close(logps.grad, by_hand.detach(), rtol=1e-6, atol=1e-9)
+    assert output.clip_ratio == is_clipped.float().mean()
+    assert_close(output.kl, reference.k3_kl(logps, ref).mean().detach())
 
 
 def small_group(lengths=(4, 2, 3), V=11, D=5, seed=0):
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
-    N = sum(lengths)
-    advantages = draw(len(lengths))
+    N, advantages = sum(lengths), draw(len(lengths))
     return dict(
-        hidden_ND=draw(N, D).requires_grad_(), weight_VD=draw(V, D).requires_grad_(),
-        targets_N=torch.randint(V, (N,), generator=generator), lengths_G=torch.tensor(lengths),
+        hidden_ND=draw(N, D).requires_grad_(),
+        weight_VD=draw(V, D).requires_grad_(),
+        targets_N=torch.randint(V, (N,), generator=generator),
+        lengths_G=torch.tensor(lengths),
         advantages_G=advantages - advantages.mean(),
-    )  # fmt: skip
+    )
 
 
 def gradients(group, **options):
@@ -136,11 +145,10 @@ def test_reference_gradient_is_the_derivative(form, ended_rows, loss_type):
     old, ref = logps + torch.linspace(-0.1, 0.1, 9), logps + torch.linspace(-2, 2, 9)
 
     def loss(hidden, weight):
-        return tw_grpo_head(
-            **{**group, "hidden_ND": hidden, "weight_VD": weight}, old_logps_N=old, ref_logps_N=ref,
-            beta=0.04, divergence=form, ended_rows=ended_rows, loss_type=loss_type,
-            detach_weights=False, impl="reference",
-        ).loss  # fmt: skip
+        group.update(hidden_ND=hidden, weight_VD=weight, old_logps_N=old, ref_logps_N=ref)
+        shape = dict(divergence=form, ended_rows=ended_rows, loss_type=loss_type)
+        head = tw_grpo_head(**group, **shape, beta=0.04, detach_weights=False, impl="reference")
+        return head.loss
 
     assert torch.autograd.gradcheck(loss, (group["hidden_ND"], group["weight_VD"]))
 
@@ -187,21 +195,22 @@ def test_nan_gives_nan():
 
 
 BAD_INPUT = [
-    ("hidden_ND", lambda g: g["hidden_ND"][0], "float \\(N, D\\)"),
-    ("hidden_ND", lambda g: g["hidden_ND"].long(), "float \\(N, D\\)"),
-    ("weight_VD", lambda g: g["weight_VD"][:, 1:], "with D = 5"),
+    ("hidden_ND", lambda g: g["hidden_ND"][0], "must be \\(N, D\\)"),
+    ("hidden_ND", lambda g: g["hidden_ND"].long(), "must be float"),
+    ("hidden_ND", lambda g: g["hidden_ND"][:0], "has no rows"),
+    ("weight_VD", lambda g: g["weight_VD"][:, 1:], "shape \\(11, 5\\)"),
     ("weight_VD", lambda g: g["weight_VD"].float(), "cast one"),
-    ("targets_N", lambda g: g["targets_N"][1:], "must be \\(9,\\) int64"),
-    ("targets_N", lambda g: g["targets_N"].int(), "must be \\(9,\\) int64"),
+    ("targets_N", lambda g: g["targets_N"][1:], "must be int64 of shape \\(9,\\)"),
+    ("targets_N", lambda g: g["targets_N"].int(), "must be int64"),
     ("targets_N", lambda g: g["targets_N"] + 11, "outside the vocabulary of 11"),
     ("targets_N", lambda g: g["targets_N"] - 11, "outside the vocabulary of 11"),
     ("lengths_G", lambda g: torch.tensor([4, 2, 2]), "sums to 8"),
     ("lengths_G", lambda g: torch.tensor([4, 0, 5]), "at least 1 each"),
     ("lengths_G", lambda g: torch.tensor([4.0, 2.0, 3.0]), "int64"),
     ("lengths_G", lambda g: torch.tensor([], dtype=torch.int64), "at least 1"),
-    ("advantages_G", lambda g: g["advantages_G"][1:], "like lengths_G"),
-    ("old_logps_N", lambda g: torch.zeros(8), "must be a float \\(9,\\)"),
-    ("ref_logps_N", lambda g: torch.zeros(9).long(), "must be a float \\(9,\\)"),
+    ("advantages_G", lambda g: g["advantages_G"][1:], "float of shape \\(3,\\)"),
+    ("old_logps_N", lambda g: torch.zeros(8), "float of shape \\(9,\\)"),
+    ("ref_logps_N", lambda g: torch.zeros(9).long(), "must be float"),
     ("alpha", lambda g: 0.0, "at least 1"),
     ("beta", lambda g: 0.1, "needs ref_logps_N"),
     ("beta", lambda g: -0.1, "0 or more"),
@@ -217,13 +226,9 @@ BAD_INPUT = [
 @pytest.mark.parametrize("name, value, sentence", BAD_INPUT)
 def test_bad_input_is_named(name, value, sentence):
     group = small_group()
+    group[name] = value(group)
+    if "no rows" in sentence:
+        group["targets_N"] = group["targets_N"][:0]
     with pytest.raises((ValueError, TypeError), match=sentence) as caught:
-        tw_grpo_head(**{**group, name: value(group)})
+        tw_grpo_head(**group)
     assert name in str(caught.value)
-
-
-def test_an_empty_group_is_refused():
-    group = small_group()
-    empty = {**group, "hidden_ND": group["hidden_ND"][:0], "targets_N": group["targets_N"][:0]}
-    with pytest.raises(ValueError, match="hidden_ND has no rows"):
-        tw_grpo_head(**empty)

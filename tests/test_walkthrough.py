@@ -77,7 +77,8 @@ def by_the_project() -> dict:
     logits_NV = (hidden_ND @ head_VD.detach().T).requires_grad_()
     # With the identity for lm_head, hidden states are logits, and so are their gradients.
     head(logits_NV, torch.eye(V).double()).loss.backward()
-    share_N = reference.token_coefficients(lengths_G, official.weights_T, "tw_grpo")
+    tokens = reference.positions_of_tokens(lengths_G)
+    share_N = reference.token_coefficients(*tokens, lengths_G, official.weights_T, "tw_grpo")
     p_after_NV = reference.vocab_logps(hidden_ND, head_VD - STEP * head_VD.grad).exp()
     return rewards | {
         "frames": video.frame_indices(toy.FRAMES, toy.RATE, video.FPS, toy.CLIP["max_frames"]),
