@@ -1,25 +1,25 @@
-"""How good a policy's answers are: benchmarks, scores of their logs, and one question at a time.
+"""Evaluates a policy: answers benchmarks, scores the logs, and answers single questions.
 
     python eval.py run --benchmark mmvu --model DIR --data FILE --video_root DIR --out LOG.jsonl
     python eval.py score LOG...  [--markdown]
     python eval.py ask --model DIR --video FILE --question "..." [--options A B C] [--weights]
 
-`run` answers every question with the policy's own rollout, so what is measured is what is trained.
-Each answer is one line of the log, in the official logs' form, written the moment it exists: a run
-killed at any point goes on where it stopped. Under torchrun each rank takes every n-th question,
-and all append to the one log. Logs are written and scored in tools/score.py.
+`run` answers with the rollout that training uses, so it measures what is trained. Each answer is
+appended to the log at once, in the official logs' format, so a killed run resumes where it stopped.
+Under torchrun each rank takes every n-th question, and all append to the same log.
 
-Prompt styles are in data.py; which of them gives which row of the paper is in docs/prompts.md.
-Letters in shapes: B questions answered together, G completions of each, T positions.
+The loop that answers is in run/answers.py, logs and scores are in tools/score.py, prompt styles in
+data.py; docs/prompts.md says which style belongs to which row of the paper.
+Letters in shapes: G completions, T positions, N completion tokens, D hidden size, V vocabulary.
 """
 
 import argparse
-import contextlib
+import itertools
+import math
 import os
+import re
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -35,17 +35,15 @@ from model import ranks
 from model.packing import Group
 from model.policy import Policy
 from records import LETTERS, Record, load_records, printable
-from rewards import (
-    compare_answers,
-    extract_answer,
-    strict_format_reward,
-    tagged_answer,
-)
+from rewards import compare_answers, extract_answer, strict_format_reward, tagged_answer
+from run import setup
+from run.answers import answer
+from run.config import Config
 from run.decoder import ClipReader
 from tools import score
 from video import VideoError
 
-BENCHMARKS = {  # the prompt style with which the paper evaluates its model on each
+BENCHMARKS = {  # -> the prompt style with which the paper evaluates its model
     "clevrer": "r1_system",
     "nextgqa": "video_r1",
     "mmvu": "video_r1",
@@ -60,74 +58,66 @@ BENCHMARKS = {  # the prompt style with which the paper evaluates its model on e
 # ----------------------------------------------------------------------------------------- eval run
 
 
-def ahead(items: Iterable, work: Callable, depth: int) -> Iterator:
-    """work(item) for every item in order, up to `depth` of them done ahead in one thread."""
-    pool, waiting = ThreadPoolExecutor(1), deque()
-    try:
-        for item in items:
-            waiting.append(pool.submit(work, item))
-            if len(waiting) > depth:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)  # whoever stops early does not wait for the rest
+def run(args: argparse.Namespace) -> None:
+    """Answers the questions that are not in the log yet, each rank its share of them."""
+    ranks.start()
+    style = args.prompt or BENCHMARKS[args.benchmark]
+    records = {score.question_key(r.row): r for r in load_records(args.data, args.video_root)}
+    records = dict(itertools.islice(records.items(), args.limit))
+    settings = {"benchmark": args.benchmark, "model": args.model, "prompt": style}
+    settings |= {name: getattr(args, name) for name in DECIDES_ANSWERS}
+    with score.open_log(args.out, settings) as log:
+        todo = [k for k, key in enumerate(records) if key not in log.done]
+        if len(todo) < len(records) and ranks.is_main():
+            before = len(records) - len(todo)
+            print(f"{args.out}: {before} of {len(records)} answered before", flush=True)
+        mine = [k for k in todo if k % ranks.world() == ranks.rank()]
+        answered = answer_all(args, list(records.values()), mine, style, log) if mine else 0
+        count, asked = map(sum, zip(*ranks.gather((answered, len(mine))), strict=True))
+    if not count and not log.done:
+        raise UserError(f"{args.data}: none of its {len(todo)} questions has a readable clip")
+    if ranks.is_main():
+        print(f"{count} questions answered, {asked - count} skipped", flush=True)
+        scored = score.read_log(args.out)
+        print(score.report(scored, score.summarize(scored)))
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+def answer_all(
+    args: argparse.Namespace, records: list[Record], mine: list[int], style: str, log: score.RowLog
+) -> int:
+    """Answers records[k] for every k in `mine` into the log; returns how many were answered."""
+    hits = []
+    bar = tqdm(total=len(mine), desc=args.benchmark, disable=not ranks.is_main())
+    with load_policy(args).gathered() as policy, ClipReader(args.timeout) as reader, bar:
+        prompter = make_prompter(args, policy, style, reader)
+        check_prompts(prompter, records, args.data)
 
+        def use(group: Group) -> None:
+            row = log_row(group, style)
+            log.append(row)
+            hits.append(row["accuracy_score"] == 1.0)
+            bar.set_postfix(strict=f"{100 * np.mean(hits):.1f}", refresh=False)
 
-def answered(
-    prepared: Iterable, generate: Callable[[list], list[Group]], batch_size: int
-) -> Iterator[Group]:
-    """Groups of all prepared questions, `batch_size` at a time, in order.
-
-    When a batch does not fit in memory, it is halved, and those after it stay as small. Raises
-    UserError if one question alone does not fit.
-    """
-    source, waiting = iter(prepared), []
-    while True:
-        while len(waiting) < batch_size and (item := next(source, None)) is not None:
-            waiting.append(item)
-        if not waiting:
-            return
-        batch, failed = waiting[:batch_size], False
-        try:
-            groups = generate(batch)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            failed = True
-        if failed:  # outside the handler, which keeps the failed batch's tensors alive
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            if len(batch) == 1:
-                raise UserError(
-                    "one question alone does not fit in memory; lower --max_pixels, --max_frames "
-                    "or --max_completion_length"
-                )
-            batch_size = len(batch) // 2
-            tqdm.write(f"out of memory: {batch_size} questions at a time from here", sys.stderr)
-            continue
-        waiting = waiting[len(batch) :]
-        yield from groups
+        asked = [(records[k], records[k], (args.seed, k)) for k in mine]
+        return answer(
+            policy, prompter, asked, use, bar, batch_size=args.batch_size, **sampling(args)
+        )
 
 
 def log_row(group: Group, style: str) -> dict:
-    """One line of the log, its first seven keys those of the official logs."""
+    """One line of the log. Its first seven keys are those of the official logs."""
     record, output = group.question.record, group.texts[0]
     # The general zero-shot evaluator compares the whole output, the others what they extract.
-    answer = output.strip() if style == "direct_letter" else extract_answer(output)
+    given = output.strip() if style == "direct_letter" else extract_answer(output)
     _, opening, rest = output.partition("<think>")
     thought, closing, _ = rest.partition("</think>")
     return {
         "question": record.row,
         "ground_truth": record.solution,
         "model_output": output,
-        "extracted_answer": answer,
+        "extracted_answer": given,
         "think_content": thought.strip() if opening and closing else "",
-        "accuracy_score": compare_answers(answer, tagged_answer(record.solution)),
+        "accuracy_score": compare_answers(given, tagged_answer(record.solution)),
         "format_score": strict_format_reward(output),
         "tokens": len(group.completions[0]),
         "finished": group.finished[0],
@@ -135,67 +125,6 @@ def log_row(group: Group, style: str) -> dict:
         "video_grid": list(group.question.grid),
         "seconds_between_frames": round(group.question.seconds, 6),
     }
-
-
-def run(args: argparse.Namespace) -> None:
-    """Answers the questions that the log does not hold yet, each rank its share of them."""
-    ranks.start()
-    style = args.prompt or BENCHMARKS[args.benchmark]
-    records = list({score.question_key(r.row): r for r in load_records(
-        args.data, args.video_root)}.values())[: args.limit]  # fmt: skip
-    settings = {"benchmark": args.benchmark, "model": args.model, "prompt": style}
-    settings |= {k: getattr(args, k) for k in DECIDES_ANSWERS}
-    with score.open_log(args.out, settings) as log:
-        keys = [score.question_key(r.row) for r in records]
-        todo = [(k, r) for k, r in enumerate(records) if keys[k] not in log.done]
-        if len(todo) < len(records) and ranks.is_main():
-            before = len(records) - len(todo)
-            print(f"{args.out}: {before} of {len(records)} answered before", flush=True)
-        mine = [(k, r) for k, r in todo if k % ranks.world() == ranks.rank()]
-        counts = answer_all(args, records, mine, style, log) if mine else (0, 0)
-        count, skipped = map(sum, zip(*ranks.gather(counts), strict=True))
-    if not count and not log.done:
-        raise UserError(f"{args.data}: none of its {len(todo)} questions could be shown")
-    if ranks.is_main():
-        print(f"{count} questions answered, {skipped} skipped", flush=True)
-        scored = score.read_log(args.out)
-        print(score.report(scored, score.summarize(scored)))
-
-
-def answer_all(
-    args: argparse.Namespace, records: list[Record], todo: list, style: str, log: score.RowLog
-) -> tuple[int, int]:
-    """Answers this rank's questions into the log; how many were answered, and how many skipped."""
-    skipped, hits = [], []
-    with load_policy(args).gathered() as policy, ClipReader(args.timeout) as reader:
-        prompter = make_prompter(args, policy, style, reader)
-        check_prompts(prompter, records, args.data)
-        bar = tqdm(total=len(todo), desc=args.benchmark, disable=not ranks.is_main())
-
-        def prepare(item):
-            k, record = item
-            try:
-                return prompter(record), (args.seed, k)
-            except VideoError as error:
-                skipped.append(record.id)
-                note = printable(f"skipped question {record.id}: {error}")
-                tqdm.write(note, file=sys.stderr)
-                bar.update()
-
-        def generate(batch):
-            questions, seeds = [q for q, _ in batch], [s for _, s in batch]
-            return rollout(policy, questions, seeds, args)
-
-        with contextlib.closing(ahead(todo, prepare, args.batch_size)) as prepared:
-            readable = (question for question in prepared if question is not None)
-            for group in answered(readable, generate, args.batch_size):
-                row = log_row(group, style)
-                log.append(row)
-                hits.append(row["accuracy_score"] == 1.0)
-                bar.update()
-                bar.set_postfix(strict=f"{100 * np.mean(hits):.1f}", refresh=False)
-        bar.close()
-    return len(hits), len(skipped)
 
 
 def load_policy(args: argparse.Namespace) -> Policy:
@@ -206,23 +135,19 @@ def load_policy(args: argparse.Namespace) -> Policy:
 def make_prompter(
     args: argparse.Namespace, policy: Policy, style: str, reader: ClipReader
 ) -> Prompter:
-    return Prompter(
-        policy.tokenizer, policy.chat_template, policy.geometry, "mixed",
-        args.fps, args.max_frames, args.min_pixels, args.max_pixels,
+    names = ("fps", "max_frames", "min_pixels", "max_pixels", "max_prompt_length")
+    return setup.make_prompter(
+        Config(**{name: getattr(args, name) for name in names}),
+        policy,
         style=style,
         seconds_per_patch=1.0 if args.timing == "fixed" else None,
         repeat_frames=args.repeat_frames,
         load_clip=reader.load_clip,
-        max_prompt_length=policy.longest_prompt(args.max_prompt_length),
-    )  # fmt: skip
-
-
-@torch.no_grad()
-def rollout(policy: Policy, questions: list, seeds: list, args, G: int = 1) -> list[Group]:
-    features = policy.encode_videos(questions)
-    return policy.rollout(
-        questions, features, G, args.max_completion_length, args.temperature, seeds, args.top_p
     )
+
+
+def sampling(args: argparse.Namespace) -> dict:
+    return {name: getattr(args, name) for name in ("max_completion_length", "temperature", "top_p")}
 
 
 # ----------------------------------------------------------------------------------------- eval ask
@@ -236,41 +161,41 @@ def ask(args: argparse.Namespace) -> None:
     record = Record("asked", problem, "", Path(args.video), kind=kind)
     with load_policy(args).gathered() as policy, ClipReader(args.timeout) as reader:
         question = make_prompter(args, policy, args.prompt, reader)(record)
-        show_answer(args, policy, question)
+        print(shown_clip(policy, question))
+        group = sample(policy, question, (args.seed,), 1, **sampling(args))
+        print(dimmed_think(group.texts[0], sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+        print(f"{len(group.completions[0])} tokens{'' if group.finished[0] else ', cut off'}")
+        if args.weights:
+            args.temperature, args.top_p = args.temperature or 1.0, 1.0  # as in training
+            group = sample(policy, question, (args.seed, 1), args.num_generations, **sampling(args))
+            print(weights_table(policy, group, args.alpha, args.temperature))
 
 
-def show_answer(args: argparse.Namespace, policy: Policy, question: Question) -> None:
-    t, h, w = question.grid
-    size = policy.geometry.patch_size
-    print(
-        f"{t * policy.geometry.temporal_patch_size} frames of {w * size} x {h * size} pixels, "
-        f"{question.seconds:.2f} s apart: {t * h * w // policy.geometry.merge_size**2} video "
-        f"tokens in a prompt of {len(question.ids_P)}"
+def shown_clip(policy: Policy, question: Question) -> str:
+    (t, h, w), geometry = question.grid, policy.geometry
+    return (
+        f"{t * geometry.temporal_patch_size} frames of {w * geometry.patch_size} x "
+        f"{h * geometry.patch_size} pixels, {question.seconds:.2f} s apart: "
+        f"{t * h * w // geometry.merge_size**2} video tokens in a prompt of {len(question.ids_P)}"
     )
-    groups = rollout(policy, [question], [(args.seed,)], args)
-    print(dimmed_think(groups[0].texts[0], sys.stdout.isatty() and "NO_COLOR" not in os.environ))
-    end = "" if groups[0].finished[0] else ", cut off"
-    print(f"{len(groups[0].completions[0])} tokens{end}")
-    if args.weights:
-        args.temperature, args.top_p = args.temperature or 1.0, 1.0  # as in training
-        (group,) = rollout(policy, [question], [(args.seed, 1)], args, args.num_generations)
-        print(weights_table(policy, group, args.alpha, args.temperature))
+
+
+@torch.no_grad()
+def sample(policy: Policy, question: Question, seed: tuple, G: int, **how) -> Group:
+    features = policy.encode_videos([question])
+    return policy.rollout([question], features, num_generations=G, seeds=[seed], **how)[0]
 
 
 def dimmed_think(text: str, colours: bool) -> str:
     """The text, printable, its think part in dim letters."""
-    text = printable(text)
-    if not colours:
-        return text
-    before, opening, rest = text.partition("<think>")
-    thought, closing, after = rest.partition("</think>")
-    return f"{before}\x1b[2m{opening}{thought}{closing}\x1b[0m{after}"
+    dim = "\x1b[2m\\g<0>\x1b[0m" if colours else "\\g<0>"
+    return re.sub("<think>.*?(</think>|$)", dim, printable(text), count=1, flags=re.DOTALL)
 
 
 @torch.no_grad()
 def weights_table(policy: Policy, group: Group, alpha: float, temperature: float) -> str:
-    """The token weights of a group: a line for each position t with w_t, D_t (nats) and what each
-    completion says there ("." where it has ended)."""
+    """The token weights of a group: a line for each position t with w_t, D_t in nats and the token
+    of each completion ("." after its end)."""
     features = policy.encode_videos([group.question])
     (hidden_ND,) = policy.hidden_states([group], features)
     device = hidden_ND.device
@@ -293,26 +218,41 @@ def weights_table(policy: Policy, group: Group, alpha: float, temperature: float
 
 # ------------------------------------------------------------------------------------- command line
 
-DECIDES_ANSWERS = ("temperature", "top_p", "max_completion_length", "fps", "max_frames",
-                   "min_pixels", "max_pixels", "repeat_frames", "timing", "seed")  # fmt: skip
+DECIDES_ANSWERS = (
+    "temperature top_p max_completion_length fps max_frames min_pixels max_pixels".split()
+)
+DECIDES_ANSWERS += ["repeat_frames", "timing", "seed"]
+
+
+def within(low: float, high: float = math.inf) -> Callable[[str], float]:
+    """A type for argparse: a finite number from `low` to `high`; whole numbers if `low` is one."""
+
+    def number(text: str) -> float:
+        value = type(low)(text)
+        if not low <= value <= high or math.isinf(value):
+            bounds = f"at least {low:,}" if high == math.inf else f"in {low:,}..{high:,}"
+            raise argparse.ArgumentTypeError(f"must be {bounds}, and finite")
+        return value
+
+    return number
 
 
 def add_model_flags(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--model", required=True, help="Qwen2.5-VL or Qwen2-VL checkpoint")
-    add("--temperature", type=float, default=0.0, help="0: greedy; official: 0.1")
-    add("--top_p", type=float, default=1.0, help="official: 0.001")
-    add("--max_completion_length", type=int, default=1024, help="tokens; official: 4096")
-    add("--fps", type=float, default=video.FPS, help="frames sampled per second")
-    add("--max_frames", type=int, default=video.MAX_FRAMES, help="frames, at most")
-    add("--min_pixels", type=int, default=video.MIN_PIXELS, help="per frame, at least")
-    add("--max_pixels", type=int, default=video.MAX_PIXELS, help="per frame, at most")
-    add("--max_prompt_length", type=int, default=MAX_PROMPT_LENGTH, help="longer ones are skipped")
-    add("--repeat_frames", type=int, default=0, help="exactly so many frames; official: 16")
-    told = "the seconds the model is told: the clip's, or 1 per temporal patch (official)"
+    add("--temperature", type=within(0.0), default=0.0, help="0: greedy; official: 0.1")
+    add("--top_p", type=within(1e-9, 1.0), default=1.0, help="official: 0.001")
+    add("--max_completion_length", type=within(1, 131_072), default=1024, help="official: 4096")
+    add("--fps", type=within(1e-9), default=video.FPS, help="frames sampled per second")
+    add("--max_frames", type=within(2, 9_999), default=video.MAX_FRAMES, help="at most")
+    add("--min_pixels", type=within(1), default=video.MIN_PIXELS, help="per frame, at least")
+    add("--max_pixels", type=within(1), default=video.MAX_PIXELS, help="per frame, at most")
+    add("--max_prompt_length", type=within(1), default=MAX_PROMPT_LENGTH, help="tokens, at most")
+    add("--repeat_frames", type=within(0, 9_998), default=0, help="exactly so many; official: 16")
+    told = "what the model is told of time: the clip's own, or 1 s per temporal patch (official)"
     add("--timing", choices=("true", "fixed"), default="true", help=told)
-    add("--timeout", type=float, default=60, help="seconds to decode a clip, at most")
-    add("--seed", type=int, default=42, help="of sampling")
+    add("--timeout", type=within(1e-9, 86_400.0), default=60.0, help="seconds to decode a clip in")
+    add("--seed", type=within(0), default=42, help="of sampling")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -324,80 +264,53 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--video_root", default="", help="directory the video paths start from")
     one.add_argument("--out", required=True, help="log to append to; an existing one is resumed")
     one.add_argument("--prompt", choices=STYLES, help="default: the paper's for the benchmark")
-    one.add_argument("--batch_size", type=int, default=16, help="questions together, at most")
-    one.add_argument("--limit", type=int, help="only the first so many questions")
+    one.add_argument("--batch_size", type=within(1), default=16, help="questions at once, at most")
+    one.add_argument("--limit", type=within(1), help="only the first so many questions")
     add_model_flags(one)
     one = commands.add_parser("score", help="accuracy of logs, this project's or the official ones")
     one.add_argument("logs", nargs="+")
     one.add_argument("--markdown", action="store_true", help="one table of all logs")
-    one.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
+    one.add_argument("--resamples", type=within(1, 10**6), default=1000, help="of the bootstrap")
     one = commands.add_parser("ask", help="one question about one clip")
     one.add_argument("--video", required=True)
     one.add_argument("--question", required=True)
     one.add_argument("--options", nargs="*", default=[], help="texts, lettered A, B, C ...")
     one.add_argument("--prompt", choices=STYLES, default="think")
     one.add_argument("--weights", action="store_true", help="also sample G answers and weigh them")
-    one.add_argument("--num_generations", type=int, default=8, help="G, for --weights")
-    one.add_argument("--alpha", type=float, default=1.7, help="upper bound of the weights")
+    one.add_argument("--num_generations", type=within(2, 1024), default=8, help="G, for --weights")
+    one.add_argument("--alpha", type=within(1.0), default=1.7, help="upper bound of the weights")
     add_model_flags(one)
     return top
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Raises UserError on a flag that makes no sense."""
-    options = getattr(args, "options", [])
-    rules = {
-        "--resamples must be in 1..1,000,000": getattr(args, "resamples", 1) in range(1, 1_000_001),
-        "--batch_size must be at least 1": getattr(args, "batch_size", 1) >= 1,
-        "--limit must be at least 1": getattr(args, "limit", None) is None or args.limit >= 1,
-        "--num_generations must be in 2..1,024": (
-            getattr(args, "num_generations", 2) in range(2, 1025)
-        ),
-        "--options takes at most 26": len(options) <= 26,
-        "--question and --options must be UTF-8 text": not any(
-            "\ud800" <= c <= "\udfff" for c in getattr(args, "question", "") + "".join(options)
-        ),
-        "--alpha must be at least 1, and finite": 1 <= getattr(args, "alpha", 1) < np.inf,
-    }
-    if args.command != "score":
-        rules |= {
-            "--temperature must be 0 or more, and finite": 0 <= args.temperature < np.inf,
-            "--seed must be 0 or more": args.seed >= 0,
-            "--top_p must be above 0 and at most 1": 0 < args.top_p <= 1,
-            "--max_completion_length must be in 1..131,072": (
-                args.max_completion_length in range(1, 131_073)
-            ),
-            "--max_prompt_length must be at least 1": args.max_prompt_length >= 1,
-            "--fps must be above 0, and finite": 0 < args.fps < np.inf,
-            "--max_frames must be in 2..9,999": args.max_frames in range(2, 10_000),
-            "--min_pixels must be in 1..max_pixels": 0 < args.min_pixels <= args.max_pixels,
-            "--repeat_frames must be 0 or an even number": args.repeat_frames in range(0, 9999, 2),
-            "--timeout must be above 0 and at most 86,400": 0 < args.timeout <= 86_400,
-        }
-    for message, holds in rules.items():
-        if not holds:
-            raise UserError(message)
+    """Raises UserError on flags that make no sense, other than a number out of its bounds."""
+    flags = dict(min_pixels=1, max_pixels=1, repeat_frames=0, question="", options=[]) | vars(args)
+    if flags["min_pixels"] > flags["max_pixels"]:
+        raise UserError("--min_pixels must not be above --max_pixels")
+    if flags["repeat_frames"] % 2:
+        raise UserError("--repeat_frames must be an even number")
+    if len(flags["options"]) > len(LETTERS):
+        raise UserError(f"--options takes at most {len(LETTERS)}")
+    if re.search("[\ud800-\udfff]", flags["question"] + "".join(flags["options"])):
+        raise UserError("--question and --options must be UTF-8 text")
 
 
 def main() -> None:
     args = parser().parse_args()
     try:
         check_flags(args)
-        if args.command == "run":
-            run(args)
-        elif args.command == "ask":
-            ask(args)
-        else:
+        if args.command == "score":
             logs = [score.read_log(path) for path in args.logs]
             scored = [(log, score.summarize(log, args.resamples)) for log in logs]
             texts = [score.report(*pair) for pair in scored]
             print(score.markdown(scored) if args.markdown else "\n\n".join(texts))
+        else:
+            (run if args.command == "run" else ask)(args)
     except (UserError, VideoError, ranks.Failed) as error:
         raise SystemExit(f"error: {printable(str(error))}") from None
     except KeyboardInterrupt:
-        raise SystemExit(
-            "interrupted; a run goes on where it stopped if it is given again"
-        ) from None
+        raise SystemExit("interrupted; the same command resumes a run") from None
 
 
 if __name__ == "__main__":

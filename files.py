@@ -4,6 +4,7 @@
     lock            one process at a time in a run directory or at a log
     new_directory   a fresh directory that no other process can choose too
     read_json       a JSON object, or a sentence that says why not
+    json_lines      the values of JSONL, line by line
 
 What a user can mend is raised as a UserError, here and everywhere else.
 """
@@ -93,6 +94,17 @@ def read_json(path: Path, remedy: str) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a JSON object; {remedy}")
     return value
+
+
+def json_lines(data: bytes) -> Iterator[tuple[int, object]]:
+    """(line number from 1, value) of each line of JSONL that is not blank. The value of a line that
+    is not JSON is the exception that says why."""
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:  # also: not UTF-8, nested without end
+                yield number, error
 
 
 def checksum(path: Path) -> int:

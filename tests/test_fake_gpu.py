@@ -53,9 +53,9 @@ def test_a_rollout_waits_only_to_see_whether_all_have_ended(gpu, gathered):
 
 def test_evaluation_decodes_from_the_gathered_copy(gpu):
     policy, question = model_and_question(**SMALL)
-    records, common = [question.record] * 3, dict(max_completion_length=3, batch_size=2)
+    records, cfg = [question.record] * 3, Config("-", "-", max_completion_length=3)
     with policy.gathered() as actor:
-        scores = evaluate(actor, lambda *_: question, records, temperature=0.0, **common)
+        scores = evaluate(cfg, actor, lambda *_: question, records, greedy=True, batch_size=2)
     assert scores["soft"] == 0 and set(gpu.waits) == {"run", "<genexpr>"}
 
 

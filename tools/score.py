@@ -1,17 +1,17 @@
-"""Evaluation logs: written a row at a time, and scored, the official ones too.
+"""Evaluation logs, this project's and the official ones: written a row at a time, and scored.
 
-    open_log     the log of a run, for its ranks alone; a run that was killed goes on in it
-    read_log     JSONL of answered questions -> Log: one Answer a question, duplicates set aside
-    summarize    Log -> accuracy with its 95 % interval: overall, single, multi, by task
+    open_log     the log of a run, locked for its ranks; a killed run is resumed in it
+    read_log     JSONL of answered questions -> Log: one Answer per question, duplicates set aside
+    summarize    Log -> accuracy with 95 % intervals: overall, single, multi, by task
     report, markdown    the same as text, and as one table of several logs
 
 A row is {"question": {the dataset's row}, "ground_truth", "model_output", ...}. Its accuracy is
-recomputed from model_output, and compared with the log's own where it has one. Soft accuracy is
-`rewards.compare_answers`; strict counts only what is fully right.
+recomputed from model_output, and compared with the logged one if there is one. Soft accuracy is
+`rewards.compare_answers`; strict accuracy counts only fully right answers.
 
-OFFICIAL (src/eval/*.py): the CLEVRER evaluator's "overall" covers its last batch only; a resumed
-run repeats rows (the Video-MME zero-shot log holds 2,748 for 2,700 questions).
-OURS: all rows, each question once, the first of its rows counted.
+OFFICIAL (src/eval/*.py): "overall" of the CLEVRER evaluator covers its last batch only; a resumed
+run repeats rows (the Video-MME zero-shot log has 2,748 for 2,700 questions).
+OURS: all rows, but only the first row of each question.
 
 Letters in shapes: Q questions, R resamples.
 """
@@ -35,7 +35,7 @@ from records import printable, read_rows, task_of
 from rewards import compare_answers, extract_answer, number, strict_format_reward, tagged_answer
 
 _LETTERS = re.compile(r"[A-Z](?:\s*,\s*[A-Z])*,?")
-MANY_TASKS = 40  # more are no breakdown anyone reads
+MANY_TASKS = 40  # a breakdown into more is not shown
 
 
 @dataclass
@@ -44,19 +44,19 @@ class Answer:
 
     name: str  # its id
     soft: float
-    form: float  # the strict format
+    form: float  # 1 if the output is in the strict format, else 0
     answer: str
-    is_multi: bool  # several right answers, by the comma in the truth, as in the official code
+    is_multi: bool  # several right answers: a comma in the truth, as in the official code
     task: str
-    fits: bool  # the answer is of a form that could be right
-    agrees: bool  # with the log's own score, or the log has none
+    fits: bool  # the answer has a form that could be right
+    agrees: bool  # the logged accuracy is the same, or there is none
 
 
 @dataclass
 class Log:
     path: Path
     answers: list[Answer]
-    duplicates: list[str] = field(default_factory=list)  # ids, one for every row set aside
+    duplicates: list[str] = field(default_factory=list)  # the id of every repeated row
     errors: list[str] = field(default_factory=list)  # a sentence for every bad row
 
 
@@ -90,7 +90,7 @@ def read_log(path: str | Path) -> Log:
 
 
 def score_row(row: object, where: str) -> tuple[Answer, str]:
-    """(the answer of one row, scored; its question's key). Raises ValueError if it has none."""
+    """(the scored answer, the key of its question). Raises ValueError if the row has none."""
     if not isinstance(row, dict) or not isinstance(row.get("model_output"), str):
         raise ValueError("needs 'model_output', a text")
     question = row.get("question")
@@ -98,19 +98,18 @@ def score_row(row: object, where: str) -> tuple[Answer, str]:
     truth = row.get("ground_truth", facts.get("solution"))
     if not isinstance(truth, str) or not truth.strip():
         raise ValueError("needs 'ground_truth', a text that is not empty")
-    truth = tagged_answer(truth)
-    answer = answer_of(row)
-    soft = compare_answers(answer, truth)
-    logged = row.get("accuracy_score")
+    truth, answer = tagged_answer(truth), answer_of(row)
+    soft, logged = compare_answers(answer, truth), row.get("accuracy_score")
     ids = (facts.get(k) for k in ("id", "question_id", "problem_id"))
-    name = next((str(i)[:80] for i in ids if i is not None), where)
     is_number = number(truth) is not None
     is_choice = not is_number and _LETTERS.fullmatch(truth) is not None
     fits = bool(answer)
-    if is_choice or is_number:
-        fits = (number(answer) if is_number else _LETTERS.fullmatch(answer)) is not None
+    if is_number:
+        fits = number(answer) is not None
+    elif is_choice:
+        fits = _LETTERS.fullmatch(answer) is not None
     scored = Answer(
-        name=name,
+        name=next((str(i)[:80] for i in ids if i is not None), where),
         soft=soft,
         form=strict_format_reward(row["model_output"]),
         answer=answer,
@@ -125,19 +124,19 @@ def score_row(row: object, where: str) -> tuple[Answer, str]:
 def answer_of(row: dict) -> str:
     """The answer by the rule of the evaluator that wrote the row.
 
-    The general zero-shot script compares the whole output; all others extract (REFERENCE of the
-    rule: rewards.extract_answer). Which it was shows in the logged "extracted_answer".
+    The general zero-shot evaluator compares the whole output, and then logs it as the
+    "extracted_answer"; all others compare `rewards.extract_answer` of it.
     """
     output = row["model_output"]
-    extracted, whole = extract_answer(output), output.strip()
-    return whole if row.get("extracted_answer") == whole else extracted
+    whole = output.strip()
+    return whole if row.get("extracted_answer") == whole else extract_answer(output)
 
 
 # ----------------------------------------------------------------------------------- a log to write
 
 
 class RowLog:
-    """The JSONL log of a run, which all its ranks append to, and which survives kill -9."""
+    """The JSONL log of a run. All its ranks append to it, and kill -9 loses at most one row."""
 
     def __init__(self, path: str, settings: dict, done: set[str]):
         self.path, self.settings, self.done = path, settings, done
@@ -156,7 +155,7 @@ class RowLog:
             os.ftruncate(self.descriptor, before)
             raise UserError(
                 f"--out {self.path}: cannot be written ({error.strerror}); its rows are whole, and "
-                "the same command goes on from there"
+                "the same command resumes it"
             ) from None
         finally:
             fcntl.flock(self.descriptor, fcntl.LOCK_UN)
@@ -164,25 +163,29 @@ class RowLog:
 
 @contextlib.contextmanager
 def open_log(path: str, settings: dict) -> Iterator[RowLog]:
-    """The log, for all ranks of this run and for no other run while this one lasts. Raises
-    UserError on every rank, and leaves the file as it is, if it cannot be had."""
-    lock = done = refusal = None
+    """The log for all ranks of this run, locked against other runs until the block ends.
+
+    Raises UserError on every rank, and leaves the file as it is, if it is another run's.
+    """
+    real = Path(os.path.realpath(path))
+    beside, lock = real.with_name(f".{real.name}.lock"), None
+
+    def take() -> set[str]:
+        nonlocal lock
+        lock = files.lock(beside)
+        if lock is None:
+            raise UserError("another eval.py run is writing to it")
+        try:
+            return mend(real, settings)
+        except (UserError, OSError):
+            beside.unlink()  # it would lie beside a file that is not ours
+            raise
+
     try:
-        if ranks.is_main():
-            directory, name = os.path.split(os.path.realpath(path))
-            beside = Path(directory, f".{name}.lock")
-            try:
-                lock = files.lock(beside)
-                if lock is None:
-                    raise UserError("another eval.py run is writing to it")
-                done = mend(Path(path), settings)
-            except (UserError, OSError) as error:
-                refusal = getattr(error, "strerror", None) or str(error)
-                if lock is not None:
-                    beside.unlink()  # it would lie beside a file that is not ours
-        refusal, done = ranks.gather((refusal, done))[0]
-        if refusal:
-            raise UserError(f"--out {path}: {refusal}")
+        try:
+            done = ranks.on_first(take)
+        except (UserError, OSError) as error:
+            raise UserError(f"--out {path}: {getattr(error, 'strerror', None) or error}") from None
         yield RowLog(path, settings, done)
         ranks.barrier()  # the first rank holds the lock for all
     finally:
@@ -191,31 +194,28 @@ def open_log(path: str, settings: dict) -> Iterator[RowLog]:
 
 
 def mend(path: Path, settings: dict) -> set[str]:
-    """Cuts off a last row that a killed run left unfinished; returns the keys of the questions that
-    are answered. Raises UserError, and changes nothing, if this is no log of these settings."""
-    if os.path.lexists(path) and not path.is_file():
+    """Cuts off an unfinished last row, and returns the keys of the answered questions. Raises
+    UserError, and changes nothing, if this is not a log of a run with these settings."""
+    if path.exists() and not path.is_file():
         raise UserError("is not a file")
-    *lines, last = path.read_bytes().split(b"\n") if path.exists() else [b""]
-    done = set()
-    for k, line in enumerate([*lines, last], 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            if k > len(lines) and line.startswith(b'{"question": '):  # it was cut short
-                break
-            row = None
+    data = path.read_bytes() if path.exists() else b""
+    whole, done = data[: data.rfind(b"\n") + 1], set()
+    torn = data[len(whole) :]
+    for k, row in files.json_lines(data):
+        is_last = k > whole.count(b"\n")
+        if is_last and isinstance(row, Exception) and torn.startswith(b'{"question": '):
+            break
         if not isinstance(row, dict) or not isinstance(row.get("run"), dict):
             raise UserError(f"line {k} is not a row of eval.py run; choose another file")
-        changed = [name for name, v in settings.items() if row["run"].get(name) != v]
+        changed = [name for name, value in settings.items() if row["run"].get(name) != value]
         if changed:
-            changes = ", ".join(changed)
-            raise UserError(f"line {k} was made with another {changes}; choose another file")
-        if k <= len(lines):
+            raise UserError(
+                f"line {k} was made with another {', '.join(changed)}; choose another file"
+            )
+        if not is_last:
             done.add(question_key(row.get("question")))
-    if last:
-        os.truncate(path, path.stat().st_size - len(last))
+    if torn:
+        os.truncate(path, len(whole))
     return done
 
 
@@ -224,7 +224,7 @@ def mend(path: Path, settings: dict) -> set[str]:
 
 @dataclass
 class Share:
-    """An accuracy in percent and its 95 % bootstrap interval."""
+    """An accuracy in percent, with its 95 % bootstrap interval."""
 
     questions: int
     strict: float
@@ -238,7 +238,7 @@ class Summary:
     shares: dict[str, Share]  # "overall", "single", "multi", then tasks
     form: float  # percent of the outputs in the strict format
     unfit: Counter  # answers of a form that cannot be right -> how often
-    disagreements: int  # rows whose logged score is another
+    disagreements: int  # rows whose logged accuracy differs
 
 
 def interval(scores_Q: np.ndarray, resamples: int, seed: int) -> tuple[float, float]:
@@ -257,13 +257,9 @@ def interval(scores_Q: np.ndarray, resamples: int, seed: int) -> tuple[float, fl
 def share(answers: list[Answer], resamples: int, seed: int) -> Share:
     soft_Q = np.array([a.soft for a in answers])
     strict_Q = (soft_Q == 1.0).astype(float)
-    return Share(
-        len(answers),
-        100 * float(strict_Q.mean()),
-        100 * float(soft_Q.mean()),
-        interval(strict_Q, resamples, seed),
-        interval(soft_Q, resamples, seed),
-    )
+    means = (100 * float(scores_Q.mean()) for scores_Q in (strict_Q, soft_Q))
+    intervals = (interval(scores_Q, resamples, seed) for scores_Q in (strict_Q, soft_Q))
+    return Share(len(answers), *means, *intervals)
 
 
 def summarize(log: Log, resamples: int = 1000, seed: int = 0) -> Summary:
@@ -290,23 +286,21 @@ def report(log: Log, summary: Summary) -> str:
     lines = [f"{one_line(log.path.name, 200)}: {len(log.answers)} questions"]
     lines.append(f"{'':32} questions   strict [95 %]           soft [95 %]")
     for name, s in summary.shares.items():
-        lines.append(
-            f"  {one_line(name, 30):30} {s.questions:9}   "
-            f"{s.strict:6.2f} [{s.strict_interval[0]:5.1f}, {s.strict_interval[1]:5.1f}]   "
-            f"{s.soft:6.2f} [{s.soft_interval[0]:5.1f}, {s.soft_interval[1]:5.1f}]"
-        )
-    unfit = sum(summary.unfit.values())
+        cells = [
+            f"{mean:6.2f} [{low:5.1f}, {high:5.1f}]"
+            for mean, (low, high) in ((s.strict, s.strict_interval), (s.soft, s.soft_interval))
+        ]
+        lines.append(f"  {one_line(name, 30):30} {s.questions:9}   {'   '.join(cells)}")
+    unfit, repeated = summary.unfit.total(), len(log.duplicates)
     examples = ", ".join(repr(one_line(a, 30)) for a, _ in summary.unfit.most_common(5))
-    lines.append(f"  format rate {summary.form:.2f}")
-    lines.append(f"  answers that fit no rule: {unfit}" + (f" ({examples})" if unfit else ""))
-    names = ", ".join(one_line(n, 40) for n in log.duplicates[:10])
-    more = ", ..." if len(log.duplicates) > 10 else ""
-    lines.append(
-        f"  duplicate rows, counted once: {len(log.duplicates)}"
-        + (f" (questions {names}{more})" if names else "")
-    )
+    names = ", ".join([one_line(n, 40) for n in log.duplicates[:10]] + ["..."] * (repeated > 10))
+    lines += [
+        f"  format rate {summary.form:.2f}",
+        f"  answers that fit no rule: {unfit}" + (f" ({examples})" if unfit else ""),
+        f"  duplicate rows, counted once: {repeated}" + (f" (questions {names})" if names else ""),
+    ]
     if summary.disagreements:
-        lines.append(f"  rows whose logged accuracy_score is another: {summary.disagreements}")
+        lines.append(f"  rows whose logged accuracy_score differs: {summary.disagreements}")
     lines += [f"  bad row, not counted: {one_line(error, 200)}" for error in log.errors[:10]]
     if len(log.errors) > 10:
         lines.append(f"  ... and {len(log.errors) - 10} more bad rows")
@@ -324,20 +318,13 @@ def markdown(logs: list[tuple[Log, Summary]]) -> str:
         overall = summary.shares["overall"]
         single, multi = summary.shares.get("single"), summary.shares.get("multi")
         low, high = overall.strict_interval
-        cells = [
-            one_line(log.path.stem, 80).replace("|", "\\|"),
-            str(overall.questions),
-            f"{overall.strict:.2f}",
-            f"{low:.1f} to {high:.1f}",
-            f"{overall.soft:.2f}",
-            f"{single.strict:.2f}" if single else "-",
-            f"{multi.strict:.2f}" if multi else "-",
-            f"{multi.soft:.2f}" if multi else "-",
-            f"{summary.form:.1f}",
-            str(sum(summary.unfit.values())),
-            str(len(log.duplicates)),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+        name = one_line(log.path.stem, 80).replace("|", "\\|")
+        multis = f"{multi.strict:.2f} | {multi.soft:.2f}" if multi else "- | -"
+        lines.append(
+            f"| {name} | {overall.questions} | {overall.strict:.2f} | {low:.1f} to {high:.1f} "
+            f"| {overall.soft:.2f} | {f'{single.strict:.2f}' if single else '-'} | {multis} "
+            f"| {summary.form:.1f} | {summary.unfit.total()} | {len(log.duplicates)} |"
+        )
     return "\n".join(lines)
 
 
