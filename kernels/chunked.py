@@ -56,7 +56,7 @@ def forward(
         logits_RV = matmul_float32(hidden_ND[order_R], weight_VD.T, out=buffer[: len(order_R)])
         statistics_3R = statistics_3N[:, rows]
         logits.row_statistics(logits_RV, targets_N[order_R], statistics_3R, options.temperature)
-        if layout.G > 1:  # one completion alone has no spread
+        if layout.G > 1 or options.divergence == "entropy":  # one alone has no spread
             divergence_T[first:last] = logits.group_divergence(
                 logits_RV, statistics_3R, layout, first, last, options
             )

@@ -49,7 +49,7 @@ def row_kernel(
 def group_kernel(
     logits_ptr, peak_ptr, log_sum_ptr, start_ptr, partial_ptr,
     first_t, V, G, log_V, inverse_temperature, slice_words,
-    TEXTBOOK: tl.constexpr, UNIFORM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    FORM: tl.constexpr, UNIFORM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Eqs. 14, 15: one slice of the vocabulary of D_t, `reference.group_divergence`.
 
@@ -73,7 +73,7 @@ def group_kernel(
         v = first + tl.arange(0, BLOCK)[None, :]
         x = tl.load(row_ptr + v, alive & (v < V), other=0.0) * inverse_temperature
         spread = group_spread(
-            x - peak - log_sum, alive, alive_count.to(tl.float32), ended, log_V, TEXTBOOK, AXIS=0
+            x - peak - log_sum, alive, alive_count.to(tl.float32), ended, log_V, FORM, AXIS=0
         )
         total += tl.where(v < V, spread, 0.0)  # D' = D + Σ_v mean_i (e^d - d - 1)
     partial_ptr += tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
@@ -122,7 +122,7 @@ def group_divergence(
     group_kernel[(last - first, slices)](
         logits_RV, *statistics_3R[1:], layout.start_of_t, partial_TS,
         first, V, layout.G, math.log(V), 1 / options.temperature, slice_words,
-        TEXTBOOK=options.divergence == "textbook", UNIFORM=options.ended_rows == "uniform",
+        FORM=options.divergence, UNIFORM=options.stands_in,
         ROWS=rows, BLOCK=block,
         # Four neighbouring words to each thread, and all the rows of a group: with more warps a
         # group is spread over two of them, and each of its sums and maxima has to wait for both.
