@@ -244,7 +244,7 @@ def within(low: float, high: float = math.inf) -> Callable[[str], float]:
 
 def add_model_flags(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("--model", required=True, help="Qwen2.5-VL or Qwen2-VL checkpoint")
+    add("--model", required=True, help="Qwen3-VL, Qwen2.5-VL or Qwen2-VL checkpoint")
     add("--temperature", type=within(0.0), default=0.0, help="0: greedy; official: 0.1")
     add("--top_p", type=within(1e-9, 1.0), default=1.0, help="official: 0.001")
     add("--max_completion_length", type=within(1, 131_072), default=1024, help="official: 4096")
