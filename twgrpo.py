@@ -72,7 +72,7 @@ def train_step(
 ) -> tuple[list[Group], list[Update]]:
     """One step of TW-GRPO on this rank's questions: the groups it sampled, and its updates."""
     # Sample G completions of each question from the whole softmax. Eqs. 5, 6.
-    groups = sample(cfg, policy, questions, seeds)
+    groups = sample_groups(cfg, policy, questions, seeds)
 
     # Reward each completion: soft accuracy and format. Eqs. 1 to 3.
     # Compare it with its group: A = (r - mean) / std. Eq. 4.
@@ -90,17 +90,21 @@ def train_step(
         # Weigh each position by how much the group disagrees there, clip the ratios, differentiate
         # the weighted loss. Eqs. 7 to 19; each question counts 1 / count (eq. 20), however the
         # questions are spread over ranks and micro-batches.
-        total, outputs = 0.0, []
-        for chunk in micro_batches(cfg, groups):
-            chunk_loss, chunk_outputs = policy.run(score, cfg, policy, chunk)
-            differentiate(chunk_loss, count)
-            total, outputs = total + chunk_loss.item(), outputs + chunk_outputs
+        total, outputs = 0.0, {}
+        for chunk, teaches in micro_batches(cfg, groups):
+            with torch.set_grad_enabled(teaches):
+                chunk_loss, chunk_outputs = policy.run(score_groups, cfg, policy, chunk)
+            if teaches:
+                differentiate(chunk_loss, count)
+            total += chunk_loss.item()
+            outputs |= zip(map(id, chunk), chunk_outputs, strict=False)
+        outputs = [outputs[id(group)] for group in groups]
         for group, output in zip(groups, outputs, strict=True):
             if group.old_logps_N is None:
                 group.old_logps_N = output.logps_N  # from now on, the ratio is to these
         # Update the weights.
         loss = ranks.total(total) / count
-        norm, finite = update(cfg, policy, optimizer, loss, learning_rate)
+        norm, finite = optimizer_step(cfg, policy, optimizer, loss, learning_rate)
         updates.append(Update(outputs, loss, norm, finite))
     return groups, updates
 
@@ -150,7 +154,7 @@ def train(
 
 
 @phase("rollout")
-def sample(
+def sample_groups(
     cfg: Config, policy: Policy, questions: list[Question], seeds: list[tuple[int, ...]]
 ) -> list[Group]:
     """G completions of each question. Each video is encoded once and each prompt prefilled once;
@@ -198,20 +202,34 @@ def score_reference(cfg: Config, reference: Policy, groups: list[Group]) -> None
                 hidden_ND.to(dtype), reference.head_VD.to(dtype), targets, cfg.temperature
             )
 
-    for chunk in micro_batches(cfg, groups):
+    for chunk, _ in micro_batches(cfg, groups):
         reference.run(score_chunk, chunk or [reference.idle_group()])
 
 
-def micro_batches(cfg: Config, groups: list[Group]) -> list[list[Group]]:
-    """At most B groups each. On several ranks always the same number of them, some perhaps empty,
-    because every one is a round of collectives."""
+def micro_batches(cfg: Config, groups: list[Group]) -> list[tuple[list[Group], bool]]:
+    """At most B groups each, and whether they teach. Groups whose rewards are all equal have no
+    gradient, unless there is a KL term; they are scored for the log alone.
+
+    Every micro-batch of several ranks is a round of collectives, so there are as many on each rank,
+    some perhaps empty, and one teaches if it does so on any of them.
+    """
     B = cfg.per_device_train_batch_size
-    chunks = [groups[k : k + B] for k in range(0, B * cfg.gradient_accumulation_steps, B)]
-    return chunks if ranks.world() > 1 else [chunk for chunk in chunks if chunk]
+    teaches = [bool(cfg.beta > 0 or group.advantages_G.any()) for group in groups]
+    if ranks.world() == 1:
+        halves = {flag: [] for flag in (True, False)}
+        for group, flag in zip(groups, teaches, strict=True):
+            halves[flag].append(group)
+        return [
+            (half[k : k + B], flag) for flag, half in halves.items() for k in range(0, len(half), B)
+        ]
+    starts = range(0, B * cfg.gradient_accumulation_steps, B)
+    return [(groups[k : k + B], ranks.agree(any(teaches[k : k + B]))) for k in starts]
 
 
 @phase("score")
-def score(cfg: Config, policy: Policy, groups: list[Group]) -> tuple[Tensor, list[HeadOutput]]:
+def score_groups(
+    cfg: Config, policy: Policy, groups: list[Group]
+) -> tuple[Tensor, list[HeadOutput]]:
     """The summed loss of some questions, each scored as one packed row, and what was measured.
 
     Without a question the loss is 0 and so is its gradient, but every parameter has taken part in
@@ -259,12 +277,16 @@ def differentiate(loss: Tensor, count: float) -> None:
 
 
 @phase("update")
-def update(
+def optimizer_step(
     cfg: Config, policy: Policy, optimizer: Optimizer, loss: float, learning_rate: float
 ) -> tuple[float, bool]:
     """One optimizer step from the gradients that have gathered: their norm, and whether it and the
     loss were finite. If not, the weights are left as they are. The same on every rank."""
-    norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), cfg.max_grad_norm)
+    parameters = [p for p in policy.model.parameters() if p.requires_grad]
+    for parameter in parameters:
+        if parameter.grad is None:  # no group taught anything; momentum still moves the weights
+            parameter.grad = torch.zeros_like(parameter)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
     norm = norm.full_tensor().item() if hasattr(norm, "full_tensor") else norm.item()
     finite = math.isfinite(loss) and math.isfinite(norm)
     if finite:

@@ -134,11 +134,11 @@ def ours(cfg: Config, policy: Policy, ask, optimizer, phase) -> None:
     with phase("data"):
         question: Question = ask()
     with phase("rollout"), phase.decoding():
-        (group,) = twgrpo.sample(cfg, policy, [question], [(0, 0, 0, 1)])
+        (group,) = twgrpo.sample_groups(cfg, policy, [question], [(0, 0, 0, 1)])
     group.rewards_GK = twgrpo.rewards_of(cfg, group)
     group.advantages_G = torch.linspace(-1, 1, cfg.num_generations)
     with phase("score"):
-        loss, _ = twgrpo.score(cfg, policy, [group])
+        loss, _ = twgrpo.score_groups(cfg, policy, [group])
     with phase("update"):
         loss.backward()
         optimizer.step()

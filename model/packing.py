@@ -2,32 +2,26 @@
 over it, so that the prompt is scored once instead of G times.
 
 A token of c_i sees the prompt and its own earlier tokens, at the positions it would have alone.
-The rest can be hidden from it in three ways, which give the same numbers:
+There are two ways to compute that, which give the same numbers; neither makes a mask:
 
-    sdpa                torch's attention with a boolean mask: everywhere; computes what it hides
-    flex_attention      torch's compiled attention: CUDA; skips blocks of 128 x 128 that are hidden
-    flash_attention_2   flash-attn's variable-length call, which needs no mask: the prompt is one
-                        sequence, each completion another, over [prompt, own]; CUDA, its own package
+    sdpa                torch's fused attention, for the prompt and for its completions: everywhere
+    flash_attention_2   flash-attn's variable-length call: the prompt is one sequence, each
+                        completion another, over [prompt, own]; no padding; CUDA, its own package
 
-Letters in shapes: B questions, G completions of each, L tokens of the longest row, N completion
-tokens of a question, H query heads, d their size, S sequences in a variable-length call, Q tokens
-that ask in it, K tokens they may see.
+Letters in shapes: B questions, b of them with prompts of one length P, G completions of each, T
+tokens of the longest, L tokens of the longest row, N completion tokens of a question, H query
+heads, d their size, S sequences in a variable-length call, Q tokens that ask in it, K tokens they
+may see.
 """
 
-import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
-from transformers.vision_utils import (
-    get_vision_cu_seqlens,
-    get_vision_interpolation_indices_and_weights,
-    get_vision_position_ids,
-    get_vision_window_index,
-)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from data import Question
 
@@ -37,9 +31,10 @@ class Group:
     """One question and the G completions sampled for it."""
 
     question: Question
-    completions: list[Tensor]  # G vectors of int64 token ids, the end token included where one came
-    finished: list[bool]  # G; False: cut off at the length limit
-    texts: list[str]  # G, decoded without special tokens
+    # G vectors of int64 token ids, the end token included where one came
+    completions: list[Tensor] = field(default_factory=list)
+    finished: list[bool] = field(default_factory=list)  # G; False: cut off at the length limit
+    texts: list[str] = field(default_factory=list)  # G, decoded without special tokens
     sampled_logps_N: Tensor | None = None  # (N,) log-probs at the time of sampling
     features: Tensor | None = None  # (video tokens, D), kept where the vision tower is frozen
     rewards_GK: Tensor | None = None  # of K reward functions
@@ -83,7 +78,7 @@ def pack(groups: list[Group], pad_id: int) -> tuple[Tensor, Tensor, Tensor, list
         rows_ids.append(torch.cat(ids))
         rows_positions.append(torch.cat(positions, dim=1))
         rows_segments.append(torch.cat(segments))
-        rows_N.append(torch.cat(predictors))
+        rows_N.append(torch.cat(predictors) if predictors else torch.zeros(0, dtype=torch.long))
     L = max(len(ids) for ids in rows_ids)
     return (
         torch.stack([F.pad(x, (0, L - len(x)), value=pad_id) for x in rows_ids]),
@@ -93,58 +88,163 @@ def pack(groups: list[Group], pad_id: int) -> tuple[Tensor, Tensor, Tensor, list
     )
 
 
-# ------------------------------------------------------------------------------ sdpa: a dense mask
+# ------------------------------------------- sdpa: the prompt once, then the completions beside it
 
 
-def packed_mask(segments_BL: Tensor, device: torch.device | str = "cpu") -> Tensor:
-    """Eq. 7: who sees whom, (B, 1, L, L) bool. A token sees the prompt and its segment, up to
-    itself."""
-    segments_BL, L = segments_BL.to(device), segments_BL.shape[1]
-    key, query = segments_BL[:, None, :], segments_BL[:, :, None]
-    causal = torch.ones(L, L, dtype=torch.bool, device=device).tril()
-    return (causal & ((key == 0) | (key == query)))[:, None]
+@dataclass
+class SamePrompts:
+    """Questions of a batch whose prompts have one length, and where their completions stand."""
+
+    rows: Tensor  # (b,) int64: which of the B questions
+    prompt_length: int
+    places_bGT: Tensor  # in the B L tokens of the flattened rows, right-padded with 0
+    real_n: Tensor  # which of the b G T are completion tokens, not padding
 
 
-# ------------------------------------------------------------------- flex_attention: block by block
+def packed_layout(segments_BL: Tensor, device: torch.device | str = "cpu") -> list[SamePrompts]:
+    """Eq. 7 as `packed_attention` wants it: no mask, because padding comes last in each sequence,
+    where causal attention never looks."""
+    lengths = (segments_BL == 0).sum(1)
+    places_BL = torch.arange(segments_BL.numel()).view(segments_BL.shape)
+    parts = []
+    for length in lengths.unique().tolist():
+        rows = (lengths == length).nonzero()[:, 0]
+        G = int(segments_BL[rows].max())
+        own = [places_BL[b][segments_BL[b] == i] for b in rows for i in range(1, G + 1)]
+        if any(map(len, own)):
+            padded = pad_sequence(own, batch_first=True, padding_value=-1)
+            real_n = (padded.flatten() >= 0).nonzero()[:, 0].to(device)
+            places = padded.clamp(min=0).view(len(rows), G, -1).to(device)
+        else:  # every completion has one token, and nothing follows it
+            places, real_n = torch.zeros(len(rows), G, 0, dtype=torch.long, device=device), None
+        parts.append(SamePrompts(rows.to(device), length, places, real_n))
+    return parts
 
 
-@functools.cache
-def compiled(function):
-    """Compiled for rows of any length; an error, not a slow fall-back, where that fails. One
-    question or several, a row of one block or more, with gradient or without: each of these is
-    compiled by itself, about a dozen in all, where 8 would be allowed."""
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    return torch.compile(function, dynamic=True, fullgraph=True)
+def packed_attention(module, query, key, value, attention_mask, *, scaling, packed=None, **_):
+    """Attention over packed rows, as transformers calls it: query (B, H, L, d), key and value with
+    fewer heads; returns (B, L, H, d). `packed` is the layout; without one, as in a prefill of
+    prompts alone, this is transformers' own causal attention.
+
+    The prompt attends to itself once. The completions of a question attend to the prompt, whose
+    keys they share, and each to itself; `Joined` makes one softmax of the two. Time and memory grow
+    with the number of completions, not with its square.
+    """
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast they are float32
+    if packed is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
+    (B, H, L, d), heads = query.shape, key.shape[1]
+    flat_q, flat_k, flat_v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    out = query.new_zeros(B, L, H, d)
+    for part in packed:
+        P, (b, G, T) = part.prompt_length, part.places_bGT.shape
+        prompt = [x if b == B else x[part.rows] for x in (query, key, value)]
+        prompt = [x[:, :, :P] for x in prompt]
+        prompt_out = F.scaled_dot_product_attention(
+            *prompt, is_causal=True, scale=scaling, enable_gqa=True
+        ).transpose(1, 2)
+        out = out.index_put((part.rows[:, None], torch.arange(P, device=out.device)), prompt_out)
+        if T:
+            q, k, v = (
+                x.index_select(0, part.places_bGT.flatten()) for x in (flat_q, flat_k, flat_v)
+            )
+            q = q.view(b, G, T, heads, H // heads, d)
+            k, v = (x.view(b, G, T, heads, d) for x in (k, v))
+            own_out = Joined.apply(q, prompt[1], prompt[2], k, v, scaling).reshape(b * G * T, H, d)
+            places = part.places_bGT.flatten()[part.real_n]
+            out = out.flatten(0, 1).index_copy(0, places, own_out[part.real_n]).view(B, L, H, d)
+    return out, None
 
 
-def packed_rule(segments_BL: Tensor):
-    """The same rule, one pair at a time."""
+class Joined(torch.autograd.Function):
+    """Attention of completion tokens over [prompt, own], in two parts with one softmax.
 
-    def sees(b, h, query, key):
-        segment = segments_BL[b, key]
-        return (query >= key) & ((segment == 0) | (segment == segments_BL[b, query]))
+    q (b, G, T, heads, shared, d) of G completions; the prompt's k and v (b, heads, P, d); the
+    completions' own (b, G, T, heads, d). Returns the shape of q.
 
-    return sees
+    With o_1, o_2 the parts' outputs and L_1, L_2 their log-sum-exps, L = log(e^L_1 + e^L_2) and
+    o = e^(L_1 - L) o_1 + e^(L_2 - L) o_2. The probabilities of each part are e^(score - L), so its
+    fused backward pass, given o and L in place of its own, returns the exact gradients.
+    """
+
+    @staticmethod
+    def to_prompt(x: Tensor) -> Tensor:
+        """(b, G, T, heads, shared, n) -> (b, heads, shared G T, n): queries of one key head."""
+        b, G, T, heads, shared, n = x.shape
+        return x.permute(0, 3, 4, 1, 2, 5).reshape(b, heads, shared * G * T, n)
+
+    @staticmethod
+    def to_own(x: Tensor) -> Tensor:
+        """(b, G, T, heads, shared, n) -> (b G, heads shared, T, n): each completion by itself."""
+        return x.flatten(0, 1).flatten(2, 3).transpose(1, 2)
+
+    @staticmethod
+    def from_prompt(x: Tensor, shape: torch.Size) -> Tensor:
+        b, G, T, heads, shared, _ = shape
+        return x.view(b, heads, shared, G, T, -1).permute(0, 3, 4, 1, 2, 5)
+
+    @staticmethod
+    def from_own(x: Tensor, shape: torch.Size) -> Tensor:
+        return x.transpose(1, 2).reshape(*shape[:-1], -1)
+
+    @staticmethod
+    def forward(ctx, q, prompt_k, prompt_v, k, v, scale):
+        shared = q.shape[4]
+        own = [x[:, :, :, :, None].expand(-1, -1, -1, -1, shared, -1) for x in (k, v)]
+        prompt_k, prompt_v = prompt_k.contiguous(), prompt_v.contiguous()
+        out_1, L_1, state_1 = flash(Joined.to_prompt(q), prompt_k, prompt_v, False, scale)
+        own = (Joined.to_own(x).contiguous() for x in (q, *own))
+        out_2, L_2, state_2 = flash(*own, True, scale)
+        out_1, L_1 = (Joined.from_prompt(x, q.shape) for x in (out_1, L_1[..., None]))
+        out_2, L_2 = (Joined.from_own(x, q.shape) for x in (out_2, L_2[..., None]))
+        L = torch.logaddexp(L_1, L_2)
+        out = ((L_1 - L).exp() * out_1 + (L_2 - L).exp() * out_2).to(q.dtype)
+        ctx.save_for_backward(q, prompt_k, prompt_v, k, v, out, L)
+        ctx.scale, ctx.states = scale, (state_1, state_2)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, prompt_k, prompt_v, k, v, out, L = ctx.saved_tensors
+        g, o, l_, q_1 = (Joined.to_prompt(x) for x in (grad, out, L, q))
+        dq_1, dprompt_k, dprompt_v = flash_backward(
+            g, q_1, prompt_k, prompt_v, o, l_[..., 0], False, ctx.scale, ctx.states[0]
+        )
+        own = [x[:, :, :, :, None].expand_as(q) for x in (k, v)]
+        g, o, l_, q_2, k_2, v_2 = (Joined.to_own(x).contiguous() for x in (grad, out, L, q, *own))
+        dq_2, dk_2, dv_2 = flash_backward(
+            g, q_2, k_2, v_2, o, l_[..., 0], True, ctx.scale, ctx.states[1]
+        )
+        dq_2, dk, dv = (Joined.from_own(x, q.shape) for x in (dq_2, dk_2, dv_2))
+        dq = Joined.from_prompt(dq_1, q.shape) + dq_2
+        return dq, dprompt_k, dprompt_v, dk.sum(4), dv.sum(4), None
 
 
-def packed_blocks(segments_BL: Tensor, device: torch.device | str = "cpu") -> BlockMask:
-    """The rule, and a list of the blocks in which anything is seen. Making it looks at all L x L
-    pairs once, in bytes; on CUDA compiled, block by block."""
-    (B, L), segments_BL = segments_BL.shape, segments_BL.to(device)
-    make = compiled(create_block_mask) if segments_BL.is_cuda else create_block_mask
-    return make(packed_rule(segments_BL), B, None, L, L, device=device)
+def flash(q, k, v, is_causal: bool, scale: float) -> tuple[Tensor, Tensor, tuple]:
+    """Torch's fused attention: output (b, H, n, d), log-sum-exp (b, H, n) in float32, and what its
+    backward pass on CUDA wants besides. On CUDA for bf16 and float16 only."""
+    if q.is_cuda:
+        out, L, *rest = torch.ops.aten._scaled_dot_product_flash_attention(
+            q, k, v, 0.0, is_causal, scale=scale
+        )
+        return out, L, tuple(rest[:6])
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return *attend(q, k, v, 0.0, is_causal, scale=scale), ()
 
 
-def flex_attend(module, query, key, value, attention_mask, *, scaling, **_):
-    """As transformers calls an attention function: query (B, H, L, d), key and value with fewer
-    heads, attention_mask from `packed_blocks`. Returns (B, L, H, d)."""
-    attend = compiled(flex_attention) if query.is_cuda else flex_attention
-    query, key = query.to(value.dtype), key.to(value.dtype)
-    out = attend(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=True)
-    return out.transpose(1, 2), None
+def flash_backward(grad, q, k, v, out, L, is_causal: bool, scale: float, state: tuple):
+    """The gradients of q, k and v, for an output and log-sum-exp that may be of more keys."""
+    if q.is_cuda:
+        starts, seeds = state[:4], state[4:]
+        return torch.ops.aten._scaled_dot_product_flash_attention_backward(
+            grad, q, k, v, out, L, *starts, 0.0, is_causal, *seeds, scale=scale
+        )
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, q, k, v, out, L, 0.0, is_causal, scale=scale
+    )
 
 
-# ---------------------------------------------------------------- flash_attention_2: no mask at all
+# ----------------------------------------------------- flash_attention_2: one variable-length call
 
 
 @dataclass
@@ -161,8 +261,8 @@ class Sequences:
 
 
 def packed_sequences(segments_BL: Tensor, device: torch.device | str = "cpu") -> Sequences:
-    """The prompt over itself, and each completion over [prompt, own]. Causal, and with the last
-    query at the last key, that is the rule of `packed_mask`. Padding asks nothing; it gets 0."""
+    """The prompt over itself, and each completion over [prompt, own], causal with the last query at
+    the last key. Padding asks nothing; it gets 0."""
     places_BL = torch.arange(segments_BL.numel()).view(segments_BL.shape)
     queries, keys = [], []
     for places_L, segments_L in zip(places_BL, segments_BL, strict=True):
@@ -185,11 +285,13 @@ def packed_sequences(segments_BL: Tensor, device: torch.device | str = "cpu") ->
     )  # fmt: skip
 
 
-def flash_attend(module, query, key, value, attention_mask, *, scaling, **_):
-    """As `flex_attend`; attention_mask from `packed_sequences`."""
+def flash_attend(module, query, key, value, attention_mask, *, scaling, packed=None, **_):
+    """As `packed_attention`; the layout is that of `packed_sequences`."""
     from flash_attn import flash_attn_varlen_func
 
-    (B, H, L, d), packed = query.shape, attention_mask
+    if packed is None:
+        return packed_attention(module, query, key, value, attention_mask, scaling=scaling)
+    B, H, L, d = query.shape
     query, key, value = (
         x.to(value.dtype).transpose(1, 2).reshape(B * L, -1, d) for x in (query, key, value)
     )
@@ -202,87 +304,11 @@ def flash_attend(module, query, key, value, attention_mask, *, scaling, **_):
     return rows.view(B, L, H, d), None
 
 
-# --attn_implementation: what transformers is to call, and what that takes for a mask. (A name with
+# --attn_implementation: the attention of the language model, and the layout it takes. (A name with
 # "flash" in it would have transformers look for a library of that name.)
 ATTENTION = {
-    "sdpa": ("sdpa", packed_mask),
-    "flex_attention": ("packed_flex", packed_blocks),
+    "sdpa": ("packed_sdpa", packed_layout),
     "flash_attention_2": ("packed_varlen", packed_sequences),
 }
-AttentionInterface.register("packed_flex", flex_attend)
+AttentionInterface.register("packed_sdpa", packed_attention)
 AttentionInterface.register("packed_varlen", flash_attend)
-
-
-# ------------------------------------------------------- the vision tower: attention within windows
-
-
-@dataclass
-class Segments:
-    """A sequence of N tokens cut into segments that attend only within themselves."""
-
-    runs: list[tuple[int, int]]  # neighbours of one length: how many, how many tokens each
-    order_N: Tensor | None = None  # int64: where their tokens are; None: as they stand
-    back_N: Tensor | None = None  # its inverse
-
-
-def runs_of(lengths: Tensor) -> list[tuple[int, int]]:
-    length, count = lengths.unique_consecutive(return_counts=True)
-    return list(zip(count.tolist(), length.tolist(), strict=True))
-
-
-def tower_layout(grids_B3: Tensor, config, device: torch.device) -> dict:
-    """What the vision tower works out from the grids of its clips, as keywords that hand it over.
-
-    Left to itself it reads the window lengths from the GPU in every layer, and calls attention once
-    per window: 2,120 calls for a clip of the recipe. Here windows are sorted by length. Lengths
-    given as 0 are not asked for either.
-    """
-    merge, unit = config.spatial_merge_size, config.spatial_merge_size**2
-    lengths = get_vision_cu_seqlens(grids_B3).diff()  # of the frames: full attention is within one
-    layout = dict(cu_seqlens=Segments(runs_of(lengths)), max_seqlen=0)
-    layout["position_ids"] = get_vision_position_ids(grids_B3, merge).to(device)
-    if hasattr(config, "num_position_embeddings"):  # Qwen3-VL: learned positions, interpolated
-        places, shares = get_vision_interpolation_indices_and_weights(
-            grids_B3, int(config.num_position_embeddings**0.5), align_corners=True,
-            spatial_merge_size=merge,
-        )  # fmt: skip
-        layout |= dict(interp_indices=places.to(device), interp_weights=shares.to(device))
-    if hasattr(config, "window_size"):  # Qwen2.5-VL
-        index, starts = get_vision_window_index(
-            grids_B3, merge, config.window_size, config.patch_size
-        )
-        sizes, by_length = starts.diff().sort(stable=True)
-        windows = index.split((starts.diff() // unit).tolist())
-        index = torch.cat([windows[k] for k in by_length.tolist()])
-        frame_of = torch.repeat_interleave(lengths // unit)[index]
-        order_N = (frame_of.argsort(stable=True)[:, None] * unit + torch.arange(unit)).flatten()
-        layout |= dict(
-            window_index=index.to(device),
-            cu_seqlens=Segments(runs_of(lengths), order_N.to(device), order_N.argsort().to(device)),
-            cu_window_seqlens=Segments(runs_of(sizes)),
-            max_window_seqlen=0,
-        )
-    return layout
-
-
-def attend_within(module, query, key, value, attention_mask, *, scaling, cu_seq_lens_q, **_):
-    """Attention of each token over its own segment, neighbours of one length as one batch.
-
-    query, key, value (1, H, N, d); `cu_seq_lens_q` is the Segments from `tower_layout`. Returns
-    (1, N, H, d).
-    """
-    segments, parts = cu_seq_lens_q, []
-    qkv = [x[0].transpose(0, 1) for x in (query, key, value)]
-    if segments.order_N is not None:
-        qkv = [x[segments.order_N] for x in qkv]
-    sizes = [count * length for count, length in segments.runs]
-    for run, *three in zip(segments.runs, *(x.split(sizes) for x in qkv), strict=True):
-        batch = (x.unflatten(0, run).transpose(1, 2) for x in three)
-        out = F.scaled_dot_product_attention(*batch, scale=scaling)
-        parts.append(out.transpose(1, 2).flatten(0, 1))
-    out = torch.cat(parts)
-    return (out if segments.back_N is None else out[segments.back_N])[None], None
-
-
-# Only a function with "flash" in its name gets a layer's windows in one call, not one by one.
-AttentionInterface.register("segments_flash", attend_within)

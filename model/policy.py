@@ -24,17 +24,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -43,16 +38,13 @@ from transformers.utils import cached_file
 from data import Question, load_chat_template
 from files import UserError
 from model import ranks
-from model.packing import ATTENTION, Group, pack, tower_layout
+from model.load import FAMILIES, load_model
+from model.packing import ATTENTION, Group, pack
 from model.rollout import Decoder, GroupCache
+from model.tower import tower_layout
 from records import Record
 from video import Geometry, mrope_positions
 
-FAMILIES = {  # by model_type: how a clip becomes tokens, where the config does not say it
-    "qwen2_5_vl": {},
-    "qwen2_vl": dict(tokens_per_second=None),
-    "qwen3_vl": dict(tokens_per_second=None, timestamps=True, mean=(0.5,) * 3, std=(0.5,) * 3),
-}
 VISION_TOKENS = [
     f"<|{name}|>" for name in "vision_start vision_end vision_pad image_pad video_pad".split()
 ]
@@ -65,24 +57,6 @@ PROCESSOR_FILES = (  # not needed here, but saved checkpoints carry them along f
 
 class NonFiniteLogits(UserError):
     """The model's logits in a rollout were NaN or infinite: nothing can be sampled from them."""
-
-
-def read_config(name: str | os.PathLike) -> PreTrainedConfig:
-    """The config of a checkpoint directory or hub name. Code that a checkpoint brings along is
-    never run. Raises UserError if it is no Qwen-VL."""
-    try:
-        kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
-        if kind in FAMILIES:
-            return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # config.json is checked by several libraries
-        raise UserError(f"{name}: not a checkpoint for transformers ({_first(error)})") from error
-    if kind is None:
-        raise UserError(f"{name}: not a checkpoint; it has no config.json with a model_type")
-    why = "; its linear attention carries state from one completion of a packed row to the next"
-    raise UserError(
-        f"{name}: is a {kind!r} model; {' or '.join(FAMILIES)} is needed"
-        + why * str(kind).startswith(("qwen3_5", "qwen3_next", "qwen4"))
-    )
 
 
 class Root(nn.Module):
@@ -108,7 +82,7 @@ class Policy:
         self.root: Root | None = None  # when sharded
         self.gradient_checkpointing = False
         self.save_dtype = torch.float32
-        self.attn_implementation = "sdpa"  # of packed rows; see `attend_with`
+        self.attend_with("sdpa")
         config, vision = model.config, model.config.vision_config
         known = dict(tokens_per_second=getattr(vision, "tokens_per_second", None))
         self.geometry = Geometry(
@@ -138,39 +112,9 @@ class Policy:
     ):
         """A checkpoint directory or hub name, in float32. Raises UserError if it is no Qwen-VL."""
         name = os.fspath(model_name_or_path)
-        looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-        if looks_local and not os.path.isdir(name):
-            raise UserError(f"{name}: no such model directory; give one, or a hub name")
-        config = read_config(name)
-        if set(getattr(config.text_config, "layer_types", ())) - {"full_attention"}:
-            raise UserError(f"{name}: has sliding-window layers, which packed rows do not support")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-            model, found = AutoModelForImageTextToText.from_pretrained(
-                name, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True,
-                trust_remote_code=False,
-            )  # fmt: skip
-        except Exception as error:  # of transformers, tokenizers, safetensors, each their own types
-            raise UserError(
-                f"{name}: its weights or tokenizer cannot be loaded ({_first(error)})"
-            ) from error
-        if found["missing_keys"]:
-            lost = sorted(found["missing_keys"])
-            raise UserError(f"{name}: its weights lack {len(lost)} tensors, such as {lost[0]}")
-        if tokenizer.convert_tokens_to_ids("<|video_pad|>") != config.video_token_id:
-            raise UserError(
-                f"{name}: its tokenizer does not have <|video_pad|> where config.json does"
-            )
-        ends = model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-        for end in [tokenizer.eos_token_id, *ends]:
-            if type(end) is not int or not 0 <= end < config.text_config.vocab_size:
-                raise UserError(
-                    f"{name}: its end token {end!r} (generation_config.json, or eos_token of the "
-                    "tokenizer) is no id of its vocabulary"
-                )
+        model, tokenizer, save_dtype = load_model(name)
         policy = cls(model.to(device).eval(), tokenizer, load_chat_template(name, tokenizer))
-        policy.save_dtype = config.dtype or torch.float32
+        policy.save_dtype = save_dtype
         policy.vision.requires_grad_(not freeze_vision_modules)
         policy.attend_with(attn_implementation)
         return policy
@@ -307,11 +251,6 @@ class Policy:
             inputs |= dict(visual_pos_masks=places, deepstack_visual_embeds=deepstack)
         return inputs
 
-    def _mask(self, mask: Tensor | None) -> Tensor | dict[str, Tensor | None] | None:
-        """As the language model takes it: Qwen3-VL by itself, the others by the kind of layer."""
-        by_kind = hasattr(self.text.config, "layer_types")
-        return {"full_attention": mask} if by_kind else mask
-
     @torch.no_grad()
     def rollout(
         self,
@@ -335,26 +274,18 @@ class Policy:
             np.concatenate([np.random.default_rng(s).random((T, G)).T for s in seeds])
         )
 
-        # Prefill: each prompt once, left-padded so that all of them end in the same column.
-        P = max(len(q.ids_P) for q in questions)
-        pads = [P - len(q.ids_P) for q in questions]
-        both = list(zip(questions, pads, strict=True))
-        ids_BP = torch.stack([F.pad(q.ids_P, (pad, 0), value=self.pad_id) for q, pad in both])
-        positions_3BP = torch.stack([F.pad(q.positions_3P, (pad, 0)) for q, pad in both], dim=1)
-        real_BP = torch.stack([torch.arange(P) >= pad for pad in pads]).to(device)
-        causal_PP = torch.ones(P, P, dtype=torch.bool, device=device).tril()
-        # Padding sees itself: a row that sees nothing would be NaN.
-        itself_PP = torch.eye(P, dtype=torch.bool, device=device)
-        mask = (causal_PP & real_BP[:, None, :] | itself_PP)[:, None]
-        cache = GroupCache(len(self.text.layers), G, T, real_BP)
+        # Prefill: each prompt once, right-padded, where causal attention does not look.
+        ids_BP, positions_3BP, segments_BP, _ = pack([Group(q) for q in questions], self.pad_id)
+        cache = GroupCache(len(self.text.layers), G, T, (segments_BP == 0).to(device))
         self.text.eval()
-        with self.compute(), self.attention(self.text, "sdpa"):
-            hidden_BD = self.text(
+        with self.compute():
+            hidden_BPD = self.text(
                 **self._embed(ids_BP, features),
                 position_ids=positions_3BP.to(device),
-                attention_mask=self._mask(mask),
                 past_key_values=cache,
-            ).last_hidden_state[:, -1]
+            ).last_hidden_state
+        last_B = torch.tensor([len(q.ids_P) - 1 for q in questions], device=device)
+        hidden_BD = hidden_BPD[torch.arange(len(questions), device=device), last_B]
 
         # Decode: R = B G rows side by side.
         following_B = torch.stack([q.positions_3P.max() + 1 for q in questions])
@@ -438,12 +369,12 @@ class Policy:
         ids_BL, positions_3BL, segments_BL, rows_N = pack(groups, self.pad_id)
         device = self.device
         self.text.train(self.gradient_checkpointing)  # transformers checkpoints in training only
-        _, who_sees_whom = ATTENTION[self.attn_implementation]
+        _, layout = ATTENTION[self.attn_implementation]
         with self.compute():
             hidden_BLD = self.text(
                 **self._embed(ids_BL, features),
                 position_ids=positions_3BL.to(device),
-                attention_mask=self._mask(who_sees_whom(segments_BL, device)),
+                packed=layout(segments_BL, device),
                 use_cache=False,
             ).last_hidden_state
         return [hidden_BLD[b, rows.to(device)] for b, rows in enumerate(rows_N)]
@@ -471,7 +402,3 @@ class Policy:
         )
         completion = torch.full((2,), self.pad_id)
         return Group(question, [completion], [True], [""], advantages_G=torch.zeros(1))
-
-
-def _first(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

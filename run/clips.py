@@ -1,13 +1,15 @@
 """The questions of each step, their clips decoded while the steps before are still at work."""
 
 from collections import deque
+from concurrent.futures import Future
 
 from data import Prompter, Question, step_records
 from model import ranks
 from records import Record
+from run.config import Config
 from run.decoder import ClipWorkers
 from run.log import RunLog
-from video import VideoError
+from video import Clip, VideoError
 
 
 class QuestionsAhead:
@@ -21,10 +23,12 @@ class QuestionsAhead:
     STEPS_AHEAD = 2
 
     def __init__(
-        self, cfg, records: list[Record], prompter: Prompter, log: RunLog, first_step: int
+        self, cfg: Config, records: list[Record], prompter: Prompter, log: RunLog, first_step: int
     ):
         self.cfg, self.records, self.prompter, self.log = cfg, records, prompter, log
         self.workers = ClipWorkers(max(1, cfg.dataloader_num_workers), cfg.clip_timeout)
+        self.kept: dict[tuple, Clip] = {}  # by the arguments of load_clip
+        self.room = cfg.clip_cache_gb * 1e9  # bytes
         self.next_step, self.submitted = first_step, deque()
 
     def _submit(self, step: int) -> None:
@@ -32,10 +36,24 @@ class QuestionsAhead:
         chosen = step_records(self.records, step - 1, mine * ranks.world(), self.cfg.seed)
         first = ranks.rank() * mine
         slots = range(first, first + mine)
-        self.submitted.append(
-            [(k, chosen[k], self.workers.submit(*self.prompter.clip_arguments(chosen[k])))
-             for k in slots]
-        )  # fmt: skip
+        self.submitted.append([(k, chosen[k], self._clip(chosen[k])) for k in slots])
+
+    def _clip(self, record: Record) -> Future:
+        """The clip of a record: kept from an earlier epoch, or decoded now."""
+        arguments = self.prompter.clip_arguments(record)
+        if arguments not in self.kept:
+            return self.workers.submit(*arguments)
+        future = Future()
+        future.set_result(self.kept[arguments])
+        return future
+
+    def _keep(self, record: Record, clip: Clip) -> None:
+        """Keeps a clip while there is room. Nothing makes place for another: in shuffled epochs no
+        clip is likelier to come next than the rest."""
+        arguments = self.prompter.clip_arguments(record)
+        if arguments not in self.kept and clip.frames.nbytes <= self.room:
+            self.kept[arguments] = clip
+            self.room -= clip.frames.nbytes
 
     def take(self, step: int) -> tuple[list[Question], list[tuple[int, ...]]]:
         ahead = self.STEPS_AHEAD if self.cfg.dataloader_num_workers else 0
@@ -46,6 +64,7 @@ class QuestionsAhead:
         for slot, record, clip in asked:
             try:
                 questions.append(self.prompter.question(record, clip.result()))
+                self._keep(record, clip.result())
                 seeds.append((self.cfg.seed, step, slot, 1))  # 1: no other stream ends so
             except VideoError as error:
                 self.log.note(str(record.video), f"skipped question {record.id}: {error}")

@@ -37,18 +37,22 @@ def flag(default, text: str):
 
 
 @dataclass
-class Config:
-    """Every setting of a run. The defaults are the paper's recipe (official scripts/tw-grpo.sh)."""
-
-    # What to train, on what
-    model_name_or_path: str | None = flag(None, "Qwen2.5-VL or Qwen2-VL checkpoint; none: the toy")
+class Data:
+    _argument_group_name = "what to train, on what"
+    model_name_or_path: str | None = flag(None, "Qwen2.5-VL, Qwen2-VL or Qwen3-VL; none: the toy")
     jsonl_path: str | None = flag(None, "training questions, a JSON list or JSONL")
-    video_root: str = flag("", "directory the records' video paths start from")
+    video_root: str = flag("", "directory that video paths are relative to")
     eval_jsonl_path: str | None = flag(None, "questions to evaluate on before and after training")
     output_dir: str | None = flag(None, "where the run is written; none: a new one under runs/")
-    question_type: Literal["mixed", "single", "multiple"] = flag("mixed", "questions, and prompt")
-    train_samples: int = flag(2000, "at most this many questions, chosen by the seed")
-    # How a clip is shown to the model
+    question_type: Literal["mixed", "single", "multiple"] = flag(
+        "mixed", "which questions, and their prompt"
+    )
+    train_samples: int = flag(2000, "use at most this many questions, chosen by --seed")
+
+
+@dataclass
+class Clips:
+    _argument_group_name = "how a clip is shown to the model"
     fps: float = flag(video.FPS, "frames sampled per second")
     max_frames: int = flag(video.MAX_FRAMES, "frames, at most")
     min_pixels: int = flag(video.MIN_PIXELS, "pixels per frame after resizing, at least")
@@ -56,7 +60,11 @@ class Config:
     max_prompt_length: int = flag(
         MAX_PROMPT_LENGTH, "tokens of a prompt with its video; longer ones are skipped"
     )
-    # The objective
+
+
+@dataclass
+class Objective:
+    _argument_group_name = "the objective"
     loss_type: Literal["tw_grpo", "grpo"] = flag(
         "tw_grpo", "tw_grpo: weighted mean over tokens; grpo: mean over sequences of their means"
     )
@@ -65,8 +73,12 @@ class Config:
         "divergence", "the paper's weights, or controls: docs/equations.md, eqs. 31 to 33"
     )
     normalize_token_weights: bool = flag(False, "divide the weights by their mean over the tokens")
-    divergence: Literal["official", "textbook"] = flag("official", "what the weights measure")
-    ended_rows: Literal["uniform", "exclude"] = flag("uniform", "completions past their end")
+    divergence: Literal["official", "textbook"] = flag(
+        "official", "divergence that sets the weights"
+    )
+    ended_rows: Literal["uniform", "exclude"] = flag(
+        "uniform", "how completions that have ended count"
+    )
     epsilon: float = flag(0.2, "ratios are clipped below 1 - epsilon")
     epsilon_high: float = flag(0.28, "ratios are clipped above 1 + epsilon_high")
     beta: float = flag(0.0, "weight of the KL to the initial model; 0: no reference model")
@@ -75,33 +87,50 @@ class Config:
     max_completion_length: int = flag(1024, "tokens per completion, at most")
     temperature: float = flag(1.0, "of sampling, and of the log-probs in the loss")
     num_iterations: int = flag(1, "optimizer steps on the same completions")
-    # Optimization
+
+
+@dataclass
+class Optimization:
+    _argument_group_name = "optimization"
     learning_rate: float = flag(1e-6, "peak; decays linearly to 0 at max_steps")
     warmup_steps: int = flag(0, "steps of linear warm-up")
     adam_beta1: float = flag(0.9, "of AdamW")
     adam_beta2: float = flag(0.999, "of AdamW")
     weight_decay: float = flag(0.0, "of AdamW")
-    max_grad_norm: float = flag(20.0, "the gradient is scaled down to this norm")
+    max_grad_norm: float = flag(20.0, "clip the gradient to this norm")
     max_steps: int = flag(1000, "training steps")
     per_device_train_batch_size: int = flag(1, "B, questions scored at once on each rank")
-    gradient_accumulation_steps: int = flag(1, "B x this many questions a rank and step")
-    freeze_vision_modules: bool = flag(True, "leave the vision tower as it is")
-    gradient_checkpointing: bool = flag(True, "trade time for memory in the decoder layers")
-    attn_implementation: Literal["sdpa", "flex_attention", "flash_attention_2"] = flag(
-        "sdpa", "attention over packed rows; the other two need CUDA (model/packing.py)"
+    gradient_accumulation_steps: int = flag(1, "micro-batches of B per optimizer step")
+    freeze_vision_modules: bool = flag(True, "do not train the vision tower")
+    gradient_checkpointing: bool = flag(True, "recompute decoder layers to save memory")
+    attn_implementation: Literal["sdpa", "flash_attention_2"] = flag(
+        "sdpa", "attention over packed rows: torch's, or the flash-attn package (CUDA)"
     )
-    # Bookkeeping
-    seed: int = flag(42, "of data order, sampling and the toy")
+
+
+@dataclass
+class Bookkeeping:
+    _argument_group_name = "bookkeeping"
+    seed: int = flag(42, "seeds data order, sampling and the toy")
     save_steps: int = flag(100, "steps between checkpoints")
     logging_steps: int = flag(1, "steps between lines of metrics.jsonl")
-    report_to: Literal["none", "tensorboard", "wandb"] = flag("none", "metrics also go there")
-    save_only_model: bool = flag(False, "checkpoints without what resuming needs")
+    report_to: Literal["none", "tensorboard", "wandb"] = flag("none", "also report metrics there")
+    save_only_model: bool = flag(False, "save weights only; the run cannot be resumed")
     resume_from_checkpoint: str | None = flag(None, "a checkpoint, or auto: the run's newest")
     allow_changes: bool = flag(False, "resume even with another seed, data, model or batch")
     dataloader_num_workers: int = flag(4, "processes that decode clips ahead; 0: one, not ahead")
+    clip_cache_gb: float = flag(1.0, "decoded clips kept for later epochs, 1e9 bytes on each rank")
     clip_timeout: float = flag(60.0, "seconds after which a clip counts as unreadable")
-    max_skip_fraction: float = flag(0.05, "more unreadable clips than this end the run")
-    dry_run: bool = flag(False, "show prompt, clips, memory and schedule; train nothing")
+    max_skip_fraction: float = flag(0.05, "end the run if more clips are unreadable")
+    dry_run: bool = flag(False, "show prompts, clips, memory and schedule, then exit")
+
+
+GROUPS = (Data, Clips, Objective, Optimization, Bookkeeping)  # as --help shows them
+
+
+@dataclass
+class Config(*reversed(GROUPS)):
+    """Every setting of a run. The defaults are the paper's recipe (official scripts/tw-grpo.sh)."""
 
     def check(self) -> None:
         """Raises UserError on a setting that makes no sense."""
@@ -133,6 +162,7 @@ class Config:
             "--seed must be 0 or more, and below 2^63": 0 <= self.seed < 2**63,
             "--dataloader_num_workers must be in 0..256": 0 <= self.dataloader_num_workers <= 256,
             "--clip_timeout must be above 0, and at most a day": 0 < self.clip_timeout <= 86400,
+            "--clip_cache_gb must be 0 or more": self.clip_cache_gb >= 0,
             "--max_skip_fraction must be in [0, 1]": 0 <= self.max_skip_fraction <= 1,
             "--fps must be above 0": self.fps > 0,
             "--max_frames must be at least 2, one temporal patch": self.max_frames >= 2,
@@ -170,13 +200,14 @@ class Config:
 
 def parse_config(arguments: list[str] | None = None) -> Config:
     """Flags to a checked Config. Without a model, toy.DEFAULTS replace the recipe's; flags win."""
-    parser = HfArgumentParser(Config, description="Train a video-language model with TW-GRPO.")
-    cfg, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    parser = HfArgumentParser(GROUPS, description="Train a video-language model with TW-GRPO.")
+    flags, unknown = parser.parse_known_args(arguments)
     if unknown:
         parser.error(f"unknown: {' '.join(unknown)}; --help lists the flags")
-    if cfg.model_name_or_path is None:
+    if flags.model_name_or_path is None:
         parser.set_defaults(**toy.DEFAULTS)
-        (cfg,) = parser.parse_args_into_dataclasses(arguments)
+        flags = parser.parse_args(arguments)
+    cfg = Config(**vars(flags))
     cfg.check()
     return cfg
 
@@ -283,13 +314,12 @@ def check_attention(cfg: Config, device: torch.device) -> None:
         return
     if device.type != "cuda":
         raise UserError(f"--attn_implementation {name} needs CUDA; sdpa works everywhere")
-    if name == "flash_attention_2":
-        try:
-            import flash_attn  # noqa: F401
-        except ImportError as error:  # not there, or built for another torch
-            raise UserError(
-                f"--attn_implementation {name} needs: pip install flash-attn ({error})"
-            ) from None
+    try:
+        import flash_attn  # noqa: F401
+    except ImportError as error:  # not there, or built for another torch
+        raise UserError(
+            f"--attn_implementation {name} needs: pip install flash-attn ({error})"
+        ) from None
 
 
 def training_records(cfg: Config) -> list[Record]:

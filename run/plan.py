@@ -11,7 +11,8 @@ import video
 from data import check_prompts, load_chat_template, step_records
 from files import UserError
 from model import ranks
-from model.policy import Policy, read_config
+from model.load import read_config
+from model.policy import Policy
 from records import Record, printable
 from run.decoder import ClipReader
 from run.setup import make_prompter
@@ -95,12 +96,11 @@ def memory(cfg, policy: Policy, prompt: int) -> dict[str, float]:
     tables = 1 if model.config.tie_word_embeddings else 2  # embedding and lm_head
     cached = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * 2  # bytes a token
 
-    masks = 2 * B * length**2 if cfg.attn_implementation == "sdpa" else 0  # a layer's, bf16
     if cfg.gradient_checkpointing:  # the input of each layer, in the dtype of the embeddings
         kept = text.num_hidden_layers * tokens * D * (2 if world > 1 else 4)
-        forward = tokens * (6 * F + 4 * D) + masks
+        forward = tokens * (6 * F + 4 * D)
     else:
-        kept = text.num_hidden_layers * (tokens * (8 * F + 34 * D) + masks)
+        kept = text.num_hidden_layers * tokens * (8 * F + 34 * D)
         forward = 0
     if world > 1:  # gathered: embedding and head for the whole phase, and two layers in turn
         in_bf16, in_backward = (
@@ -134,7 +134,7 @@ def memory(cfg, policy: Policy, prompt: int) -> dict[str, float]:
         "update: head at work, its gradient": max(head + 2 * V * D, 4 * V * D * min(B, 2)),
         "update: gradients of earlier micro-batches": gradients if accumulates > 1 else 0,
     }
-    layer_at_work = tokens * (16 * F + 28 * D) + 1.5 * masks
+    layer_at_work = tokens * (16 * F + 28 * D)
     last = {
         "update: gradients, float32": gradients,
         "update: weights in bf16": in_backward,

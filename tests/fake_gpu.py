@@ -15,7 +15,6 @@ import pytest
 import torch
 from conftest import PROJECT
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.nn.attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -23,7 +22,7 @@ import toy
 from benchmarks.step import SIZES
 from data import TEMPLATES, Question
 from kernels.logits import row_kernel
-from model import packing, rollout
+from model import rollout
 from model.packing import Group
 from model.policy import Policy
 from records import Record
@@ -141,16 +140,15 @@ def backward(loss, outputs):
             del out, gradient, node
 
 
-def efficient_attention(query, key, value, attn_mask=None, scale=None, **_):
-    """What scaled_dot_product_attention does on an H100: bf16, one kernel, no L x L scores."""
+def fused_attention(query, key, value, attn_mask=None, is_causal=False, scale=None, **_):
+    """What scaled_dot_product_attention does on an H100: bf16, one kernel, no L x L scores. Flash
+    attention takes fewer key heads than query heads as they are."""
     if torch.is_autocast_enabled("cuda"):
         query, key, value = (x.to(torch.bfloat16) for x in (query, key, value))
     assert query.dtype == key.dtype == value.dtype == torch.bfloat16
-    if attn_mask is not None:
-        bias = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
-        attn_mask = bias.expand(*query.shape[:3], key.shape[2])
-    attend = aten._scaled_dot_product_efficient_attention
-    return attend(query, key, value, attn_mask, True, scale=scale)[0]
+    assert attn_mask is None
+    attend = aten._scaled_dot_product_flash_attention
+    return attend(query, key, value, 0.0, is_causal, scale=scale)[0]
 
 
 def varlen_stand_in(q, k, v, starts_q, starts_k, *longest, softmax_scale, causal):
@@ -188,11 +186,9 @@ def gpu(monkeypatch):
     # What is compiled or launched on a GPU.
     monkeypatch.setattr(rollout.Decoder, "_captured_step", step_that_is_captured)
     monkeypatch.setattr(type(row_kernel), "__getitem__", launch, raising=False)
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", efficient_attention)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fused_attention)
     flash = types.SimpleNamespace(flash_attn_varlen_func=varlen_stand_in)
     monkeypatch.setitem(sys.modules, "flash_attn", flash)
-    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
-    monkeypatch.setattr(packing, "compiled", lambda function: function)
     lift = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)  # makes torch.tensor(..., device="cuda") a copy
     with gpu:

@@ -198,7 +198,7 @@ def test_the_step_of_the_one_command_and_its_table(small, tmp_path, monkeypatch,
     with pytest.raises(SystemExit, match="0"):
         gpu.main()
     if not torch.cuda.is_available():
-        assert "left out: --attn_implementation flex_attention" in capsys.readouterr().out
+        assert "left out: --attn_implementation flash_attention_2" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path), "--table"])
     gpu.main()
     printed = capsys.readouterr().out

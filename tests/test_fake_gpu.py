@@ -67,19 +67,16 @@ def test_a_step_waits_for_what_it_has_to_know(gpu, attention):
     policy.attend_with(attention)
     policy.checkpoint_activations()
     group = group_of(question, policy, cfg)
-    with torch.set_grad_enabled(attention != "flex_attention"):  # compiles its backward: no device
-        loss, (output,) = twgrpo.score(cfg, policy, [group])
+    loss, (output,) = twgrpo.score_groups(cfg, policy, [group])
     assert gpu.waits == ["check_inputs", "check_group"]
     assert {"row_kernel", "group_kernel"} <= set(gpu.launched)
     assert output.logps_N.shape == (40,) and output.logps_N.dtype == torch.float32
-    if attention == "flex_attention":
-        return
     backward(loss, [output])
     trained = [p for p in policy.model.parameters() if p.requires_grad]
     assert all(p.grad.dtype == torch.float32 and p.grad.is_cuda for p in trained)
-    norm, finite = twgrpo.update(cfg, policy, make_optimizer(cfg, policy), 0.0, 1e-6)
+    norm, finite = twgrpo.optimizer_step(cfg, policy, make_optimizer(cfg, policy), 0.0, 1e-6)
     assert finite
-    assert gpu.waits[2:] == ["update"]
+    assert gpu.waits[2:] == ["optimizer_step"]
 
 
 @pytest.mark.parametrize("layers, checkpoints, T", [(28, True, 1024), (6, False, 170)])
@@ -98,14 +95,14 @@ def test_the_memory_plan_counts_what_is_alive(gpu, monkeypatch, layers, checkpoi
     )
 
     def sample():
-        twgrpo.sample(cfg, policy, [question], [(1,)])
+        twgrpo.sample_groups(cfg, policy, [question], [(1,)])
 
     for parameter in policy.model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    twgrpo.update(cfg, policy, optimizer, 0.0, 1e-6)  # makes the moments
+    twgrpo.optimizer_step(cfg, policy, optimizer, 0.0, 1e-6)  # makes the moments
     held = {"always": gpu.live, "rollout": gpu.peak_of(sample)[0]}
     groups = [group_of(question, policy, cfg)]
-    held["score"], scored = gpu.peak_of(lambda: twgrpo.score(cfg, policy, groups))
+    held["score"], scored = gpu.peak_of(lambda: twgrpo.score_groups(cfg, policy, groups))
     held["update"], _ = gpu.peak_of(lambda: backward(*scored))
     parts = plan.memory(cfg, policy, len(question.ids_P))
     for phase, most in held.items():

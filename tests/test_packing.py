@@ -1,13 +1,12 @@
-"""Packed rows and the three ways to attend over them.
+"""Packed rows and the two ways to attend over them, against torch's attention with a dense mask.
 
 flash-attn needs a GPU, so on a CPU its variable-length call is a stand-in that does what its
 documentation says: sequence by sequence, the last query at the last key. What is tested is which
-tokens we hand it. torch's FlexAttention has no backward pass on a CPU; there only forward.
+tokens we hand it.
 """
 
 import dataclasses
 import json
-import shutil
 import sys
 import types
 
@@ -15,25 +14,31 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import random_completions
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
 from files import UserError
 from model.packing import (
     ATTENTION,
     Group,
-    compiled,
+    flash_attend,
     pack,
-    packed_blocks,
-    packed_mask,
-    packed_rule,
+    packed_attention,
+    packed_layout,
     packed_sequences,
 )
 from model.policy import Root
 from run.config import Config, check_attention
 
 LENGTHS = ([5, 1, 9], [3, 3, 2], [1, 1, 7])
+
+
+def packed_mask(segments_BL: torch.Tensor) -> torch.Tensor:
+    """Who sees whom, (B, 1, L, L) bool: a token sees the prompt and its segment, up to itself."""
+    L = segments_BL.shape[1]
+    key, query = segments_BL[:, None, :], segments_BL[:, :, None]
+    causal = torch.ones(L, L, dtype=torch.bool).tril()
+    return (causal & ((key == 0) | (key == query)))[:, None]
 
 
 @pytest.fixture
@@ -87,7 +92,7 @@ def features_of(policy, groups):
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_variable_length_sequences_equal_the_mask(policy, groups, flash_attn, checkpointed):
+def test_a_policy_scores_alike_in_both_ways(policy, groups, flash_attn, checkpointed):
     if checkpointed:  # its second forward pass comes late, and must attend in the same way
         policy.checkpoint_activations()
     hidden, gradients = score(policy, groups, "sdpa")
@@ -96,15 +101,6 @@ def test_variable_length_sequences_equal_the_mask(policy, groups, flash_attn, ch
     assert our_gradients.keys() == gradients.keys() and len(gradients) > 20
     for name, gradient in gradients.items():
         assert (our_gradients[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
-
-
-def test_flex_attention_equals_the_mask(policy, groups):
-    with torch.no_grad():
-        features = features_of(policy, groups)
-        masked = policy.hidden_states(groups, features)
-        policy.attend_with("flex_attention")
-        blocked = policy.hidden_states(groups, features)
-    assert max((a - b).abs().max() for a, b in zip(masked, blocked, strict=True)) < 1e-5
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
@@ -125,84 +121,92 @@ def test_a_gathered_copy_attends_as_its_policy_does(policy, groups, flash_attn, 
         assert torch.equal(a, c) and (a - b).abs().max() < 1e-6
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_flex_attention_is_compiled_once_for_long_rows():
-    """Every step has another length; compiling anew each time would cost more than the step."""
-    torch._dynamo.reset()
-    compiled.cache_clear()
-    counters = torch._dynamo.utils.counters["stats"]
-    before, attend = counters["unique_graphs"], compiled(flex_attention)
-    for L in (300, 222, 411, 512):
-        segments_1L = torch.arange(L)[None] * 4 // L  # a prompt and three completions
-        query, key, value = (torch.randn(1, heads, L, 32) for heads in (4, 2, 2))
-        out = attend(query, key, value, block_mask=packed_blocks(segments_1L), enable_gqa=True)
-        exact = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=packed_mask(segments_1L), enable_gqa=True
-        )
-        assert (out - exact).abs().max() < 1e-5
-    assert counters["unique_graphs"] == before + 1
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_block_masks_are_compiled_once_for_long_rows():
-    torch._dynamo.reset()
-    compiled.cache_clear()
-    counters, graphs = torch._dynamo.utils.counters["stats"], []
-    for L in (300, 222, 411, 512):
-        segments_1L = torch.arange(L)[None] * 4 // L
-        mask = compiled(create_block_mask)(packed_rule(segments_1L), 1, None, L, L, device="cpu")
-        assert torch.equal(mask.to_dense(), packed_blocks(segments_1L).to_dense())
-        graphs.append(counters["unique_graphs"])
-    assert graphs[1:] == graphs[:1] * 3
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("attention", ["flex_attention", "flash_attention_2"])
-def test_attention_on_a_gpu_equals_the_mask(policy, groups, attention):
-    """In bf16: as far from float32 as sdpa in bf16 is, and some."""
-    if attention == "flash_attention_2":
-        pytest.importorskip("flash_attn")
-    exact, _ = score(policy, groups, "sdpa")
-    policy.model.cuda()
-    masked, gradients = score(policy, groups, "sdpa")
-    ours, our_gradients = score(policy, groups, attention)
-    error = (masked.cpu() - exact).norm()
-    assert (ours.cpu() - exact).norm() <= 1.5 * error + 1e-3 * exact.norm()
-    for name, gradient in gradients.items():
-        assert (our_gradients[name] - gradient).norm() <= 0.05 * gradient.norm(), name
-
-
 rows = st.lists(
     st.tuples(st.integers(1, 6), st.lists(st.integers(0, 4), min_size=1, max_size=4)),
     min_size=1,
-    max_size=3,
+    max_size=4,
 )
 
 
-@settings(max_examples=100, deadline=None)
-@given(rows)
-def test_the_three_forms_are_one_rule(shapes):
-    """Prompts and completions of any length, some empty: each form says who sees whom alike."""
+@given(rows, st.sampled_from([(2, 1), (2, 3), (1, 1)]), st.sampled_from([1, 2]), st.booleans())
+def test_both_ways_equal_a_dense_mask(shapes, heads, scale, varlen):
+    """Prompts and completions of any length, some empty, with shared key heads: outputs within
+    1e-5, gradients within 1e-4."""
     segments = [
         torch.tensor([0] * prompt + [i for i, n in enumerate(lengths, 1) for _ in range(n)])
         for prompt, lengths in shapes
     ]
-    L = max(map(len, segments))
+    B, L, d = len(segments), max(map(len, segments)), 8
     segments_BL = torch.stack([F.pad(s, (0, L - len(s)), value=-1) for s in segments])
-    mask_BLL = packed_mask(segments_BL)[:, 0]
+    generator = torch.Generator().manual_seed(0)
+    key_heads, shared = heads
+    q, k, v = (
+        torch.randn(B, h, L, d, generator=generator, requires_grad=True)
+        for h in (key_heads * shared, key_heads, key_heads)
+    )
+    probe = torch.randn(B, L, key_heads * shared, d, generator=generator)
+    probe *= (segments_BL >= 0)[..., None, None]  # what padding gets does not matter
+    if varlen:
+        with pytest.MonkeyPatch.context() as patch:
+            stand_in = types.SimpleNamespace(flash_attn_varlen_func=varlen_by_the_book)
+            patch.setitem(sys.modules, "flash_attn", stand_in)
+            layout = packed_sequences(segments_BL)
+            ours, _ = flash_attend(None, q, k, v, None, scaling=scale, packed=layout)
+    else:
+        layout = packed_layout(segments_BL)
+        ours, _ = packed_attention(None, q, k, v, None, scaling=scale, packed=layout)
+    mask = packed_mask(segments_BL)
+    theirs = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
+    ours, theirs = ours * probe.abs().gt(0), theirs.transpose(1, 2) * probe.abs().gt(0)
+    assert (ours - theirs).abs().max() < 1e-5
+    ours = torch.autograd.grad((ours * probe).sum(), (q, k, v))
+    theirs = torch.autograd.grad((theirs * probe).sum(), (q, k, v))
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).abs().max() <= 1e-4 * b.abs().max().clamp(min=1e-2)
 
-    blocks = packed_blocks(segments_BL)
-    dense = create_mask(blocks.mask_mod, len(segments), 1, L, L, device="cpu")[:, 0]
-    assert torch.equal(dense, mask_BLL)
 
-    packed = packed_sequences(segments_BL)
-    seen = torch.zeros(len(segments) * L, L, dtype=torch.bool)
-    q, k = packed.query_starts.tolist(), packed.key_starts.tolist()
-    for q0, q1, k0, k1 in zip(q[:-1], q[1:], k[:-1], k[1:], strict=True):
-        for n, query in enumerate(packed.query_Q[q0:q1]):
-            seen[query, packed.key_K[k0 : k1 - (q1 - q0) + n + 1] % L] = True
-    padding_BL = segments_BL == -1
-    assert torch.equal(seen.view_as(mask_BLL), mask_BLL & ~padding_BL[..., None])
+def test_the_joined_gradient_is_that_of_finite_differences():
+    segments_BL = torch.tensor([[0, 0, 0, 1, 1, 2, 2], [0, 0, 1, 2, 2, -1, -1]])
+    layout, generator = packed_layout(segments_BL), torch.Generator().manual_seed(0)
+    inputs = [
+        torch.randn(2, h, 7, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+        for h in (4, 2, 2)
+    ]
+
+    def attend(q, k, v):
+        out, _ = packed_attention(None, q, k, v, None, scaling=0.5, packed=layout)
+        return out[segments_BL >= 0]
+
+    assert torch.autograd.gradcheck(attend, inputs)
+
+
+def test_scoring_keeps_nothing_quadratic(policy, groups):
+    """No tensor that attention saves for its backward pass has L x L elements."""
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: sizes.append(x.numel()) or x, lambda x: x
+    ):
+        L = 1200
+        segments_BL = torch.cat([torch.zeros(1, 200), torch.arange(1, 1001)[None] // 101 + 1], 1)
+        q = torch.randn(1, 1, L, 4, requires_grad=True)
+        layout = packed_layout(segments_BL.long())
+        packed_attention(None, q, q, q, None, scaling=1.0, packed=layout)
+    assert max(sizes) < 10 * q.numel() < L * L
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_attention_on_a_gpu_equals_that_of_a_cpu(policy, groups, attention):
+    """In bf16, against float32 on the CPU."""
+    if attention == "flash_attention_2":
+        pytest.importorskip("flash_attn")
+    exact, gradients = score(policy, groups, "sdpa")
+    policy.model.cuda()
+    ours, our_gradients = score(policy, groups, attention)
+    assert (ours.cpu() - exact).norm() <= 0.02 * exact.norm()
+    for name, gradient in gradients.items():
+        assert (our_gradients[name].cpu() - gradient).norm() <= 0.1 * gradient.norm(), name
 
 
 def test_rollout_and_checkpoint_do_not_depend_on_it(policy, questions, flash_attn, tmp_path):
@@ -217,14 +221,12 @@ def test_rollout_and_checkpoint_do_not_depend_on_it(policy, questions, flash_att
 
 def test_attention_that_cannot_train_here_is_refused(flash_attn, monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    for device in (cpu, cuda):
-        check_attention(Config(), device)
-    flex, flash = (Config(attn_implementation=n) for n in ("flex_attention", "flash_attention_2"))
-    for cfg in (flex, flash):
-        check_attention(cfg, cuda)
-        with pytest.raises(UserError, match="sdpa works everywhere"):
-            check_attention(cfg, cpu)
-        check_attention(dataclasses.replace(cfg, dry_run=True), cpu)
+    flash = Config(attn_implementation="flash_attention_2")
+    for cfg, device in ((Config(), cpu), (Config(), cuda), (flash, cuda)):
+        check_attention(cfg, device)
+    with pytest.raises(UserError, match="sdpa works everywhere"):
+        check_attention(flash, cpu)
+    check_attention(dataclasses.replace(flash, dry_run=True), cpu)
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     with pytest.raises(UserError, match="pip install flash-attn"):
         check_attention(flash, cuda)

@@ -21,7 +21,8 @@ import toy
 import video
 from data import Prompter
 from files import UserError
-from model.policy import Policy, read_config
+from model.load import read_config
+from model.policy import Policy
 from records import Record
 from run import plan
 from run.config import Config

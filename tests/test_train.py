@@ -22,7 +22,7 @@ from data import TEMPLATES, Prompter
 from files import UserError
 from model.policy import Policy
 from records import load_records
-from run import plan
+from run import clips, plan
 from run.config import Config, check_contents, make_output_dir, make_toy, parse_config
 from run.log import RunLog
 from run.setup import rate
@@ -169,6 +169,42 @@ def test_clipping_acts_with_several_iterations(world, tmp_path):
     assert max(row["clip_ratio"] for row in metrics(tmp_path / "r")) > 0
 
 
+def test_groups_that_teach_nothing_are_left_out_of_the_backward_pass(
+    policy, questions, monkeypatch
+):
+    """One of three groups has equal rewards: the gradients are those of all three, within 1e-8."""
+    cfg = Config(num_generations=4, max_completion_length=6, per_device_train_batch_size=3)
+    gradients, scored = [], []
+    rewards = iter([[0, 1, 2, 1], [1, 1, 1, 1], [2, 0, 0, 0]] * 2)
+    monkeypatch.setattr(
+        twgrpo, "rewards_of", lambda *_: torch.tensor(next(rewards)).float()[:, None]
+    )
+
+    def keep(cfg, policy, *_):
+        gradients.append([p.grad.clone() for p in policy.model.parameters() if p.grad is not None])
+        policy.model.zero_grad()
+        return 0.0, True
+
+    def spy(cfg, policy, groups, score=twgrpo.score_groups):
+        scored.append((len(groups), torch.is_grad_enabled()))
+        return score(cfg, policy, groups)
+
+    monkeypatch.setattr(twgrpo, "optimizer_step", keep)
+    monkeypatch.setattr(twgrpo, "score_groups", spy)
+    seeds = [(0, b) for b in range(3)]
+    losses = []
+    for all_of_them in (False, True):
+        if all_of_them:
+            monkeypatch.setattr(twgrpo, "micro_batches", lambda cfg, groups: [(groups, True)])
+        groups, (done,) = twgrpo.train_step(cfg, policy, None, None, questions, seeds, 0.0)
+        assert len(done.outputs) == 3
+        losses.append(done.loss)
+    assert scored == [(2, True), (1, False), (3, True)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-7)
+    assert len(gradients[0]) == len(gradients[1]) > 20
+    assert max((a - b).abs().max() for a, b in zip(*gradients, strict=True)) < 1e-8
+
+
 def test_the_ratio_is_always_to_the_weights_that_sampled(world, prompter, tmp_path, monkeypatch):
     """Three iterations: on-policy first, then twice against the log-probs of the first."""
     calls, head = [], twgrpo.tw_grpo_head
@@ -263,6 +299,24 @@ def test_bad_clips_are_skipped_counted_and_never_replaced(short_run, world, tmp_
     assert len(shared) >= 9 and not {"train-0", "train-1"} & set(samples["bad"])
     for key in shared:  # advantages and texts alike; the learning rate moves nothing
         assert [c["text"] for c in samples["bad"][key]] == [c["text"] for c in samples["good"][key]]
+
+
+def test_clips_are_decoded_once_while_there_is_room(world, prompter, records, tmp_path):
+    """Eight clips, three epochs: all are kept, or as many as fit; the questions are the same."""
+    size = prompter(records[0]).patches.numel()  # bytes of a clip in uint8
+    seen, decoded = {}, {}
+    for room in (0.0, 2.5 * size / 1e9, 1.0):
+        cfg = parse_config(f"--clip_cache_gb {room} --per_device_train_batch_size 4".split())
+        log = RunLog(cfg, tmp_path)
+        ahead = clips.QuestionsAhead(cfg, records[:8], prompter, log, 1)
+        submit, calls = ahead.workers.submit, []
+        ahead.workers.submit = lambda *a, s=submit, c=calls: c.append(a) or s(*a)
+        seen[room] = [q.patches for step in range(1, 7) for q in ahead.take(step)[0]]
+        decoded[room] = len(calls)
+        ahead.close()
+    assert list(decoded.values()) == [24, 24 - 2 * 2, 8]
+    for patches in seen.values():
+        assert all(torch.equal(a, b) for a, b in zip(patches, seen[0.0], strict=True))
 
 
 def test_no_readable_clip_at_all_ends_the_run(world, tmp_path):

@@ -1,0 +1,80 @@
+"""A Qwen-VL checkpoint from a directory or the hub, refused in a sentence if it cannot be used.
+
+Code that a checkpoint brings along is never run.
+"""
+
+import os
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from files import UserError
+
+FAMILIES = {  # by model_type: how a clip becomes tokens, where the config does not say it
+    "qwen2_5_vl": {},
+    "qwen2_vl": dict(tokens_per_second=None),
+    "qwen3_vl": dict(tokens_per_second=None, timestamps=True, mean=(0.5,) * 3, std=(0.5,) * 3),
+}
+
+
+def read_config(name: str | os.PathLike) -> PreTrainedConfig:
+    """The config of a checkpoint directory or hub name. Code that a checkpoint brings along is
+    never run. Raises UserError if it is no Qwen-VL."""
+    try:
+        kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
+        if kind in FAMILIES:
+            return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # config.json is checked by several libraries
+        raise UserError(f"{name}: not a checkpoint for transformers ({_first(error)})") from error
+    if kind is None:
+        raise UserError(f"{name}: not a checkpoint; it has no config.json with a model_type")
+    why = "; its linear attention carries state from one completion of a packed row to the next"
+    raise UserError(
+        f"{name}: is a {kind!r} model; {' or '.join(FAMILIES)} is needed"
+        + why * str(kind).startswith(("qwen3_5", "qwen3_next", "qwen4"))
+    )
+
+
+def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.dtype]:
+    """Model in float32, tokenizer, and the dtype of the checkpoint. Raises UserError."""
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not os.path.isdir(name):
+        raise UserError(f"{name}: no such model directory; give one, or a hub name")
+    config = read_config(name)
+    if set(getattr(config.text_config, "layer_types", ())) - {"full_attention"}:
+        raise UserError(f"{name}: has sliding-window layers, which packed rows do not support")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model, found = AutoModelForImageTextToText.from_pretrained(
+            name, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True,
+            trust_remote_code=False,
+        )  # fmt: skip
+    except Exception as error:  # of transformers, tokenizers, safetensors, each their own types
+        raise UserError(
+            f"{name}: its weights or tokenizer cannot be loaded ({_first(error)})"
+        ) from error
+    if found["missing_keys"]:
+        lost = sorted(found["missing_keys"])
+        raise UserError(f"{name}: its weights lack {len(lost)} tensors, such as {lost[0]}")
+    if tokenizer.convert_tokens_to_ids("<|video_pad|>") != config.video_token_id:
+        raise UserError(f"{name}: its tokenizer does not have <|video_pad|> where config.json does")
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    for end in [tokenizer.eos_token_id, *ends]:
+        if type(end) is not int or not 0 <= end < config.text_config.vocab_size:
+            raise UserError(
+                f"{name}: its end token {end!r} (generation_config.json, or eos_token of the "
+                "tokenizer) is no id of its vocabulary"
+            )
+    return model, tokenizer, config.dtype or torch.float32
+
+
+def _first(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
