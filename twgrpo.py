@@ -162,9 +162,8 @@ def sample_groups(
             questions, features, cfg.num_generations, cfg.max_completion_length,
             cfg.temperature, seeds,
         )  # fmt: skip
-        if cfg.freeze_vision_modules:
-            for group, tokens in zip(groups, features, strict=True):
-                group.features = tokens
+        for group, tokens, seed in zip(groups, features, seeds, strict=True):
+            group.features, group.seed = tokens if cfg.freeze_vision_modules else None, seed
         return groups
 
 
@@ -240,8 +239,11 @@ def score_groups(
             beta=cfg.beta if group.ref_logps_N is not None else 0.0,
             temperature=cfg.temperature,
             loss_type=cfg.loss_type,
-            divergence=cfg.divergence,
+            divergence="entropy" if cfg.token_weights == "entropy" else cfg.divergence,
             ended_rows=cfg.ended_rows,
+            token_weights="divergence" if cfg.token_weights == "entropy" else cfg.token_weights,
+            normalize_token_weights=cfg.normalize_token_weights,
+            shuffle_seed=(*group.seed[:3], 6),  # 6: no other stream ends so
         )
         for group, hidden_ND in zip(scored, hidden, strict=True)
     ]

@@ -59,15 +59,11 @@ def evaluate(
         scores.extend([score(text, truth) for score in MEASURES.values()] for text in group.texts)
 
     label = ("greedy" if greedy else "sampled") + (", wrong video" if wrong_video else "")
+    if greedy:
+        cfg = dataclasses.replace(cfg, temperature=0.0, num_generations=1)
     shown = dict(desc=f"evaluating ({label})", leave=False, disable=not ranks.is_main())
     with tqdm(total=len(asked), **shown) as bar:
-        answered = answer(
-            policy, prompter, asked, use, bar,
-            batch_size=batch_size,
-            num_generations=1 if greedy else cfg.num_generations,
-            max_completion_length=cfg.max_completion_length,
-            temperature=0.0 if greedy else cfg.temperature,
-        )  # fmt: skip
+        answered = answer(cfg, policy, prompter, asked, use, bar, batch_size=batch_size)
     everyones, skipped = zip(*ranks.gather((scores, len(asked) - answered)), strict=True)
     scores = [row for rows in everyones for row in rows]
     if not scores:
