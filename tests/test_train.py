@@ -172,7 +172,7 @@ def test_clipping_acts_with_several_iterations(world, tmp_path):
 def test_groups_that_teach_nothing_are_left_out_of_the_backward_pass(
     policy, questions, monkeypatch
 ):
-    """One of three groups has equal rewards: the gradients are those of all three, within 1e-8."""
+    """One of three groups has equal rewards: the gradients are those of all three."""
     cfg = Config(num_generations=4, max_completion_length=6, per_device_train_batch_size=3)
     gradients, scored = [], []
     rewards = iter([[0, 1, 2, 1], [1, 1, 1, 1], [2, 0, 0, 0]] * 2)
@@ -202,7 +202,9 @@ def test_groups_that_teach_nothing_are_left_out_of_the_backward_pass(
     assert scored == [(2, True), (1, False), (3, True)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-7)
     assert len(gradients[0]) == len(gradients[1]) > 20
-    assert max((a - b).abs().max() for a, b in zip(*gradients, strict=True)) < 1e-8
+    largest = max(gradient.abs().max() for gradient in gradients[0])  # about 0.2
+    far = max((a - b).abs().max() for a, b in zip(*gradients, strict=True))
+    assert far < 2e-7 * largest  # a last digit of float32
 
 
 def test_the_ratio_is_always_to_the_weights_that_sampled(world, prompter, tmp_path, monkeypatch):
@@ -490,16 +492,16 @@ def test_a_mistyped_directory_loses_nothing(flags, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     cfg = parse_config(["--output_dir", str(tmp_path / "runs"), *flags.split()])
     if cfg.dry_run:
-        assert twgrpo.run(cfg) is None
+        assert twgrpo.train_and_evaluate(cfg) is None
     else:
         with pytest.raises(UserError, match="is not empty|holds files, but no run"):
-            twgrpo.run(cfg)
+            twgrpo.train_and_evaluate(cfg)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_a_dry_run_of_the_toy_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    twgrpo.run(parse_config(["--dry_run", "true"]))
+    twgrpo.train_and_evaluate(parse_config(["--dry_run", "true"]))
     assert "a dry run writes nothing" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
