@@ -2,7 +2,7 @@
 
 FAULT is what happens to RANK at STEP: "nan" makes the loss NaN, "nan3" for three steps, "sigterm"
 is a signal to that process alone, "disk_full" has every write of a checkpoint fail from there on,
-"rollout" and "backward" raise in that phase, "backward2" in the second update of the step.
+"rollout" and "backward" raise in that phase, "update2" in the second update of the step.
 """
 
 import os
@@ -78,5 +78,6 @@ loaded, load_policy, twgrpo.load_policy = {}, twgrpo.load_policy, remember
 head_logits, rollout.head_logits = rollout.head_logits, faulty_logits
 twgrpo.rewards_of = raising("rollout", twgrpo.rewards_of)
 twgrpo.differentiate = raising("backward", twgrpo.differentiate)
+twgrpo.optimizer_step = raising("update", twgrpo.optimizer_step)
 checkpoint.dcp.FileSystemWriter.write_data = faulty_write
 ranks.run_script(twgrpo.main)

@@ -280,7 +280,7 @@ def test_an_error_in_the_loop_saves_the_steps_before_it(phase, whole, world, tmp
 @pytest.mark.slow
 def test_half_a_step_is_never_saved(world, tmp_path):
     """The second of two updates raises: the weights are those of no step."""
-    result = faulty(world, tmp_path / "r", "backward2", 0, 4, flags=("--num_iterations", "2"))
+    result = faulty(world, tmp_path / "r", "update2", 0, 4, flags=("--num_iterations", "2"))
     assert result.returncode == 1 and "stopped after step 3; nothing was saved" in result.stderr
     assert not list((tmp_path / "r").glob("*checkpoint-*"))
 
