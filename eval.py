@@ -14,6 +14,7 @@ Letters in shapes: G completions, T positions, N completion tokens, D hidden siz
 """
 
 import argparse
+import dataclasses
 import itertools
 import math
 import os
@@ -99,9 +100,8 @@ def answer_all(
             bar.set_postfix(strict=f"{100 * np.mean(hits):.1f}", refresh=False)
 
         asked = [(records[k], records[k], (args.seed, k)) for k in mine]
-        return answer(
-            policy, prompter, asked, use, bar, batch_size=args.batch_size, **sampling(args)
-        )
+        how = dict(batch_size=args.batch_size, top_p=args.top_p)
+        return answer(config_of(args), policy, prompter, asked, use, bar, **how)
 
 
 def log_row(group: Group, style: str) -> dict:
@@ -135,9 +135,8 @@ def load_policy(args: argparse.Namespace) -> Policy:
 def make_prompter(
     args: argparse.Namespace, policy: Policy, style: str, reader: ClipReader
 ) -> Prompter:
-    names = ("fps", "max_frames", "min_pixels", "max_pixels", "max_prompt_length")
     return setup.make_prompter(
-        Config(**{name: getattr(args, name) for name in names}),
+        config_of(args),
         policy,
         style=style,
         seconds_per_patch=1.0 if args.timing == "fixed" else None,
@@ -146,8 +145,10 @@ def make_prompter(
     )
 
 
-def sampling(args: argparse.Namespace) -> dict:
-    return {name: getattr(args, name) for name in ("max_completion_length", "temperature", "top_p")}
+def config_of(args: argparse.Namespace) -> Config:
+    """The flags that training has too. Here temperature may be 0, for greedy decoding."""
+    shared = {field.name for field in dataclasses.fields(Config)} & vars(args).keys()
+    return Config(**{name: getattr(args, name) for name in shared})
 
 
 # ----------------------------------------------------------------------------------------- eval ask
@@ -162,13 +163,14 @@ def ask(args: argparse.Namespace) -> None:
     with load_policy(args).gathered() as policy, ClipReader(args.timeout) as reader:
         question = make_prompter(args, policy, args.prompt, reader)(record)
         print(shown_clip(policy, question))
-        group = sample(policy, question, (args.seed,), 1, **sampling(args))
+        cfg = config_of(args)
+        answer_alone = dataclasses.replace(cfg, num_generations=1)
+        group = sample(answer_alone, policy, question, (args.seed,), args.top_p)
         print(dimmed_think(group.texts[0], sys.stdout.isatty() and "NO_COLOR" not in os.environ))
         print(f"{len(group.completions[0])} tokens{'' if group.finished[0] else ', cut off'}")
         if args.weights:
-            args.temperature, args.top_p = args.temperature or 1.0, 1.0  # as in training
-            group = sample(policy, question, (args.seed, 1), args.num_generations, **sampling(args))
-            print(weights_table(policy, group, args.alpha, args.temperature))
+            cfg.temperature = cfg.temperature or 1.0  # and no top_p, as in training
+            print(weights_table(cfg, policy, sample(cfg, policy, question, (args.seed, 1))))
 
 
 def shown_clip(policy: Policy, question: Question) -> str:
@@ -181,9 +183,12 @@ def shown_clip(policy: Policy, question: Question) -> str:
 
 
 @torch.no_grad()
-def sample(policy: Policy, question: Question, seed: tuple, G: int, **how) -> Group:
-    features = policy.encode_videos([question])
-    return policy.rollout([question], features, num_generations=G, seeds=[seed], **how)[0]
+def sample(
+    cfg: Config, policy: Policy, question: Question, seed: tuple[int, ...], top_p: float = 1.0
+) -> Group:
+    features, length = policy.encode_videos([question]), cfg.max_completion_length
+    how = (cfg.num_generations, length, cfg.temperature, [seed], top_p)
+    return policy.rollout([question], features, *how)[0]
 
 
 def dimmed_think(text: str, colours: bool) -> str:
@@ -193,7 +198,7 @@ def dimmed_think(text: str, colours: bool) -> str:
 
 
 @torch.no_grad()
-def weights_table(policy: Policy, group: Group, alpha: float, temperature: float) -> str:
+def weights_table(cfg: Config, policy: Policy, group: Group) -> str:
     """The token weights of a group: a line for each position t with w_t, D_t in nats and the token
     of each completion ("." after its end)."""
     features = policy.encode_videos([group.question])
@@ -202,7 +207,7 @@ def weights_table(policy: Policy, group: Group, alpha: float, temperature: float
     output = tw_grpo_head(
         hidden_ND, policy.head_VD.to(hidden_ND.dtype), group.targets_N.to(device),
         group.lengths_G.to(device), torch.zeros(len(group.completions), device=device),
-        alpha=alpha, temperature=temperature,
+        alpha=cfg.alpha, temperature=cfg.temperature,
     )  # fmt: skip
     lines = [f"{'t':>4} {'w_t':>6} {'D_t':>10}  tokens of the {len(group.completions)} answers"]
     for t, (weight, spread) in enumerate(
@@ -239,7 +244,7 @@ def within(low: float, high: float = math.inf) -> Callable[[str], float]:
 
 def add_model_flags(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("--model", required=True, help="Qwen2.5-VL or Qwen2-VL checkpoint")
+    add("--model", required=True, help="Qwen3-VL, Qwen2.5-VL or Qwen2-VL checkpoint")
     add("--temperature", type=within(0.0), default=0.0, help="0: greedy; official: 0.1")
     add("--top_p", type=within(1e-9, 1.0), default=1.0, help="official: 0.001")
     add("--max_completion_length", type=within(1, 131_072), default=1024, help="official: 4096")
@@ -265,6 +270,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--out", required=True, help="log to append to; an existing one is resumed")
     one.add_argument("--prompt", choices=STYLES, help="default: the paper's for the benchmark")
     one.add_argument("--batch_size", type=within(1), default=16, help="questions at once, at most")
+    one.set_defaults(num_generations=1)
     one.add_argument("--limit", type=within(1), help="only the first so many questions")
     add_model_flags(one)
     one = commands.add_parser("score", help="accuracy of logs, this project's or the official ones")

@@ -11,7 +11,6 @@ same bits every time. Shape letters: `kernels/reference.py`.
 import torch
 from torch import Tensor
 
-from kernels import logits
 from kernels.chunked import matmul_float32
 
 
@@ -23,6 +22,8 @@ def words_of_slice(impl: str, N: int) -> int:
     fused    2^24 / N: 101 MB, but at least 1,024 words, or adding to dH would cost more than the
              matmul. With dH 0.22 GB at N = 8,192 and 0.67 GB at 32,768; the forward 9 MB.
 
+    plain    the same, in float32 67 MB.
+
     A multiple of 256, because cuBLAS is slow on rows that start at odd addresses.
     """
     return max(1024, (2**27 if impl == "chunked" else 2**24) // N // 256 * 256)
@@ -31,7 +32,7 @@ def words_of_slice(impl: str, N: int) -> int:
 def backward(
     coefficients_N: Tensor, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor,
     statistics_3N: Tensor, needs_hidden: bool, needs_weight: bool, temperature: float,
-    slice_words: int,
+    slice_words: int, steps,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """(dH, dW) in the inputs' dtype; None, and no matmul, for the one that is not needed.
 
@@ -42,17 +43,17 @@ def backward(
     """
     (N, D), V = hidden_ND.shape, len(weight_VD)
     slice_words = min(V, slice_words)
-    buffer = torch.empty(N * slice_words, dtype=torch.float32, device=hidden_ND.device)
-    in_place = hidden_ND.dtype == torch.float32
-    gradients = buffer if in_place else torch.empty_like(buffer, dtype=hidden_ND.dtype)
-    dH = torch.zeros(N, D, dtype=torch.float32, device=hidden_ND.device) if needs_hidden else None
+    wide = torch.promote_types(hidden_ND.dtype, torch.float32)
+    buffer = hidden_ND.new_empty(N * slice_words, dtype=wide)
+    gradients = buffer if hidden_ND.dtype == wide else hidden_ND.new_empty(N * slice_words)
+    dH = hidden_ND.new_zeros(N, D, dtype=wide) if needs_hidden else None
     dW = torch.empty_like(weight_VD) if needs_weight else None
     for first in range(0, V, slice_words):
         weight_SD = weight_VD[first : first + slice_words]
         words = len(weight_SD)
         logits_NS = matmul_float32(hidden_ND, weight_SD.T, out=buffer[: N * words].view(N, words))
         gradients_NS = gradients[: N * words].view(N, words)
-        logits.softmax_gradient(
+        steps.softmax_gradient(
             logits_NS, gradients_NS, targets_N, statistics_3N, coefficients_N, first, temperature
         )
         if needs_hidden:

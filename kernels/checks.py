@@ -73,6 +73,12 @@ def check_group(
 
 def check_kernels(impl: str, hidden_ND: Tensor, options: LossOptions) -> None:
     """What only the kernels require. Raises RuntimeError, TypeError or ValueError."""
+    if not options.detach_weights:
+        raise ValueError(
+            f"detach_weights=False needs impl='reference': {impl} has no gradient through w_t"
+        )
+    if impl == "plain":
+        return
     from triton.runtime.jit import JITFunction
 
     from kernels.logits import row_kernel
@@ -80,7 +86,7 @@ def check_kernels(impl: str, hidden_ND: Tensor, options: LossOptions) -> None:
     if not hidden_ND.is_cuda and isinstance(row_kernel, JITFunction):  # compiled, not interpreted
         raise RuntimeError(
             f"impl={impl!r} compiles for a GPU, and hidden_ND is on {hidden_ND.device}: use "
-            "impl='reference', or set TRITON_INTERPRET=1 before Triton is imported to run the "
+            "impl='plain', or set TRITON_INTERPRET=1 before Triton is imported to run the "
             "kernels in its interpreter"
         )
     if hidden_ND.dtype not in KERNEL_DTYPES:
@@ -91,8 +97,4 @@ def check_kernels(impl: str, hidden_ND: Tensor, options: LossOptions) -> None:
         raise TypeError(
             "hidden_ND must be float32 for impl='fused' on a CPU: the bfloat16 dot of Triton's "
             "interpreter is wrong"
-        )
-    if not options.detach_weights:
-        raise ValueError(
-            f"detach_weights=False needs impl='reference': {impl} has no gradient through w_t"
         )

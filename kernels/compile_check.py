@@ -44,7 +44,9 @@ def compiling_for(arch: int) -> Iterator[dict]:
 
     def compile_instead(kernel, *args, grid, warmup=False, **options):
         compiled = launch(kernel, *args, grid=grid, warmup=True, **options)
-        constants = [f"{k}={v:d}" for k, v in options.items() if k.isupper()]
+        constants = [
+            f"{k}={v if k == 'FORM' else int(v)}" for k, v in options.items() if k.isupper()
+        ]
         bf16 = any(getattr(x, "dtype", None) == torch.bfloat16 for x in args)
         name = " ".join([kernel.__name__.removesuffix("_kernel"), *["bf16"] * bf16, *constants])
         while found.setdefault(name, compiled) is not compiled:
@@ -86,10 +88,14 @@ def launch_everything(arch: int) -> None:
     """Each kernel under each of its constants: group sizes, forms of D_t, dtypes."""
     for dtype, impl, G, divergence in itertools.product(
         (torch.bfloat16, torch.float32), ("chunked", "fused"), (2, 4, 8, 16),
-        ("official", "textbook"),
+        ("official", "textbook", "entropy"),
     ):  # fmt: skip
         launch_head(arch, [300] * G, impl, dtype, divergence=divergence)
-    for divergence in ("official", "textbook"):  # where one completion outlives the others
+    for divergence in (
+        "official",
+        "textbook",
+        "entropy",
+    ):  # where one completion outlives the others
         launch_head(arch, [300, 100], "fused", divergence=divergence)
 
 

@@ -113,7 +113,7 @@ def log_sum_exp_kernel(
 def divergence_kernel(
     hidden_ptr, weight_ptr, lse_ptr, order_ptr, start_ptr, partial_ptr,
     first_t, last_t, V, D, T, G, log_V, inverse_temperature, slice_tiles,
-    TEXTBOOK: tl.constexpr, UNIFORM: tl.constexpr, ROWS: tl.constexpr,
+    FORM: tl.constexpr, UNIFORM: tl.constexpr, ROWS: tl.constexpr,
     WORDS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, EVEN_D: tl.constexpr,
 ):  # fmt: skip
     """Eqs. 14, 15: one slice of the vocabulary of D_t for POSITIONS positions.
@@ -145,7 +145,7 @@ def divergence_kernel(
         z = matmul_tile(rows_at(weight_ptr, v, V, D), hidden_rows_ptr, z, D, DEPTH, EVEN_D)
         logp = tl.reshape(z * inverse_temperature - lse[None, :], [WORDS, ROWS, POSITIONS])
         alive = tl.arange(0, ROWS)[None, :, None] < alive_count
-        spread = group_spread(logp, alive, alive_count, ended, log_V, TEXTBOOK, AXIS=1)
+        spread = group_spread(logp, alive, alive_count, ended, log_V, FORM, AXIS=1)
         spread = tl.where((v < V)[:, None, None], spread, 0.0)
         total += tl.sum(tl.sum(spread, axis=1), axis=0)  # D' = D + Σ_v mean_i (e^d - d - 1)
     tl.store(partial_ptr + tl.program_id(1).to(tl.int64) * T + t, total, t < last_t)
@@ -220,7 +220,7 @@ def buckets_of_positions(starts: list[int]) -> Iterator[tuple[int, int, int]]:
 
 
 def forward(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, layout, options: LossOptions
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, layout, options: LossOptions, _
 ) -> tuple[Tensor, Tensor]:
     """(statistics_3N, divergence_T), as `chunked.forward`.
 
@@ -231,7 +231,8 @@ def forward(
     V, D, T = *weight_VD.shape, len(layout.starts) - 1
     divergence_T = hidden_ND.new_zeros(T, dtype=torch.float32)
     textbook = options.divergence == "textbook"
-    for first, last, rows in buckets_of_positions(layout.starts) if layout.G > 1 else ():
+    has_spread = layout.G > 1 or options.divergence == "entropy"
+    for first, last, rows in buckets_of_positions(layout.starts) if has_spread else ():
         narrow = divergence_tile(tile, rows, textbook)
         token_tiles = triton.cdiv(last - first, narrow.tokens // rows)
         slices, slice_tiles = slices_of_words(V, narrow.words, token_tiles)
@@ -239,7 +240,7 @@ def forward(
         divergence_kernel[(token_tiles, slices)](
             hidden_ND, weight_VD, statistics_3N[1:].sum(0), layout.order_N, layout.start_of_t,
             partial_ST, first, last, V, D, T, layout.G, math.log(V), 1 / options.temperature,
-            slice_tiles, TEXTBOOK=textbook, UNIFORM=options.ended_rows == "uniform", ROWS=rows,
+            slice_tiles, FORM=options.divergence, UNIFORM=options.stands_in, ROWS=rows,
             WORDS=narrow.words, TOKENS=narrow.tokens, DEPTH=tile.depth, EVEN_D=D % tile.depth == 0,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip

@@ -4,6 +4,7 @@ Triton is imported on first use, so that the reference works without it. Shape l
 `kernels/reference.py`.
 """
 
+import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -14,7 +15,7 @@ from kernels import reference
 from kernels.checks import KERNEL_DTYPES, check_group, check_inputs, check_kernels
 from kernels.reference import HeadOutput, LossOptions
 
-IMPLS = ("auto", "chunked", "fused", "reference")
+IMPLS = ("auto", "chunked", "fused", "plain", "reference")
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Layout:
     """
 
     G: int
+    lengths_G: Tensor  # (G,) int64
     starts: list[int]  # T + 1 numbers: position t owns rows starts[t] .. starts[t + 1]
     start_of_t: Tensor  # (T + 1,) int32, the same on the device
     order_N: Tensor  # (N,) int32: the token of each row
@@ -32,18 +34,25 @@ class Layout:
 
 def lay_out(lengths: list[int], device) -> Layout:
     """Computed on the host from the lengths, so that nothing waits for a GPU."""
-    _, position_N = reference.positions_of_tokens(torch.tensor(lengths))
+    lengths_G = torch.tensor(lengths)
+    _, position_N = reference.positions_of_tokens(lengths_G)
     order_N = torch.argsort(position_N, stable=True)
     starts = torch.nn.functional.pad(torch.bincount(position_N).cumsum(0), (1, 0))
     tables = [x.to(torch.int32).to(device) for x in (starts, order_N)]
-    return Layout(len(lengths), starts.tolist(), *tables)
+    return Layout(len(lengths), lengths_G.to(device), starts.tolist(), *tables)
 
 
-def design(impl: str):
-    """The module of a forward."""
-    from kernels import chunked, fused
+def modules(impl: str):
+    """(the module whose `forward` it is, the one that works on logits in memory)."""
+    from kernels import chunked
 
-    return {"chunked": chunked, "fused": fused}[impl]
+    if impl == "plain":
+        from kernels import plain
+
+        return chunked, plain
+    from kernels import fused, logits
+
+    return (fused if impl == "fused" else chunked), logits
 
 
 class Statistics(torch.autograd.Function):
@@ -51,10 +60,10 @@ class Statistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, targets_N, layout, impl, options):
-        statistics_3N, divergence_T = design(impl).forward(
-            hidden_ND, weight_VD, targets_N, layout, options
-        )
-        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, statistics_3N)
+        design, steps = modules(impl)
+        inputs = hidden_ND, weight_VD, targets_N
+        statistics_3N, divergence_T = design.forward(*inputs, layout, options, steps)
+        ctx.save_for_backward(*inputs, statistics_3N)
         ctx.impl, ctx.temperature = impl, options.temperature
         ctx.mark_non_differentiable(divergence_T)
         return statistics_3N[0].clone(), divergence_T
@@ -64,9 +73,10 @@ class Statistics(torch.autograd.Function):
     def backward(ctx, coefficients_N, _):
         from kernels.backward import backward, words_of_slice
 
-        words = words_of_slice(ctx.impl, len(coefficients_N))
-        inputs, needs = ctx.saved_tensors, ctx.needs_input_grad[:2]
-        dH, dW = backward(coefficients_N.contiguous(), *inputs, *needs, ctx.temperature, words)
+        dH, dW = backward(
+            coefficients_N.contiguous(), *ctx.saved_tensors, *ctx.needs_input_grad[:2],
+            ctx.temperature, words_of_slice(ctx.impl, len(coefficients_N)), modules(ctx.impl)[1],
+        )  # fmt: skip
         return dH, dW, None, None, None, None
 
 
@@ -96,11 +106,12 @@ def tw_grpo_head(
     impl          "reference"  plain PyTorch, any float dtype: the specification
                   "chunked"    Triton and cuBLAS, a chunk of positions at a time: the fast one
                   "fused"      Triton only, logits in registers: the small one
-                  "auto"       chunked on CUDA if Triton is installed, else reference
+                  "plain"      chunked in plain torch; "chunked" is this where Triton cannot run
+                  "auto"       chunked on CUDA if Triton is installed, else plain
     options       alpha, beta, temperature, loss_type, divergence, ...: `LossOptions`
 
     `chunked` and `fused` take float32 or bfloat16 on CUDA, or float32 on a CPU under
-    TRITON_INTERPRET=1. A NaN in `hidden_ND` gives a NaN loss.
+    TRITON_INTERPRET=1; `plain` also float64. A NaN in `hidden_ND` gives a NaN loss.
 
     Raises ValueError or TypeError naming the argument that is wrong, ImportError if Triton is
     needed and missing, RuntimeError if the kernels cannot run on this device.
@@ -109,7 +120,7 @@ def tw_grpo_head(
     check_inputs(hidden_ND, weight_VD, targets_N)
     group = (lengths_G, advantages_G, old_logps_N, ref_logps_N)
     lengths = check_group(hidden_ND, *group, settings.beta)
-    impl = choose_impl(impl, hidden_ND)
+    impl = choose_impl(impl, hidden_ND, settings)
     if impl == "reference":
         return reference.tw_grpo(hidden_ND, weight_VD, targets_N, *group, settings)
     check_kernels(impl, hidden_ND, settings)
@@ -143,21 +154,28 @@ def token_logps(
     """
     options = LossOptions(temperature=temperature)
     check_inputs(hidden_ND, weight_VD, targets_N)
-    impl = choose_impl(impl, hidden_ND)
+    impl = choose_impl(impl, hidden_ND, options)
     if impl == "reference":
         return reference.token_logps(hidden_ND, weight_VD, targets_N, temperature)
     check_kernels(impl, hidden_ND, options)
     layout = lay_out([len(hidden_ND)], hidden_ND.device)  # one completion: no divergence
     inputs = (x.contiguous() for x in (hidden_ND, weight_VD, targets_N))
-    return design(impl).forward(*inputs, layout, options)[0][0]
+    design, steps = modules(impl)
+    return design.forward(*inputs, layout, options, steps)[0][0]
 
 
-def choose_impl(impl: str, hidden_ND: Tensor) -> str:
+def choose_impl(impl: str, hidden_ND: Tensor, options: LossOptions) -> str:
+    """What runs: on a CPU "auto" is "plain", and so is "chunked" unless TRITON_INTERPRET=1."""
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, not {impl!r}")
+    native = hidden_ND.is_cuda and hidden_ND.dtype in KERNEL_DTYPES and find_spec("triton")
+    if impl == "chunked" and not native:
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton")
+        return "chunked" if interpreted else "plain"
     if impl != "auto":
         return impl
-    kernels_fit = hidden_ND.is_cuda and hidden_ND.dtype in KERNEL_DTYPES and find_spec("triton")
+    if not options.detach_weights:
+        return "reference"
     # Which of the two designs is faster has not yet been measured; chunked does fewer
     # multiplications.
-    return "chunked" if kernels_fit else "reference"
+    return "chunked" if native else "plain"

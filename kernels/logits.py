@@ -5,14 +5,17 @@ The matmuls around it are in `kernels/chunked.py` and `kernels/backward.py`. Sha
 """
 
 import math
+from collections.abc import Iterator
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.chunked import chunks_of_positions
 from kernels.reference import LossOptions
 from kernels.tiles import VIEWS, group_spread
 
+CHUNK_ROWS = 2048
 ROW_BLOCK = 4096  # words a row program reads at once
 GROUP_ELEMENTS = 4096  # words x rows a group program reads at once
 GRADIENT_BLOCK = 1024  # words of one backward program
@@ -49,7 +52,7 @@ def row_kernel(
 def group_kernel(
     logits_ptr, peak_ptr, log_sum_ptr, start_ptr, partial_ptr,
     first_t, V, G, log_V, inverse_temperature, slice_words,
-    TEXTBOOK: tl.constexpr, UNIFORM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    FORM: tl.constexpr, UNIFORM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Eqs. 14, 15: one slice of the vocabulary of D_t, `reference.group_divergence`.
 
@@ -73,7 +76,7 @@ def group_kernel(
         v = first + tl.arange(0, BLOCK)[None, :]
         x = tl.load(row_ptr + v, alive & (v < V), other=0.0) * inverse_temperature
         spread = group_spread(
-            x - peak - log_sum, alive, alive_count.to(tl.float32), ended, log_V, TEXTBOOK, AXIS=0
+            x - peak - log_sum, alive, alive_count.to(tl.float32), ended, log_V, FORM, AXIS=0
         )
         total += tl.where(v < V, spread, 0.0)  # D' = D + Σ_v mean_i (e^d - d - 1)
     partial_ptr += tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
@@ -99,36 +102,39 @@ def softmax_gradient_kernel(
     tl.store(gradient_ptr + n * words + v, gradient.to(gradient_ptr.dtype.element_ty), v < words)
 
 
-def row_statistics(
-    logits_RV: Tensor, targets_R: Tensor, statistics_3R: Tensor, temperature: float
-) -> None:
-    """Writes the log-prob of each target, the row's peak, and log Σ e^(x-peak)."""
-    R, V = logits_RV.shape
-    row_kernel[(R,)](
-        logits_RV, targets_R, *statistics_3R, V, 1 / temperature, BLOCK=ROW_BLOCK, num_warps=8
-    )
+def chunks(layout, V: int) -> Iterator[tuple[int, int]]:
+    """Ranges of positions whose logits are in memory at a time: 1.25 GB at V = 152064."""
+    return chunks_of_positions(layout.starts, CHUNK_ROWS)
 
 
-def group_divergence(
-    logits_RV: Tensor, statistics_3R: Tensor, layout, first: int, last: int, options: LossOptions
-) -> Tensor:
-    """D_t of the positions first to last, whose rows these are."""
+def statistics(
+    logits_RV: Tensor, targets_R: Tensor, layout, first: int, last: int, options: LossOptions
+) -> tuple[Tensor, Tensor]:
+    """(statistics_3R, divergence_T) of the positions first to last, whose rows these are.
+
+    Statistics: the log-prob of the target, the row's peak, and log Σ e^(x-peak).
+    """
+    (R, V), T, scale = logits_RV.shape, last - first, 1 / options.temperature
+    statistics_3R = logits_RV.new_empty(3, R)
+    row_kernel[(R,)](logits_RV, targets_R, *statistics_3R, V, scale, BLOCK=ROW_BLOCK, num_warps=8)
+    if layout.G == 1 and options.divergence != "entropy":  # one alone has no spread
+        return statistics_3R, logits_RV.new_zeros(T)
     # A position is a program; four slices of the vocabulary each fill the GPU also when few
     # positions are in a chunk.
-    V, slices, rows = logits_RV.shape[1], 4, triton.next_power_of_2(layout.G)
+    slices, rows = 4, triton.next_power_of_2(layout.G)
     block = max(GROUP_ELEMENTS // rows, 16)
     slice_words = triton.cdiv(triton.cdiv(V, block), slices) * block
-    partial_TS = logits_RV.new_empty(last - first, slices)
-    group_kernel[(last - first, slices)](
+    partial_TS = logits_RV.new_empty(T, slices)
+    group_kernel[(T, slices)](
         logits_RV, *statistics_3R[1:], layout.start_of_t, partial_TS,
-        first, V, layout.G, math.log(V), 1 / options.temperature, slice_words,
-        TEXTBOOK=options.divergence == "textbook", UNIFORM=options.ended_rows == "uniform",
+        first, V, layout.G, math.log(V), scale, slice_words,
+        FORM=options.divergence, UNIFORM=options.stands_in,
         ROWS=rows, BLOCK=block,
         # Four neighbouring words to each thread, and all the rows of a group: with more warps a
         # group is spread over two of them, and each of its sums and maxima has to wait for both.
         num_warps=min(max(block // 128, 1), 4),
     )  # fmt: skip
-    return partial_TS.sum(1)
+    return statistics_3R, partial_TS.sum(1)
 
 
 def softmax_gradient(

@@ -19,6 +19,7 @@ Source of the formulas: the official code at aa529ff, src/open_r1/trainer/grpo_t
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,15 +37,24 @@ class LossOptions:
     beta: float = 0.0  # factor of the KL term, >= 0
     temperature: float = 1.0  # divides the logits, > 0
     loss_type: str = "tw_grpo"  # or "grpo"
-    divergence: str = "official"  # or "textbook"
+    divergence: str = "official"  # or "textbook"; "entropy" takes the place of a divergence
     ended_rows: str = "uniform"  # or "exclude": how completions that have ended count in D_t
+    token_weights: str = "divergence"  # or "position", "shuffled", "none", see `weights_of`
+    normalize_token_weights: bool = False  # the tokens' mean weight is then 1
+    shuffle_seed: tuple[int, ...] = ()  # fixes the permutation of "shuffled"
     detach_weights: bool = True  # False (reference only): gradient through w_t, the official code
+
+    @property
+    def stands_in(self) -> bool:
+        """Whether the uniform distribution stands in for completions that have ended."""
+        return self.ended_rows == "uniform" and self.divergence != "entropy"
 
     def __post_init__(self):
         for name, allowed in (
             ("loss_type", ("tw_grpo", "grpo")),
-            ("divergence", ("official", "textbook")),
+            ("divergence", ("official", "textbook", "entropy")),
             ("ended_rows", ("uniform", "exclude")),
+            ("token_weights", ("divergence", "position", "shuffled", "none")),
         ):
             if getattr(self, name) not in allowed:
                 value = getattr(self, name)
@@ -67,7 +77,7 @@ class HeadOutput:
     loss: Tensor  # ()   differentiable in hidden and weight
     logps_N: Tensor  # (N,) log-probability of each completion token, nats
     divergence_T: Tensor  # (T,) D_t, the spread of the group's next-token distributions, nats
-    weights_T: Tensor  # (T,) w_t in [1, alpha]; all ones for loss_type "grpo"
+    weights_T: Tensor  # (T,) w_t, in [1, alpha] unless normalised; ones for loss_type "grpo"
     clip_ratio: Tensor  # ()   fraction of the N tokens whose ratio was clipped
     kl: Tensor  # ()   mean k3 estimate of KL(policy || reference model), nats; else 0
 
@@ -114,14 +124,16 @@ def group_divergence(
       the k3 estimator, not a KL.
     - form="textbook":  q = mean_i p_i,  D_t = mean_i KL(p_i || q), the Jensen-Shannon divergence,
       at most ln G.
+    - form="entropy" (eq. 31):  mean_i -sum_v p_i log p_i, at most ln V. No disagreement: how unsure
+      each completion is by itself.
 
     A completion that has ended before t (t >= lengths_G[i]) stands in as the uniform distribution
-    with ended_rows="uniform" (official), or is left out of every mean with ended_rows="exclude".
-    What logps_GTV holds there is never read.
+    with ended_rows="uniform" (official), or is left out of every mean with ended_rows="exclude" and
+    of entropies always. What logps_GTV holds there is never read.
     """
     G, T, V = logps_GTV.shape
     alive_GT1 = (torch.arange(T, device=logps_GTV.device) < lengths_G[:, None])[..., None]
-    if ended_rows == "uniform":
+    if ended_rows == "uniform" and form != "entropy":
         rows = torch.where(alive_GT1, logps_GTV, -math.log(V))
         share_GT1 = torch.full_like(rows[..., :1], 1 / G)
     else:
@@ -137,8 +149,10 @@ def group_divergence(
         # p log p -> 0 as p -> 0, also where a logit of -inf makes log p infinite
         log_ratio = torch.where(rows > -math.inf, rows - log_mean_TV, 0.0)
         spread_GT = (rows.exp() * log_ratio).sum(-1)
+    elif form == "entropy":
+        spread_GT = torch.special.entr(rows.exp()).sum(-1)
     else:
-        raise ValueError(f"divergence must be 'official' or 'textbook', not {form!r}")
+        raise ValueError(f"divergence must be official, textbook or entropy, not {form!r}")
     return (share_GT1[..., 0] * spread_GT).sum(0)
 
 
@@ -150,6 +164,45 @@ def token_weights(divergence_T: Tensor, alpha: float) -> Tensor:
     """
     low, high = divergence_T.min(), divergence_T.max()
     return 1 + (alpha - 1) * (divergence_T - low) / (high - low + 1e-8)
+
+
+def position_weights(divergence_T: Tensor, alpha: float) -> Tensor:
+    """Eq. 32. w_t = 1 + (alpha-1) t / max(T-1, 1): rises from 1 to alpha, whatever was said: (T,).
+
+    The control for weights that are large because a position is late.
+    """
+    T = len(divergence_T)
+    t = torch.arange(T, dtype=divergence_T.dtype, device=divergence_T.device)
+    return 1 + (alpha - 1) * t / max(T - 1, 1)
+
+
+def shuffled_weights(weights_T: Tensor, seed: tuple[int, ...]) -> Tensor:
+    """Eq. 33. The same weights at other positions, by a permutation that `seed` fixes: (T,)."""
+    order = np.random.default_rng(seed).permutation(len(weights_T))
+    return weights_T[torch.from_numpy(order).to(weights_T.device)]
+
+
+def normalized_weights(weights_T: Tensor, position_N: Tensor) -> Tensor:
+    """Eq. 34. w_t over its mean at the N tokens, so that (1/N) sum_n w = 1: (T,).
+
+    Weights of different forms then differ in where they are, and not in how large they are.
+    """
+    return weights_T / weights_T[position_N].mean()
+
+
+def weights_of(divergence_T: Tensor, position_N: Tensor, options: LossOptions) -> Tensor:
+    """The weights that the options ask for: (T,), from D_t or from a control of it."""
+    if options.loss_type == "grpo" or options.token_weights == "none":
+        weights_T = torch.ones_like(divergence_T)
+    elif options.token_weights == "position":
+        weights_T = position_weights(divergence_T, options.alpha)
+    else:
+        weights_T = token_weights(divergence_T, options.alpha)
+    if options.token_weights == "shuffled":
+        weights_T = shuffled_weights(weights_T, options.shuffle_seed)
+    return (
+        normalized_weights(weights_T, position_N) if options.normalize_token_weights else weights_T
+    )
 
 
 def clipped_objective(
@@ -203,14 +256,12 @@ def weighted_loss(
     ref_logps_N: Tensor | None,
     options: LossOptions,
 ) -> HeadOutput:
-    """Eqs. 9 to 11 and 16 to 19: from log-probs and D_t to the loss of one question.
+    """Eqs. 9 to 11, 16 to 19 and 32 to 34: from log-probs and D_t to the loss of one question.
 
     Its derivative with respect to logps_N is eq. 24, found by autograd. On a GPU nothing waits.
     """
     completion_N, position_N = positions_of_tokens(lengths_G, len(logps_N))
-    weights_T = torch.ones_like(divergence_T)
-    if options.loss_type == "tw_grpo":
-        weights_T = token_weights(divergence_T, options.alpha)
+    weights_T = weights_of(divergence_T, position_N, options)
     # On-policy the old log-probs are the new ones: rho = 1, and the clip never acts.
     old_N = logps_N.detach() if old_logps_N is None else old_logps_N
     objective_N, is_clipped_N = clipped_objective(

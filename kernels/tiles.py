@@ -52,10 +52,8 @@ def kl_integrand(p, q, d):
 
 
 @triton.jit
-def group_spread(
-    logp, alive, alive_count, ended, log_V, TEXTBOOK: tl.constexpr, AXIS: tl.constexpr
-):
-    """Eqs. 12 to 15, D_t at each word: the integrand of `reference.group_divergence`.
+def group_spread(logp, alive, alive_count, ended, log_V, FORM: tl.constexpr, AXIS: tl.constexpr):
+    """Eqs. 12 to 15 and 31, D_t at each word: the integrand of `reference.group_divergence`.
 
     logp         float32 tile of log-probs, the rows of a group along AXIS
     alive        which of those rows exist; what the others hold is never read
@@ -72,7 +70,10 @@ def group_spread(
     anchor = tl.where(ended > 0, tl.maximum(anchor, -log_V), anchor)
     row = tl.where(alive, logp - anchor, 0.0)
     uniform = -log_V - anchor
-    if TEXTBOOK:
+    if FORM == "entropy":
+        terms = tl.where(alive, -tl.exp(logp) * logp, 0.0)  # -p_i log p_i
+        spread = tl.sum(terms, axis=AXIS, keep_dims=True)
+    elif FORM == "textbook":
         p = tl.where(alive, tl.exp(row), 0.0)
         p_uniform = tl.where(ended > 0, tl.exp(uniform), 0.0)
         total = tl.sum(p, axis=AXIS, keep_dims=True) + ended * p_uniform

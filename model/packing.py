@@ -41,6 +41,7 @@ class Group:
     advantages_G: Tensor | None = None
     old_logps_N: Tensor | None = None  # of the weights that sampled; None before the first update
     ref_logps_N: Tensor | None = None  # of the reference model; None without one
+    seed: tuple[int, ...] = ()  # of its sampling
 
     @property
     def lengths_G(self) -> Tensor:

@@ -21,11 +21,13 @@ from files import UserError
 from model.packing import Group
 from model.policy import Policy
 from records import Record, printable
+from run.config import Config
 from video import VideoError
 
 
 @torch.no_grad()
 def answer(
+    cfg: Config,
     policy: Policy,
     prompter: Prompter,
     asked: list[tuple[Record, Record, tuple[int, ...]]],
@@ -33,16 +35,13 @@ def answer(
     bar: tqdm,
     *,
     batch_size: int,
-    num_generations: int = 1,
-    max_completion_length: int,
-    temperature: float,
     top_p: float = 1.0,
 ) -> int:
     """Calls use(group) for each question, in order, and returns how many were answered.
 
-    `asked` holds (record, record whose clip is shown, seed of its sampling); temperature 0 is
-    greedy. The clips are decoded ahead in one thread. A question whose clip cannot be read is
-    skipped and reported on stderr. `bar` moves on by one for each question.
+    `asked` holds (record, record whose clip is shown, seed of its sampling). G completions of each
+    are sampled as cfg says; temperature 0 is greedy. One thread decodes the clips ahead. Questions
+    whose clip cannot be read are skipped and reported on stderr. `bar` counts both.
     """
 
     def read(record: Record, clip_of: Record, seed: tuple[int, ...]):
@@ -54,10 +53,9 @@ def answer(
 
     def sample(batch: list[tuple[Question, tuple[int, ...]]]) -> list[Group]:
         questions, seeds = map(list, zip(*batch, strict=True))
-        return policy.rollout(
-            questions, policy.encode_videos(questions), num_generations, max_completion_length,
-            temperature, seeds, top_p,
-        )  # fmt: skip
+        features = policy.encode_videos(questions)
+        G, length = cfg.num_generations, cfg.max_completion_length
+        return policy.rollout(questions, features, G, length, cfg.temperature, seeds, top_p)
 
     answered, thread = 0, ThreadPoolExecutor(1)
     try:

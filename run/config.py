@@ -69,6 +69,10 @@ class Objective:
         "tw_grpo", "tw_grpo: weighted mean over tokens; grpo: mean over sequences of their means"
     )
     alpha: float = flag(1.7, "upper bound of the token weights; 1: all weights are 1")
+    token_weights: Literal["divergence", "entropy", "position", "shuffled", "none"] = flag(
+        "divergence", "the paper's weights, or controls: docs/equations.md, eqs. 31 to 33"
+    )
+    normalize_token_weights: bool = flag(False, "divide the weights by their mean over the tokens")
     divergence: Literal["official", "textbook"] = flag(
         "official", "divergence that sets the weights"
     )
@@ -132,6 +136,15 @@ class Config(*reversed(GROUPS)):
         """Raises UserError on a setting that makes no sense."""
         rules = {
             "--alpha is the upper bound of the token weights: at least 1": self.alpha >= 1,
+            "--token_weights and --normalize_token_weights need --loss_type tw_grpo": (
+                self.loss_type == "tw_grpo"
+                or (self.token_weights == "divergence" and not self.normalize_token_weights)
+            ),
+            f"--token_weights {self.token_weights} ignores --divergence and --ended_rows; leave "
+            "them out": (
+                self.token_weights in ("divergence", "shuffled")
+                or (self.divergence == "official" and self.ended_rows == "uniform")
+            ),
             "--num_generations must be at least 2, to compare": self.num_generations >= 2,
             "--epsilon must be in [0, 1)": 0 <= self.epsilon < 1,
             "--epsilon_high must be 0 or more": self.epsilon_high >= 0,
@@ -329,11 +342,9 @@ def toy_config(cfg: Config, root: Path) -> Config:
     )
 
 
-def show_toy_flags(dry_run: bool = False) -> None:
+def show_toy_flags() -> None:
     print("No --model_name_or_path: training the embedded toy, which sets these flags:")
     print("  " + " ".join(f"--{name} {value}" for name, value in toy.DEFAULTS.items()))
-    if dry_run:
-        print("The run makes its clips and model; a dry run writes nothing, so it ends here.")
 
 
 def make_toy(cfg: Config, root: Path) -> None:

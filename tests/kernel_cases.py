@@ -8,7 +8,7 @@ import contextlib
 import pytest
 import torch
 
-from kernels import backward, chunked, fused, logits, reference, tw_grpo_head
+from kernels import backward, fused, logits, plain, reference, tw_grpo_head
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -17,7 +17,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def small_cuts():
     """A group of a dozen tokens and 100 words takes several chunks, slices, blocks and tiles."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunked, "CHUNK_ROWS", 7)
+        patch.setattr(logits, "CHUNK_ROWS", 7)
+        patch.setattr(plain, "CHUNK_ELEMENTS", 7 * 97)
         patch.setattr(logits, "ROW_BLOCK", 64)
         patch.setattr(logits, "GROUP_ELEMENTS", 256)
         patch.setattr(logits, "GRADIENT_BLOCK", 32)

@@ -1,4 +1,7 @@
-"""The kernels against the float64 reference. Natively on a GPU, else in Triton's interpreter."""
+"""The kernels against the float64 reference. Natively on a GPU, else in Triton's interpreter.
+
+The head's design "plain", chunked in plain torch, is tested beside them.
+"""
 
 import contextlib
 import importlib.util
@@ -20,13 +23,13 @@ import triton
 import triton.language as tl
 from kernel_cases import DEVICE, error, forward_backward, make_group, small_cuts
 
-from kernels import chunked, fused, reference, tiles, token_logps, tw_grpo_head
+from kernels import chunked, fused, logits, plain, reference, tiles, token_logps, tw_grpo_head
 from kernels.backward import backward, words_of_slice
 from kernels.head import lay_out
 
 # NumPy, on which the interpreter runs, warns of the NaN and the overflows that these tests provoke.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
-KERNELS = pytest.mark.parametrize("impl", ["chunked", "fused"])
+KERNELS = pytest.mark.parametrize("impl", ["chunked", "fused", "plain"])
 FORMS = pytest.mark.parametrize("divergence", ["official", "textbook"])
 ENDED = pytest.mark.parametrize("ended_rows", ["uniform", "exclude"])
 # An interpreted kernel takes seconds: few examples, and no search for a smaller one that fails.
@@ -71,7 +74,7 @@ def check_against_float64(group, impl, slack=1.0, cuts=small_cuts, **options):
     D=st.sampled_from([3, 16, 20, 33]),
     scale=scales,
     seed=st.integers(0, 99),
-    divergence=st.sampled_from(["official", "textbook"]),
+    divergence=st.sampled_from(["official", "textbook", "entropy"]),
     ended_rows=st.sampled_from(["uniform", "exclude"]),
     loss_type=st.sampled_from(["tw_grpo", "tw_grpo", "grpo"]),
     off_policy=st.booleans(),
@@ -281,9 +284,7 @@ def test_rows_are_laid_out_by_position(lengths):
 def test_chunks_and_buckets_hold_every_position_once(lengths, chunk_rows):
     """Chunks never more rows than asked; buckets waste less than half of a tile."""
     starts = lay_out(lengths, "cpu").starts
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunked, "CHUNK_ROWS", chunk_rows)
-        chunks = list(chunked.chunks_of_positions(starts))
+    chunks = list(chunked.chunks_of_positions(starts, chunk_rows))
     buckets = list(fused.buckets_of_positions(starts))
     for ranges in (chunks, buckets):
         assert [t for a, b, *_ in ranges for t in range(a, b)] == list(range(len(starts) - 1))
@@ -299,34 +300,36 @@ def test_slices_hold_every_word_and_none_is_empty(V, words, tiles):
     assert (slices - 1) * slice_tiles * words < V <= slices * slice_tiles * words
 
 
-def test_chunked_multiplies_alive_rows_only(monkeypatch):
+@pytest.mark.parametrize("impl", ["chunked", "plain"])
+def test_chunked_multiplies_alive_rows_only(impl, monkeypatch):
     """A ragged group costs its tokens, not G x T."""
     rows = []
     matmul = chunked.matmul_float32
     spy = lambda a, b, out: rows.append(len(a)) or matmul(a, b, out)  # noqa: E731
     monkeypatch.setattr(chunked, "matmul_float32", spy)
     with small_cuts():
-        tw_grpo_head(**make_group([9, 1, 2, 1]), impl="chunked")
-        assert sum(rows) == 13 and max(rows) <= chunked.CHUNK_ROWS
+        tw_grpo_head(**make_group([9, 1, 2, 1]), impl=impl)
+        assert sum(rows) == 13 and max(rows) <= 7
 
 
+@pytest.mark.parametrize("steps", [logits, plain])
 @few
 @given(
     N=st.integers(1, 6), V=st.integers(2, 70), slice_words=st.integers(1, 80),
     seed=st.integers(0, 9),
 )  # fmt: skip
-def test_backward_is_the_gradient_of_the_log_probs(N, V, slice_words, seed):
+def test_backward_is_the_gradient_of_the_log_probs(steps, N, V, slice_words, seed):
     group = make_group([N], V=V, D=9, seed=seed)
     inputs = [group[k] for k in ("hidden_ND", "weight_VD", "targets_N")]
     hidden, weight = (x.double().requires_grad_() for x in inputs[:2])
     coefficients = torch.linspace(-1, 2, N, device=DEVICE)
     logps = reference.token_logps(hidden, weight, inputs[2], 0.7)
     dH64, dW64 = torch.autograd.grad((coefficients * logps).sum(), (hidden, weight))
-    logits = (hidden.detach() @ weight.detach().T) / 0.7
-    peak = logits.amax(1)
-    statistics = torch.stack([logps.detach(), peak, logits.logsumexp(1) - peak]).float()
+    z = (hidden.detach() @ weight.detach().T) / 0.7
+    peak = z.amax(1)
+    statistics = torch.stack([logps.detach(), peak, z.logsumexp(1) - peak]).float()
     with small_cuts():
-        dH, dW = backward(coefficients, *inputs, statistics, True, True, 0.7, slice_words)
+        dH, dW = backward(coefficients, *inputs, statistics, True, True, 0.7, slice_words, steps)
     assert_close(dH.double(), dH64, rtol=1e-4, atol=1e-5)
     assert_close(dW.double(), dW64, rtol=1e-4, atol=1e-5)
 
@@ -337,7 +340,7 @@ def test_memory_of_the_backward_is_bounded():
         for N, limit in zip((8192, 32768), limits, strict=True):
             assert N * (words_of_slice(impl, N) * 6 + 3584 * 4) < limit
         assert words_of_slice(impl, 5001) % 256 == 0
-    assert chunked.CHUNK_ROWS * (152064 * 4 + 3584 * 2) < 1.3e9
+    assert logits.CHUNK_ROWS * (152064 * 4 + 3584 * 2) < 1.3e9
 
 
 # ------------------------------------------------------ bad input, and machines that lack something
@@ -351,8 +354,13 @@ def test_what_the_kernels_take(impl):
     assert torch.equal(call(**strided)[1], call()[1])
     with pytest.raises(ValueError, match="detach_weights=False needs impl='reference'"):
         tw_grpo_head(**group, impl=impl, detach_weights=False)
-    with pytest.raises(TypeError, match="hidden_ND must be float32 or bfloat16"):
-        call(**{k: group[k].double() for k in ("hidden_ND", "weight_VD")})
+    wide = {k: group[k].double() for k in ("hidden_ND", "weight_VD")}
+    if impl == "plain":
+        exact, *gradients = call(**wide)
+        assert_close(exact.loss, forward_backward(group, "float64")[0].loss, rtol=1e-12, atol=1e-12)
+    else:
+        with pytest.raises(TypeError, match="hidden_ND must be float32 or bfloat16"):
+            call(**wide)
 
 
 def python(code, **environment):
@@ -361,22 +369,23 @@ def python(code, **environment):
     return subprocess.run(command, capture_output=True, text=True, env=clean, timeout=120)
 
 
-SETUP = """
+WITHOUT_GPU = """
 import sys, torch
-from kernels import tw_grpo_head, token_logps
-group = dict(hidden_ND=torch.randn(3, 4), weight_VD=torch.randn(7, 4),
-    targets_N=torch.tensor([1, 2, 6]), lengths_G=torch.tensor([2, 1]), advantages_G=torch.ones(2))
-tw_grpo_head(**group)
-assert "triton" not in sys.modules
+from kernels import plain, tw_grpo_head, token_logps
 if {hide}:
     sys.modules["triton"] = None
-for impl in ("chunked", "fused"):
+group = dict(hidden_ND=torch.randn(3, 4), weight_VD=torch.randn(7, 4),
+    targets_N=torch.tensor([1, 2, 6]), lengths_G=torch.tensor([2, 1]), advantages_G=torch.ones(2))
+statistics, calls = plain.statistics, []
+plain.statistics = lambda *a: calls.append(1) or statistics(*a)
+for impl in ("auto", "chunked", "fused"):
     for call in (lambda: tw_grpo_head(**group, impl=impl),
                  lambda: token_logps(*list(group.values())[:3], impl=impl)):
         try:
             call()
         except (ImportError, RuntimeError) as problem:
             print(type(problem).__name__, problem)
+    print(impl, len(calls), "triton" in sys.modules)
 """
 
 
@@ -385,11 +394,42 @@ for impl in ("chunked", "fused"):
     "hide, name, remedy",
     [(True, "ModuleNotFoundError", "triton"), (False, "RuntimeError", "TRITON_INTERPRET=1")],
 )
-def test_where_kernels_cannot_run_the_reference_does(hide, name, remedy):
-    """Without Triton, and on a CPU without its interpreter; kernels then say what they need."""
-    result = python(SETUP.format(hide=hide))
+def test_where_triton_cannot_run_chunked_is_plain_torch(hide, name, remedy):
+    """Without Triton, and on a CPU without its interpreter; "fused" then says what it needs."""
+    result = python(WITHOUT_GPU.format(hide=hide))
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count(name) == 4 and result.stdout.count(remedy) >= 4
+    auto, chunked, *failed, _ = result.stdout.splitlines()
+    assert (auto, chunked) == (f"auto 2 {hide}", f"chunked 4 {hide}")
+    assert len(failed) == 2 and all(x.startswith(name) and remedy in x for x in failed)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="needs a machine without GPU")
+@pytest.mark.parametrize("impl, steps", [("chunked", logits), ("auto", plain), ("plain", plain)])
+def test_the_interpreter_runs_only_where_triton_is_asked_for(impl, steps, monkeypatch):
+    calls, statistics = [], steps.statistics
+    monkeypatch.setattr(steps, "statistics", lambda *a: calls.append(impl) or statistics(*a))
+    tw_grpo_head(**make_group([3, 1]), impl=impl)
+    assert calls == [impl]
+
+
+def test_plain_holds_a_fixed_budget_of_logits():
+    """What the process grows by beyond dW: at most 1.2 copies of N x V."""
+    result = python("""
+import torch
+from resource import RUSAGE_SELF, getrusage
+from kernels import tw_grpo_head
+N, V, D, lengths = 512, 152064, 8, torch.tensor([20, 108] * 4)
+hidden_ND, weight_VD = (torch.randn(n, D, requires_grad=True) for n in (N, V))
+def peak(words):
+    weight = weight_VD[:words].detach().requires_grad_()
+    targets_N = torch.arange(N) % words
+    tw_grpo_head(hidden_ND, weight, targets_N, lengths, torch.ones(8), impl="plain").loss.backward()
+    return getrusage(RUSAGE_SELF).ru_maxrss * 1024
+small, large = peak(100), peak(V)
+print((large - small - V * D * 4) / (N * V * 4))
+""")
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) < 1.2
 
 
 @pytest.mark.xfail(
@@ -420,11 +460,11 @@ with compiling_for(90) as found:
         launch_head(90, [37, 4, 99, 17, 300, 5, 401, 600], impl)
         launch_head(90, [7] * 8, impl, device="cpu")
         assert set(found) == checked, set(found) - checked
-    group = found["group TEXTBOOK=0 UNIFORM=1 ROWS=8 BLOCK=512"]
+    group = found["group FORM=official UNIFORM=1 ROWS=8 BLOCK=512"]
     known = {group.src.fn.arg_names[place] for (place,), facts in group.src.attrs.items() if facts}
     assert {"V", "slice_words", "logits_ptr"} <= known, known
     logits.GROUP_ELEMENTS = 2048
     launch_head(90, [300] * 8)
-    assert "group TEXTBOOK=0 UNIFORM=1 ROWS=8 BLOCK=256" in found
+    assert "group FORM=official UNIFORM=1 ROWS=8 BLOCK=256" in found
 """)
     assert result.returncode == 0, result.stderr

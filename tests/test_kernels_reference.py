@@ -218,7 +218,7 @@ BAD_INPUT = [
     ("loss_type", lambda g: "ppo", "must be one of tw_grpo, grpo"),
     ("divergence", lambda g: "kl", "must be one of official, textbook"),
     ("ended_rows", lambda g: "drop", "must be one of uniform, exclude"),
-    ("impl", lambda g: "fast", "must be one of auto, chunked, fused, reference"),
+    ("impl", lambda g: "fast", "must be one of auto, chunked, fused, plain, reference"),
     ("advantages_G", lambda g: torch.zeros(3, device="meta"), "is on meta"),
 ]
 
