@@ -5,10 +5,8 @@
 
 `train_step` is the algorithm (arXiv 2505.24718; equation numbers are those of docs/equations.md),
 and `train` the loop around it. The network is in model/, the loss in kernels/, the rewards in
-rewards.py; run/ holds what surrounds the loop: settings, clips, log, checkpoints.
-
-Letters in shapes: B questions of a micro-batch, G completions of each, K reward functions, N
-completion tokens of a question, D hidden size.
+rewards.py; run/ holds what surrounds the loop. The letters of shapes are explained in
+kernels/reference.py; here K is the number of reward functions.
 """
 
 import contextlib
@@ -23,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from data import Prompter, Question, check_prompts
 from files import UserError
-from kernels import HeadOutput, token_logps, tw_grpo_head
+from kernels import HeadOutput, tw_grpo_head
 from model import ranks
 from model.packing import Group
 from model.policy import Policy
@@ -35,16 +33,12 @@ from run.config import (
     Config,
     check_attention,
     held_out_records,
-    make_output_dir,
-    make_toy,
     parse_config,
-    show_toy_flags,
-    toy_config,
     training_records,
 )
-from run.held_out import measure, print_measures, read_measures, write_measures
+from run.held_out import Measures
 from run.log import RunLog, phase
-from run.setup import load_policy, make_optimizer, make_prompter, rate
+from run.setup import load_policy, make_optimizer, make_prompter, prepare, rate
 from tools import curves
 from video import VideoError
 
@@ -190,20 +184,13 @@ def group_advantages(rewards_G: Tensor) -> Tensor:
 
 
 @phase("score")
-@torch.no_grad()
 def score_reference(cfg: Config, reference: Policy, groups: list[Group]) -> None:
     """Puts the log-probs under the reference model into each group, for the KL term (eq. 11)."""
-
-    def score_chunk(chunk: list[Group]) -> None:
-        hidden = reference.hidden_states(chunk, video_tokens(reference, chunk))
-        for group, hidden_ND in zip(chunk, hidden, strict=True):
-            dtype, targets = reference.compute_dtype, group.targets_N.to(hidden_ND.device)
-            group.ref_logps_N = token_logps(
-                hidden_ND.to(dtype), reference.head_VD.to(dtype), targets, cfg.temperature
-            )
-
     for chunk, _ in micro_batches(cfg, groups):
-        reference.run(score_chunk, chunk or [reference.idle_group()])
+        scored = chunk or [reference.idle_group()]
+        logps = reference.run(reference.completion_logps, scored, cfg.temperature)
+        for group, logps_N in zip(scored, logps, strict=True):
+            group.ref_logps_N = logps_N
 
 
 def micro_batches(cfg: Config, groups: list[Group]) -> list[tuple[list[Group], bool]]:
@@ -236,7 +223,7 @@ def score_groups(
     it: the other ranks wait for each of them.
     """
     scored, dtype = groups or [policy.idle_group()], policy.compute_dtype
-    hidden = policy.hidden_states(scored, video_tokens(policy, scored))
+    hidden = policy.hidden_states(scored)
     outputs = [
         tw_grpo_head(
             hidden_ND.to(dtype),
@@ -261,13 +248,6 @@ def score_groups(
         for group, hidden_ND in zip(scored, hidden, strict=True)
     ]
     return torch.stack([o.loss for o in outputs]).sum(), outputs if groups else []
-
-
-def video_tokens(policy: Policy, groups: list[Group]) -> list[Tensor]:
-    """The rollout's, if it kept them because the vision tower is frozen; else with gradient."""
-    if groups[0].features is None:
-        return policy.encode_videos([group.question for group in groups])
-    return [group.features for group in groups]
 
 
 @phase("update")
@@ -303,22 +283,15 @@ def optimizer_step(
 def run(cfg: Config) -> Path | None:
     """Everything from the flags to the pictures. Returns the output directory; None: a dry run."""
     check_attention(cfg, ranks.start())
-    if cfg.jsonl_path:
-        records, held_out = training_records(cfg), held_out_records(cfg)
     if cfg.dry_run:
-        if ranks.is_main():
-            plan.show(cfg, records) if cfg.jsonl_path else show_toy_flags(dry_run=True)
+        ranks.on_first(plan.show, cfg)
         return None
-    directory = ranks.on_first(make_output_dir, cfg)
     is_toy = cfg.model_name_or_path is None
-    if is_toy:
-        cfg = toy_config(cfg, directory / "toy")
-    resume = ranks.on_first(checkpoint.to_resume, cfg, directory)
-    measures_file = directory / "eval.json"
-    measures = ranks.on_first(read_measures, measures_file) if resume else {}
-    if is_toy:
-        ranks.on_first(make_toy, cfg, directory / "toy")
-        records, held_out = training_records(cfg), held_out_records(cfg)
+    if not is_toy:
+        training_records(cfg), held_out_records(cfg)  # their faults come before any directory
+    cfg, directory, resume = prepare(cfg)
+    records, held_out = training_records(cfg), held_out_records(cfg)
+    measures = Measures(directory, resumed=resume is not None)
 
     torch.manual_seed(cfg.seed)
     transformers_logging.disable_progress_bar()
@@ -329,19 +302,18 @@ def run(cfg: Config) -> Path | None:
     check_prompts(prompter, records, cfg.jsonl_path)
     check_prompts(prompter, held_out, cfg.eval_jsonl_path)
     with contextlib.closing(RunLog(cfg, directory, resume[1]["step"] if resume else 0)) as log:
-        if held_out and "before" not in measures:
-            measures["before"] = measure(cfg, policy, prompter, held_out)
-            ranks.on_first(write_measures, measures_file, measures)
+        if held_out:
+            measures.before(cfg, policy, prompter, held_out)
         steps = train(cfg, policy, records, prompter, log, resume)
-    if held_out and steps == cfg.max_steps and measures.get("after_step") != steps:
-        measures |= {"after_step": steps, "after": measure(cfg, policy, prompter, held_out)}
-        ranks.on_first(write_measures, measures_file, measures)
+    measured = held_out and steps == cfg.max_steps
+    if measured:
+        measures.after(steps, cfg, policy, prompter, held_out)
     if ranks.is_main():
         pictures = ", ".join(map(str, curves.pictures(directory)))
-        if held_out and measures.get("after_step") == steps:
-            print_measures(measures["before"], measures["after"], len(held_out))
-            if is_toy:
-                print("A toy shows that the loop works, not that TW-GRPO beats GRPO.")
+        if measured:
+            measures.print(len(held_out))
+        if measured and is_toy:
+            print("A toy shows that the loop works, not that TW-GRPO beats GRPO.")
         print(f"\n{steps} steps done: {pictures}, {directory}/checkpoint-{steps}")
     return directory
 
@@ -349,9 +321,7 @@ def run(cfg: Config) -> Path | None:
 def main() -> None:
     try:
         run(parse_config())
-    except (UserError, VideoError, ranks.Failed) as error:
-        raise SystemExit(f"error: {printable(str(error))}") from None
-    except (ImportError, OSError) as error:
+    except (UserError, VideoError, ranks.Failed, ImportError, OSError) as error:
         raise SystemExit(f"error: {printable(str(error))}") from None
     except KeyboardInterrupt:
         raise SystemExit("interrupted; what was written so far is whole") from None

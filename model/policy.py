@@ -37,6 +37,7 @@ from transformers.utils import cached_file
 
 from data import Question, load_chat_template
 from files import UserError
+from kernels import token_logps
 from model import ranks
 from model.load import FAMILIES, load_model
 from model.packing import ATTENTION, Group, pack
@@ -360,12 +361,19 @@ class Policy:
     def decode(self, completion: Tensor) -> str:
         return self.tokenizer.decode(completion.tolist(), skip_special_tokens=True)
 
-    def hidden_states(self, groups: list[Group], features: list[Tensor]) -> list[Tensor]:
+    def hidden_states(
+        self, groups: list[Group], features: list[Tensor] | None = None
+    ) -> list[Tensor]:
         """For each question the N hidden states that predict its completion tokens: B x (N, D).
 
         Every prompt is computed once for its G completions: see `pack`. Equal to G separate
-        sequences.
+        sequences. `features` are the video tokens; None: those that the rollout kept, or, where
+        the vision tower is trained, new ones with gradient.
         """
+        if features is None and groups[0].features is None:
+            features = self.encode_videos([group.question for group in groups])
+        elif features is None:
+            features = [group.features for group in groups]
         ids_BL, positions_3BL, segments_BL, rows_N = pack(groups, self.pad_id)
         device = self.device
         self.text.train(self.gradient_checkpointing)  # transformers checkpoints in training only
@@ -378,6 +386,15 @@ class Policy:
                 use_cache=False,
             ).last_hidden_state
         return [hidden_BLD[b, rows.to(device)] for b, rows in enumerate(rows_N)]
+
+    @torch.no_grad()
+    def completion_logps(self, groups: list[Group], temperature: float) -> list[Tensor]:
+        """Eq. 8: the log-prob of each completion token, B x (N,)."""
+        dtype, device = self.compute_dtype, self.device
+        return [
+            token_logps(h.to(dtype), self.head_VD.to(dtype), g.targets_N.to(device), temperature)
+            for g, h in zip(groups, self.hidden_states(groups), strict=True)
+        ]
 
     def checkpoint_activations(self) -> None:
         """Keeps only each decoder layer's input for the backward pass, which computes the rest."""

@@ -342,11 +342,9 @@ def toy_config(cfg: Config, root: Path) -> Config:
     )
 
 
-def show_toy_flags(dry_run: bool = False) -> None:
+def show_toy_flags() -> None:
     print("No --model_name_or_path: training the embedded toy, which sets these flags:")
     print("  " + " ".join(f"--{name} {value}" for name, value in toy.DEFAULTS.items()))
-    if dry_run:
-        print("The run makes its clips and model; a dry run writes nothing, so it ends here.")
 
 
 def make_toy(cfg: Config, root: Path) -> None:

@@ -1,8 +1,8 @@
 """Accuracy on held-out questions, before and after training, with the wrong video as a control.
 
-evaluate          mean rewards of a policy's answers to some questions
-measure           the three rows of eval.json
-read_measures, write_measures, print_measures
+evaluate   mean rewards of a policy's answers to some questions
+measure    the three rows of eval.json
+Measures   eval.json of a run
 """
 
 import dataclasses
@@ -85,6 +85,36 @@ def measure(cfg: Config, policy: Policy, prompter: Prompter, records: list[Recor
         }
 
 
+class Measures:
+    """eval.json of a run: what was measured before and after training. Raises UserError if a
+    resumed run's is damaged."""
+
+    def __init__(self, directory: Path, resumed: bool):
+        self.path = directory / "eval.json"
+        self.rows = ranks.on_first(read_measures, self.path) if resumed else {}
+
+    def before(self, *measured) -> None:
+        """Measures the untrained policy, unless that is done; arguments as for `measure`."""
+        if "before" not in self.rows:
+            self._write(before=measure(*measured))
+
+    def after(self, step: int, *measured) -> None:
+        if self.rows.get("after_step") != step:
+            self._write(after_step=step, after=measure(*measured))
+
+    def _write(self, **rows) -> None:
+        self.rows |= rows
+        ranks.on_first(write_json, self.path, self.rows)
+
+    def print(self, count: int) -> None:
+        print(f"\n{count} held-out questions    soft accuracy     exact accuracy    format")
+        print(f"{'':20}" + "    before   after" * 3)
+        before, after = self.rows["before"], self.rows["after"]
+        for name in before:
+            pairs = [(before[name][key], after[name][key]) for key in MEASURES]
+            print(f"{name:20}" + "".join(f"    {a:6.3f}  {b:6.3f}" for a, b in pairs))
+
+
 def read_measures(path: Path) -> dict:
     """eval.json as far as there is one. Raises UserError if it is damaged."""
     remedy = "remove it, and what it held is measured once more"
@@ -92,20 +122,12 @@ def read_measures(path: Path) -> dict:
     try:
         for name in measures.keys() & {"before", "after"}:
             for row in measures[name].values():
-                [float(row[key]) for key in ("soft", "exact", "format")]
+                [float(row[key]) for key in MEASURES]
     except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(f"{path} is not the eval.json of a run; {remedy}") from None
     return measures
 
 
-def write_measures(path: Path, measures: dict) -> None:
+def write_json(path: Path, value: dict) -> None:
     with files.replacing(path) as beside:
-        beside.write_text(json.dumps(measures, indent=2) + "\n", encoding="utf-8")
-
-
-def print_measures(before: dict, after: dict, count: int) -> None:
-    print(f"\n{count} held-out questions    soft accuracy     exact accuracy    format")
-    print(f"{'':20}" + "    before   after" * 3)
-    for name in before:
-        pairs = [(before[name][key], after[name][key]) for key in ("soft", "exact", "format")]
-        print(f"{name:20}" + "".join(f"    {a:6.3f}  {b:6.3f}" for a, b in pairs))
+        beside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -13,7 +13,8 @@ from files import UserError
 from model import ranks
 from model.load import read_config
 from model.policy import Policy
-from records import Record, printable
+from records import printable
+from run.config import Config, show_toy_flags, training_records
 from run.decoder import ClipReader
 from run.setup import make_prompter
 
@@ -21,8 +22,13 @@ GB = 1e9
 QUESTIONS = 3
 
 
-def show(cfg, records: list[Record]) -> None:
-    """Prints the plan of a run with `cfg`, a config.Config. Raises VideoError on a bad clip."""
+def show(cfg: Config) -> None:
+    """Prints the plan of a run. Raises UserError if no clip can be read."""
+    if cfg.model_name_or_path is None:
+        show_toy_flags()
+        print("The run makes its clips and model; a dry run writes nothing, so it ends here.")
+        return
+    records = training_records(cfg)
     name = cfg.model_name_or_path
     config = read_config(name)
     try:
@@ -44,7 +50,7 @@ def show(cfg, records: list[Record]) -> None:
             except video.VideoError as error:
                 print(printable(f"question {record.id}: would be skipped: {error}"))
     if not questions:
-        raise video.VideoError(f"none of the first {QUESTIONS} clips can be read")
+        raise UserError(f"none of the first {QUESTIONS} clips can be read")
     print("The first prompt, to the letter:\n" + printable(questions[0].prompt) + "\n")
     for question in questions:
         (t, h, w), p = question.grid, policy.geometry.patch_size
@@ -75,7 +81,7 @@ def show(cfg, records: list[Record]) -> None:
     )
 
 
-def memory(cfg, policy: Policy, prompt: int) -> dict[str, float]:
+def memory(cfg: Config, policy: Policy, prompt: int) -> dict[str, float]:
     """What a GPU holds at completions of full length, bytes; the phase it is held in comes first.
 
     Each phase counts what is alive together at its peak. tests/test_fake_gpu.py compares it with

@@ -1,11 +1,29 @@
-"""What a run is made of before its first step: policy, prompts, optimizer and its schedule."""
+"""What a run is made of before its first step: directory, policy, prompts, optimizer, schedule."""
+
+from pathlib import Path
 
 import torch
 
 from data import Prompter
 from model import ranks
 from model.policy import Policy
-from run.config import Config
+from run import checkpoint
+from run.config import Config, make_output_dir, make_toy, toy_config
+
+
+def prepare(cfg: Config) -> tuple[Config, Path, tuple[Path, dict] | None]:
+    """The output directory, and the checkpoint to resume with its counters. Without a model, the
+    toy world is made there, and the settings name it. Called by all ranks. Raises UserError."""
+    directory = ranks.on_first(make_output_dir, cfg)
+    if is_toy := cfg.model_name_or_path is None:
+        cfg = toy_config(cfg, directory / "toy")
+        # So that its numbers do not depend on the cores, and because OpenMP's threads wait for
+        # each other: with another process on one of two cores, two take 10 times as long as one.
+        torch.set_num_threads(1)
+    resume = ranks.on_first(checkpoint.to_resume, cfg, directory)
+    if is_toy:
+        ranks.on_first(make_toy, cfg, directory / "toy")
+    return cfg, directory, resume
 
 
 def load_policy(cfg: Config, freeze_all: bool = False) -> Policy:

@@ -1,6 +1,7 @@
 """Qwen3-VL through the same passes: prompts, positions, DeepStack, rollout and scoring, against
 transformers' own model and processor."""
 
+import copy
 import json
 import subprocess
 import time
@@ -17,7 +18,9 @@ from transformers import AutoModelForImageTextToText, Qwen3VLConfig, Qwen3VLForC
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
+import eval as evaluation
 import toy
+import twgrpo
 import video
 from data import Prompter
 from files import UserError
@@ -25,7 +28,7 @@ from model.load import read_config
 from model.policy import Policy
 from records import Record
 from run import plan
-from run.config import Config
+from run.config import Config, parse_config
 
 CLIP = dict(max_frames=4, min_pixels=64 * 64, max_pixels=64 * 64)
 
@@ -174,20 +177,55 @@ def test_a_real_clip_is_read_like_the_processor_reads_it(name, qwen3, sample):
     assert (question.patches - patches[0]).abs().max() < 1e-6
 
 
+def as_tied_qwen2_5_vl(policy: Policy) -> Policy:
+    """As Qwen2.5-VL-3B is: the lm_head is the embedding."""
+    config = copy.deepcopy(policy.model.config)
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
+    model = type(policy.model)(config).eval()
+    model.generation_config = policy.model.generation_config
+    return Policy(model, policy.tokenizer, policy.chat_template)
+
+
 @pytest.mark.parametrize("tie", [False, True])
-def test_a_checkpoint_goes_through_from_pretrained(tie, policy, questions, tmp_path):
-    ours = as_qwen3_vl(policy, tie)
+@pytest.mark.parametrize("kind", [as_qwen3_vl, as_tied_qwen2_5_vl])
+def test_a_checkpoint_goes_through_from_pretrained(kind, tie, policy, records, tmp_path):
+    if kind is as_tied_qwen2_5_vl and not tie:
+        return  # the toy's own
+    ours = kind(policy, tie) if kind is as_qwen3_vl else kind(policy)
+    prompter = Prompter(ours.tokenizer, ours.chat_template, ours.geometry, **CLIP)
+    questions = questions_of(prompter, records)
     ours.save(tmp_path / "model")
     theirs = AutoModelForImageTextToText.from_pretrained(tmp_path / "model").state_dict()
     for name, value in ours.model.state_dict().items():
         assert torch.equal(value, theirs[name]), name
     again = Policy.load(tmp_path / "model")
-    assert again.geometry == video.Geometry(16, 2, 2, None, True, (0.5,) * 3, (0.5,) * 3)
-    tied = again.head_VD.data_ptr() == again.text.embed_tokens.weight.data_ptr()
-    assert tied == tie
-    copy = again._whole_copy()
-    assert (copy.head_VD is copy.text.embed_tokens.weight) == tie
-    assert torch.equal(copy.encode_videos(questions)[0], ours.encode_videos(questions)[0])
+    if kind is as_qwen3_vl:
+        assert again.geometry == video.Geometry(16, 2, 2, None, True, (0.5,) * 3, (0.5,) * 3)
+    assert (again.head_VD is again.text.embed_tokens.weight) == tie
+    copy_of_it = again._whole_copy()
+    assert (copy_of_it.head_VD is copy_of_it.text.embed_tokens.weight) == tie
+    for features, same in zip(
+        copy_of_it.encode_videos(questions), ours.encode_videos(questions), strict=True
+    ):
+        assert torch.equal(features, same)
+
+
+def test_dry_run_and_ask(policy, world, tmp_path, monkeypatch, capsys):
+    as_qwen3_vl(policy).save(tmp_path / "model")
+    flags = f"--model_name_or_path {tmp_path / 'model'} --jsonl_path {world / 'train.jsonl'} "
+    flags += (
+        f"--video_root {world} --dry_run true --max_frames 4 --min_pixels 4096 --max_pixels 4096"
+    )
+    assert twgrpo.run(parse_config(flags.split())) is None
+    assert "4 frames x 64 x 64 pixels, 0.58 s apart = 8 video tokens" in capsys.readouterr().out
+    clip = world / "clips" / "train_000.mp4"
+    flags = f"ask --model {tmp_path / 'model'} --video {clip} --question What? --max_frames 4 "
+    flags += "--min_pixels 4096 --max_pixels 4096 --max_completion_length 6 --weights"
+    monkeypatch.setattr("sys.argv", ["eval.py", *flags.split(), "--num_generations", "2"])
+    evaluation.main()
+    out = capsys.readouterr().out
+    assert out.startswith("4 frames of 64 x 64 pixels, 0.58 s apart: 8 video tokens")
+    assert "tokens of the 2 answers" in out
 
 
 def test_models_with_linear_attention_are_refused_with_the_reason(tmp_path):

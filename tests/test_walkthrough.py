@@ -1,5 +1,5 @@
-"""docs/walkthrough.md: every number on the page, computed from docs/walkthrough.npz by the code that
-trains."""
+"""docs/walkthrough.md: every number on the page, computed from docs/walkthrough.npz by the code
+that trains."""
 
 import json
 import re
