@@ -36,10 +36,7 @@ COMPLETIONS = st.lists(st.sampled_from(PIECES), max_size=12).map("".join)
 )  # fmt: skip
 def test_soft_and_binary_accuracy(answer, truth, soft):
     """A subset of the truth earns its share, anything wrong among the answers earns nothing."""
-    completion, solution = (
-        f"<think>..</think><answer>{answer}</answer>",
-        f"<answer>{truth}</answer>",
-    )
+    completion, solution = f"<think/><answer>{answer}</answer>", f"<answer>{truth}</answer>"
     assert accuracy_reward(completion, solution) == pytest.approx(soft)
     assert origin_accuracy_reward(completion, solution) == (1.0 if soft == 1 else 0.0)
 
@@ -172,7 +169,6 @@ def official_accuracy(text: str, solution: str) -> float:
 @given(COMPLETIONS)
 @example("<think>a</think><answer>b</answer></answer>!")
 @example("<think></think></think> <answer></answer>")
-@given(COMPLETIONS)
 def test_format_equals_the_official_expression(text):
     assert format_reward(text) == official_format(text)
 
