@@ -10,7 +10,6 @@ kernels/reference.py; here K is the number of reward functions.
 """
 
 import contextlib
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from data import Prompter, Question, check_prompts
 from files import UserError
-from kernels import HeadOutput, tw_grpo_head
+from kernels import KEPT_BYTES, HeadOutput, tw_grpo_head
 from model import ranks
 from model.packing import Group
 from model.policy import Policy
@@ -29,16 +28,10 @@ from records import Record, printable
 from rewards import REWARDS
 from run import checkpoint, plan
 from run.clips import QuestionsAhead
-from run.config import (
-    Config,
-    check_attention,
-    held_out_records,
-    parse_config,
-    training_records,
-)
+from run.config import Config, check_attention, held_out_records, parse_config, training_records
 from run.held_out import Measures
 from run.log import RunLog, phase
-from run.setup import load_policy, make_optimizer, make_prompter, prepare, rate
+from run.setup import load_policy, make_optimizer, make_prompter, optimizer_step, prepare, rate
 from tools import curves
 from video import VideoError
 
@@ -47,7 +40,7 @@ from video import VideoError
 
 @dataclass
 class Update:
-    """What one optimizer step on the completions of a training step measured."""
+    """What one optimizer step measured."""
 
     outputs: list[HeadOutput]  # one for each of this rank's questions
     loss: float  # eq. 20, of all ranks
@@ -82,8 +75,7 @@ def train_step(
     updates = []
     for _ in range(cfg.num_iterations if count else 0):
         # Weigh each position by how much the group disagrees there, clip the ratios, differentiate
-        # the weighted loss. Eqs. 7 to 19; each question counts 1 / count (eq. 20), however the
-        # questions are spread over ranks and micro-batches.
+        # the weighted loss: eqs. 7 to 19. Each question counts 1 / count, on any rank: eq. 20.
         total, outputs = 0.0, {}
         for chunk, teaches in micro_batches(cfg, groups):
             with torch.set_grad_enabled(teaches):
@@ -112,9 +104,7 @@ def train(
     resume: tuple[Path, dict] | None = None,
 ) -> int:
     """The loop, the same on every rank. Returns the steps done: max_steps, or fewer on a signal.
-
-    `resume` is a checkpoint and its counters.
-    """
+    `resume` is a checkpoint and its counters."""
     reference = load_policy(cfg, freeze_all=True) if cfg.beta > 0 else None
     optimizer = make_optimizer(cfg, policy)
     if resume:
@@ -158,10 +148,8 @@ def sample_groups(
             return []
         with torch.no_grad():
             features = actor.encode_videos(questions)
-        groups = actor.rollout(
-            questions, features, cfg.num_generations, cfg.max_completion_length,
-            cfg.temperature, seeds,
-        )  # fmt: skip
+        G, T = cfg.num_generations, cfg.max_completion_length
+        groups = actor.rollout(questions, features, G, T, cfg.temperature, seeds)
         for group, tokens, seed in zip(groups, features, seeds, strict=True):
             group.features, group.seed = tokens if cfg.freeze_vision_modules else None, seed
         return groups
@@ -194,23 +182,23 @@ def score_reference(cfg: Config, reference: Policy, groups: list[Group]) -> None
 
 
 def micro_batches(cfg: Config, groups: list[Group]) -> list[tuple[list[Group], bool]]:
-    """At most B groups each, and whether they teach. Groups whose rewards are all equal have no
-    gradient, unless there is a KL term; they are scored for the log alone.
+    """At most B groups each, and whether they have a gradient. Without a KL term, groups whose
+    rewards are all equal have none; they are scored for the log alone.
 
-    Every micro-batch of several ranks is a round of collectives, so there are as many on each rank,
-    some perhaps empty, and one teaches if it does so on any of them.
+    On several ranks every micro-batch is a round of collectives: each rank has as many, some
+    perhaps empty, and differentiates one if any rank has to.
     """
-    B = cfg.per_device_train_batch_size
-    teaches = [bool(cfg.beta > 0 or group.advantages_G.any()) for group in groups]
-    if ranks.world() == 1:
-        halves = {flag: [] for flag in (True, False)}
-        for group, flag in zip(groups, teaches, strict=True):
-            halves[flag].append(group)
-        return [
-            (half[k : k + B], flag) for flag, half in halves.items() for k in range(0, len(half), B)
-        ]
-    starts = range(0, B * cfg.gradient_accumulation_steps, B)
-    return [(groups[k : k + B], ranks.agree(any(teaches[k : k + B]))) for k in starts]
+    B, per_rank = cfg.per_device_train_batch_size, cfg.gradient_accumulation_steps
+
+    def teaches(chunk: list[Group]) -> bool:
+        return any(cfg.beta > 0 or bool(group.advantages_G.any()) for group in chunk)
+
+    if ranks.world() > 1:
+        chunks = [groups[k : k + B] for k in range(0, B * per_rank, B)]
+        return [(chunk, ranks.agree(teaches(chunk))) for chunk in chunks]
+    halves = [[g for g in groups if teaches([g]) == flag] for flag in (True, False)]
+    chunks = [half[k : k + B] for half in halves for k in range(0, len(half), B)]
+    return [(chunk, teaches(chunk)) for chunk in chunks]
 
 
 @phase("score")
@@ -244,6 +232,7 @@ def score_groups(
             token_weights="divergence" if cfg.token_weights == "entropy" else cfg.token_weights,
             normalize_token_weights=cfg.normalize_token_weights,
             shuffle_seed=(*group.seed[:3], 6),  # 6: no other stream ends so
+            kept_bytes=KEPT_BYTES / len(scored),
         )
         for group, hidden_ND in zip(scored, hidden, strict=True)
     ]
@@ -256,39 +245,18 @@ def differentiate(loss: Tensor, count: float) -> None:
     (loss * (ranks.world() / count)).backward()
 
 
-@phase("update")
-def optimizer_step(
-    cfg: Config, policy: Policy, optimizer: Optimizer, loss: float, learning_rate: float
-) -> tuple[float, bool]:
-    """One optimizer step from the gradients that have gathered: their norm, and whether it and the
-    loss were finite. If not, the weights are left as they are. The same on every rank."""
-    parameters = [p for p in policy.model.parameters() if p.requires_grad]
-    for parameter in parameters:
-        if parameter.grad is None:  # no group taught anything; momentum still moves the weights
-            parameter.grad = torch.zeros_like(parameter)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
-    norm = norm.full_tensor().item() if hasattr(norm, "full_tensor") else norm.item()
-    finite = math.isfinite(loss) and math.isfinite(norm)
-    if finite:
-        for parameters in optimizer.param_groups:
-            parameters["lr"] = learning_rate
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm, finite
-
-
 # --------------------------------------------------------------------------------------------- main
 
 
-def run(cfg: Config) -> Path | None:
-    """Everything from the flags to the pictures. Returns the output directory; None: a dry run."""
+def train_and_evaluate(cfg: Config) -> Path | None:
+    """A whole run, from the flags to the pictures: its directory, or None of a dry run."""
     check_attention(cfg, ranks.start())
     if cfg.dry_run:
         ranks.on_first(plan.show, cfg)
         return None
     is_toy = cfg.model_name_or_path is None
     if not is_toy:
-        training_records(cfg), held_out_records(cfg)  # their faults come before any directory
+        training_records(cfg), held_out_records(cfg)  # report bad rows before making a directory
     cfg, directory, resume = prepare(cfg)
     records, held_out = training_records(cfg), held_out_records(cfg)
     measures = Measures(directory, resumed=resume is not None)
@@ -320,11 +288,11 @@ def run(cfg: Config) -> Path | None:
 
 def main() -> None:
     try:
-        run(parse_config())
+        train_and_evaluate(parse_config())
     except (UserError, VideoError, ranks.Failed, ImportError, OSError) as error:
         raise SystemExit(f"error: {printable(str(error))}") from None
     except KeyboardInterrupt:
-        raise SystemExit("interrupted; what was written so far is whole") from None
+        raise SystemExit("interrupted; no file is left half-written") from None
 
 
 if __name__ == "__main__":

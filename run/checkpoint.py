@@ -3,9 +3,9 @@
     run/checkpoint-N/                an ordinary Hugging Face checkpoint
     run/checkpoint-N/trainer_state/  float32 parameters, optimizer, counters; of the newest only
 
-A checkpoint is written beside its place and renamed when it is whole, so a kill at any moment
-leaves the older one. The trainer state is a torch.distributed.checkpoint: another number of ranks
-can load it. checksums.json beside it holds the CRC-32 of each of its files. Loading unpickles its
+A checkpoint is written under another name and renamed when it is complete, so a kill at any moment
+leaves the older one. The trainer state is a torch.distributed.checkpoint, which another number of
+ranks can load; its checksums.json holds the CRC-32 of each of its files. Loading unpickles its
 .metadata, which can run code: resume only from checkpoints that you trust.
 """
 
@@ -40,8 +40,8 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 class Saver:
     """Saves a run: when the loop asks for it, and before an error ends it.
 
-    If a step raises before it has changed a weight, the steps before it are saved first; several
-    ranks do so only if all of them know of the error (ranks.alone), since saving takes them all.
+    If a step raises before it has changed a weight, the steps before it are saved first. Saving
+    takes all ranks, so several do that only if all of them know of the error (ranks.alone).
     """
 
     def __init__(
@@ -54,8 +54,8 @@ class Saver:
     ):
         self.cfg, self.policy, self.optimizer, self.log = cfg, policy, optimizer, log
         self.saved = resume[0] if resume else None  # the newest checkpoint
-        self.step = self.saved_step = resume[1]["step"] if resume else 0
-        self.finished(self.step)
+        self.saved_step = resume[1]["step"] if resume else 0
+        self.finished(self.saved_step)
         optimizer.register_step_pre_hook(self._weights_change)
 
     def _weights_change(self, *_) -> None:
@@ -65,14 +65,13 @@ class Saver:
         """The weights and counters are those after `step`, until the optimizer steps again."""
         self.step, self.counters, self.between_steps = step, self.log.counters(), True
 
-    def save(self) -> Path:
+    def save(self) -> None:
         """Writes the checkpoint of the step that is finished. Called by all ranks."""
         self.log.write(self.step)
         self.saved_step = self.step  # even if it fails: once is enough
         counters = {"step": self.step, **self.counters}
         model_only, source = self.cfg.save_only_model, self.cfg.model_name_or_path
         self.saved = save(self.policy, self.optimizer, counters, self.log.dir, source, model_only)
-        return self.saved
 
     @contextlib.contextmanager
     def rescuing(self):
@@ -81,11 +80,11 @@ class Saver:
             yield
         except Exception as error:
             agreed = ranks.world() == 1 or getattr(error, "agreed", False)
+            unsaved = self.between_steps and self.step > self.saved_step
             kept = "nothing was saved"
             try:
-                if agreed and self.between_steps and self.step > self.saved_step:
-                    if weights_are_finite(self.policy):
-                        self.save()
+                if agreed and unsaved and weights_are_finite(self.policy):
+                    self.save()
             except UserError as another:  # the first error is the one to be raised
                 kept = str(another)
             if self.saved:
@@ -120,12 +119,9 @@ def save(
             shutil.rmtree(killed)
         state.mkdir(parents=True)
 
-    def write_state() -> None:
-        whole = _state(policy, optimizer)
-        dcp.save(whole, checkpoint_id=state, no_dist=ranks.world() == 1)
-
-    def sums() -> dict[str, int]:
-        """Of the files of this rank, which are the newest in this machine's memory."""
+    def write_state() -> dict[str, int]:
+        """The checksums of this rank's files, read while this machine has them in memory."""
+        dcp.save(_state(policy, optimizer), checkpoint_id=state, no_dist=ranks.world() == 1)
         mine = [path for path in state.iterdir() if path.name.startswith(f"__{ranks.rank()}_")]
         return {path.name: files.checksum(path) for path in mine}
 
@@ -137,8 +133,8 @@ def save(
             for name in ("counters.json", ".metadata"):
                 checksums[name] = files.checksum(state / name)
             (state / "checksums.json").write_text(json.dumps(checksums), encoding="utf-8")
-        for path in [*partial.rglob("*"), partial]:  # on the disk before the rename says so
-            files.flush(path)
+        for path in [*partial.rglob("*"), partial]:
+            files.flush(path)  # fsync before the rename
         os.rename(partial, final)  # fails if something has that name
         for older in [] if model_only else checkpoints(run).values():
             if older != final and not (older / "trainer_state").is_symlink():
@@ -146,23 +142,22 @@ def save(
 
     _together(final, begin, main_only=True)
     _together(final, policy.save, partial, processor_from)
-    everyones = []
+    checksums = {}
     if not model_only:
-        _together(final, write_state)
-        everyones = _together(final, sums)
-    checksums = {name: crc for mine in everyones for name, crc in mine.items()}
+        for mine in _together(final, write_state):
+            checksums |= mine
     _together(final, finish, checksums, main_only=True)
     return final
 
 
 def _together(final: Path, action, *arguments, main_only: bool = False) -> list:
-    """One stage of a save; what it returned on each rank. If it fails on any rank it fails on all,
-    and no rank waits alone."""
+    """One stage of a save: what `action` returned on each rank. If it fails on one rank, all of
+    them raise UserError, so that none waits for the others in the next stage."""
     reason = result = None
     try:
         if ranks.is_main() or not main_only:
             result = action(*arguments)
-    except (Exception, CheckpointException) as error:  # of safetensors, torch and the disk
+    except (Exception, CheckpointException) as error:  # of safetensors, torch or the disk
         free = shutil.disk_usage(final.parent).free / 1e9
         reason = f"{_sentence(error)}; {free:.2f} GB free there"
     reasons, results = zip(*ranks.gather((reason, result)), strict=True)
@@ -176,7 +171,8 @@ def _together(final: Path, action, *arguments, main_only: bool = False) -> list:
 
 
 def _sentence(error: BaseException) -> str:
-    if isinstance(error, CheckpointException):  # no Exception; one error of each failed rank
+    """The last line of an error's message, or its type."""
+    if isinstance(error, CheckpointException):  # a BaseException, with one error per failed rank
         error = next(iter(error.failures.values()))[0]
     return (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
 
@@ -190,7 +186,7 @@ def _state(policy: Policy, optimizer: optim.Optimizer) -> dict:
 
 
 def checkpoints(run: Path) -> dict[int, Path]:
-    """{step: checkpoint-STEP} of a run; other names and links are not ours."""
+    """{step: checkpoint-STEP} of a run; links and other names are not ours."""
     found = {}
     for path in run.iterdir() if run.is_dir() else ():
         name = re.fullmatch("checkpoint-(0|[1-9][0-9]{0,15})", path.name)
@@ -200,8 +196,8 @@ def checkpoints(run: Path) -> dict[int, Path]:
 
 
 def to_resume(cfg: Config, run: Path) -> tuple[Path, dict] | None:
-    """The checkpoint to go on from, found to be whole, and its counters; None if the run has not
-    saved yet. Says what has changed since. Raises UserError; nothing has been written then."""
+    """The checkpoint to resume from, its checksums verified, and its counters; None if the run has
+    not saved yet. Prints what has changed since. Raises UserError; nothing is written."""
     path = find(run, cfg.resume_from_checkpoint) if cfg.resume_from_checkpoint else None
     if path is None:
         return None
@@ -219,10 +215,10 @@ def to_resume(cfg: Config, run: Path) -> tuple[Path, dict] | None:
 
 
 def find(run: Path, which: str) -> Path | None:
-    """The checkpoint to go on from: `which` is a path, or "auto" for the newest of the run.
+    """The checkpoint to resume from: `which` is a path, or "auto" for the newest of the run.
 
-    None if "auto" finds a run that was killed before its first checkpoint, or none: which is how a
-    run that is always started with "auto" begins.
+    None if "auto" finds no run, or one that was killed before its first checkpoint, so that a new
+    run can be started with "auto" too.
     """
     saved = checkpoints(run)
     if which == "auto" and not saved:
@@ -231,15 +227,15 @@ def find(run: Path, which: str) -> Path | None:
     path = saved[max(saved)] if which == "auto" else Path(which)
     if not (path / "trainer_state" / "counters.json").is_file():
         raise UserError(
-            f"{path}: holds no trainer_state to go on from, which only a run's newest checkpoint "
-            f"has, unless --save_only_model; to train its weights as a new run, give them as "
-            "--model_name_or_path, with another --output_dir"
+            f"{path}: holds no trainer_state to resume from; only a run's newest checkpoint has "
+            "one, and none with --save_only_model. To start a new run from its weights, give it "
+            "as --model_name_or_path, with another --output_dir"
         )
     return path
 
 
 def check_nothing_is_missing(run: Path) -> None:
-    """Raises UserError if a run without checkpoints has gone so far that it must have saved."""
+    """Raises UserError if a run without checkpoints has done enough steps to have saved one."""
     path = run / "metrics.jsonl"
     if not path.exists():
         return
@@ -251,11 +247,11 @@ def check_nothing_is_missing(run: Path) -> None:
             "choose another --output_dir"
         )
     if last:
-        print(f"nothing was saved yet: starting at step 1; the log is kept as {path}.after-0")
+        print(f"no checkpoint yet: starting at step 1; the old log is kept as {path}.after-0")
 
 
 def verify(path: Path) -> dict:
-    """The counters of a trainer state, all of whose files have their checksums. Raises UserError.
+    """The counters of a trainer state. Raises UserError unless every file has its checksum.
 
     It reads everything once, at the disk's speed: CRC-32 alone takes about 7 GB a second.
     """
@@ -268,7 +264,7 @@ def verify(path: Path) -> dict:
         except OSError as error:
             raise UserError(f"{state / name} cannot be read ({error.strerror}); {remedy}") from None
         if not whole:
-            raise UserError(f"{state / name} is damaged (another checksum); {remedy}")
+            raise UserError(f"{state / name} is damaged (wrong checksum); {remedy}")
     counters = files.read_json(state / "counters.json", remedy)
     if not {"counters.json", ".metadata"} <= sums.keys() or not all(
         type(counters.get(name)) is int for name in ("step", *COUNTERS)
@@ -278,7 +274,7 @@ def verify(path: Path) -> dict:
 
 
 def check_fits(path: Path, policy: Policy) -> None:
-    """Raises UserError unless the trainer state has the parameters of this model, and no others."""
+    """Raises UserError unless the trainer state has exactly the parameters of this model."""
     try:
         saved = dcp.FileSystemReader(path / "trainer_state").read_metadata().state_dict_metadata
         theirs = {
@@ -292,13 +288,13 @@ def check_fits(path: Path, policy: Policy) -> None:
     ours = {name: tuple(value.shape) for name, value in named}
     if wrong := sorted({name for name, _ in theirs.items() ^ ours.items()}):
         raise UserError(
-            f"{path}: its trainer_state is of another model than this one ({len(wrong)} parameters "
-            f"differ, such as {wrong[0]}); give the run's own --model_name_or_path"
+            f"{path}: its trainer_state belongs to another model ({len(wrong)} parameters differ, "
+            f"such as {wrong[0]}); give the run's own --model_name_or_path"
         )
 
 
 def load(path: Path, policy: Policy, optimizer: optim.Optimizer) -> None:
-    """Puts parameters and optimizer as they were, in place. Called by all ranks."""
+    """Restores parameters and optimizer, in place. Called by all ranks. Raises UserError."""
     state = _state(policy, optimizer)
     try:
         dcp.load(state, checkpoint_id=path / "trainer_state", no_dist=ranks.world() == 1)

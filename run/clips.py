@@ -70,9 +70,8 @@ class QuestionsAhead:
                 self.log.note(str(record.video), f"skipped question {record.id}: {error}")
         mine = (len(asked), len(asked) - len(questions))
         asked, skipped = (sum(values) for values in zip(*ranks.gather(mine), strict=True))
-        self.log.asked += asked
-        self.log.skipped += skipped
-        self.log.trained += asked - skipped
+        self.log.counts["asked"] += asked
+        self.log.counts["skipped"] += skipped
         return questions, seeds
 
     def close(self) -> None:

@@ -24,16 +24,41 @@ from records import Record, load_records, printable
 from rewards import REWARDS
 
 # What a run is: with another of these it would be another run. Batches are compared apart.
-IDENTITY = ("seed", "model_name_or_path", "jsonl_path", "video_root", "question_type",
-            "train_samples", "num_generations")  # fmt: skip
+IDENTITY = (
+    "seed model_name_or_path jsonl_path video_root question_type train_samples num_generations"
+).split()
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 COMMAND = ("output_dir", "resume_from_checkpoint", "allow_changes", "dry_run")  # not of the run
+
+
+# Where the numbers lie; those that are not named, in the intervals of their type.
+INTERVALS = {
+    "[0, 1)": "epsilon adam_beta1 adam_beta2",
+    "[0, 1]": "max_skip_fraction",
+    "[1, 1e9]": "alpha",
+    "[0, 1e9]": "epsilon_high beta weight_decay clip_cache_gb",
+    "[0.001, 1e9]": "temperature",  # below, all completions are the same
+    "(0, 86400]": "clip_timeout",  # a day
+    "(0, inf]": "max_grad_norm",
+    "[2, 2e9]": "num_generations max_frames",  # to compare; one temporal patch
+    "[0, 2e9]": "warmup_steps",
+    "[0, 256]": "dataloader_num_workers",
+    "[0, 9e18]": "seed",
+}
+BY_TYPE = {int: "[1, 2e9]", float: "(0, 1e9]"}  # float32 must hold the square
 
 
 def flag(default, text: str):
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata={"help": text})
     return field(default=default, metadata={"help": text})
+
+
+def is_in(value: float, interval: str) -> bool:
+    """Whether a number lies in an interval such as "[0, 1)"; a NaN lies in none."""
+    low, high = map(float, interval[1:-1].split(","))
+    above = low <= value if interval[0] == "[" else low < value
+    return above and (value <= high if interval[-1] == "]" else value < high)
 
 
 @dataclass
@@ -134,8 +159,15 @@ class Config(*reversed(GROUPS)):
 
     def check(self) -> None:
         """Raises UserError on a setting that makes no sense."""
+        named = {name: key for key, names in INTERVALS.items() for name in names.split()}
+        for name, value in dataclasses.asdict(self).items():
+            interval = named.get(name, BY_TYPE.get(type(value)))
+            if interval and not is_in(value, interval):
+                raise UserError(f"--{name} {value} must be in {interval}")
+        for name in self.reward_funcs:
+            if name not in REWARDS:
+                raise UserError(f"--reward_funcs knows {', '.join(REWARDS)}, not {name!r}")
         rules = {
-            "--alpha is the upper bound of the token weights: at least 1": self.alpha >= 1,
             "--token_weights and --normalize_token_weights need --loss_type tw_grpo": (
                 self.loss_type == "tw_grpo"
                 or (self.token_weights == "divergence" and not self.normalize_token_weights)
@@ -145,32 +177,11 @@ class Config(*reversed(GROUPS)):
                 self.token_weights in ("divergence", "shuffled")
                 or (self.divergence == "official" and self.ended_rows == "uniform")
             ),
-            "--num_generations must be at least 2, to compare": self.num_generations >= 2,
-            "--epsilon must be in [0, 1)": 0 <= self.epsilon < 1,
-            "--epsilon_high must be 0 or more": self.epsilon_high >= 0,
-            "--beta must be 0 or more": self.beta >= 0,
-            "--temperature must be above 0.001, or all completions are the same": (
-                self.temperature > 0.001
-            ),
-            "--learning_rate must be above 0": self.learning_rate > 0,
-            "--max_grad_norm must be above 0": self.max_grad_norm > 0,
-            "--warmup_steps must be 0 or more": self.warmup_steps >= 0,
-            "--weight_decay must be 0 or more": self.weight_decay >= 0,
-            "--adam_beta1 and --adam_beta2 must be in [0, 1)": (
-                0 <= self.adam_beta1 < 1 and 0 <= self.adam_beta2 < 1
-            ),
-            "--seed must be 0 or more, and below 2^63": 0 <= self.seed < 2**63,
-            "--dataloader_num_workers must be in 0..256": 0 <= self.dataloader_num_workers <= 256,
-            "--clip_timeout must be above 0, and at most a day": 0 < self.clip_timeout <= 86400,
-            "--clip_cache_gb must be 0 or more": self.clip_cache_gb >= 0,
-            "--max_skip_fraction must be in [0, 1]": 0 <= self.max_skip_fraction <= 1,
-            "--fps must be above 0": self.fps > 0,
-            "--max_frames must be at least 2, one temporal patch": self.max_frames >= 2,
-            "--min_pixels must be in 1..max_pixels": 0 < self.min_pixels <= self.max_pixels,
             "--reward_funcs needs at least one reward": len(self.reward_funcs) > 0,
             "--reward_funcs names a reward twice": (
                 len(set(self.reward_funcs)) == len(self.reward_funcs)
             ),
+            "--min_pixels must be at most --max_pixels": self.min_pixels <= self.max_pixels,
             "--model_name_or_path and --jsonl_path go together; neither means the toy": (
                 (self.model_name_or_path is None) == (self.jsonl_path is None)
             ),
@@ -181,18 +192,6 @@ class Config(*reversed(GROUPS)):
                 self.output_dir is not None or self.resume_from_checkpoint is None
             ),
         }
-        for name in ("max_completion_length", "num_iterations", "max_steps", "save_steps",
-                     "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps",
-                     "train_samples", "max_prompt_length"):  # fmt: skip
-            rules[f"--{name} must be at least 1"] = getattr(self, name) >= 1
-        for name, value in dataclasses.asdict(self).items():
-            if type(value) is int and name != "seed":  # they are counts, or sizes of tensors
-                rules[f"--{name} must be at most 2^31 - 1"] = value < 2**31
-            if type(value) is float and name != "max_grad_norm":  # inf: no clipping
-                holds = math.isfinite(value) and abs(value) <= 1e9  # float32 must hold its square
-                rules[f"--{name} must be finite, and at most 1e9"] = holds
-        for name in self.reward_funcs:
-            rules[f"--reward_funcs knows {', '.join(REWARDS)}, not {name!r}"] = name in REWARDS
         for message, holds in rules.items():
             if not holds:
                 raise UserError(message)

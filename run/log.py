@@ -10,7 +10,6 @@ reward functions.
 
 import dataclasses
 import json
-import math
 import re
 import sys
 import time
@@ -18,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -28,11 +28,9 @@ from kernels import HeadOutput
 from model import ranks
 from model.packing import Group
 from records import printable
-from run.config import changed_settings, read_settings, settings_of
+from run.config import Config, changed_settings, read_settings, settings_of
 
-COUNTERS = ("asked", "skipped", "trained", "nonfinite")  # since the start of the run, all ranks
-
-
+COUNTERS = ("asked", "skipped", "nonfinite")  # questions and updates since the start, all ranks
 SECONDS: dict[str, float] = defaultdict(float)  # spent in each phase since the last line
 
 
@@ -49,18 +47,17 @@ def phase(name: str):
 class RunLog:
     """Collects the measurements of a run on every rank; the first rank writes them.
 
-    `cfg` is a config.Config; `done` is the number of steps that a resumed run has done. What a rank
-    measures counts by the questions it is about, so a rank that was left with fewer of them does
-    not distort the mean.
+    `done` is the number of steps that a resumed run has done. Means are over questions, so a rank
+    that was left with fewer of them does not distort them.
     """
 
-    def __init__(self, cfg, directory: Path, done: int = 0):
+    def __init__(self, cfg: Config, directory: Path, done: int = 0):
         self.cfg, self.dir = cfg, directory
-        self.sums: dict[str, float] = defaultdict(float)  # since the last line, over weights
-        self.weights: dict[str, float] = defaultdict(float)
-        self.tokens = self.steps = self.failures = 0  # failures: updates in a row, not finite
-        self.asked = self.skipped = self.trained = self.nonfinite = 0  # since the start, all ranks
-        self.this_step: dict[str, list[float]] = {}  # of this step, for the progress bar
+        self.counts = dict.fromkeys(COUNTERS, 0)
+        self.failures = 0  # updates in a row that were not finite
+        self.sums: dict[str, float] = defaultdict(float)  # since the last line, as all below
+        self.numbers: dict[str, int] = defaultdict(int)  # of the values in each sum
+        self.tokens = self.steps = 0
         self.named: set[str] = set()
         self.report = self.close = lambda *_: None
         if ranks.is_main():
@@ -72,20 +69,19 @@ class RunLog:
 
     def counters(self) -> dict[str, int]:
         """What a resumed run needs to know of the log."""
-        return {name: getattr(self, name) for name in COUNTERS}
+        return dict(self.counts)
 
     def go_on_from(self, counters: dict[str, int]) -> None:
-        for name in COUNTERS:
-            setattr(self, name, counters[name])
+        self.counts = {name: counters[name] for name in COUNTERS}
 
-    def add(self, weight: float = 1.0, **values) -> None:
+    def add(self, **values: float) -> None:
+        """Adds to the mean of each metric, or to its maximum if its name ends in _max."""
         for name, value in values.items():
-            self.this_step.setdefault(name, []).append(float(value))
             if name.endswith("_max"):
                 self.sums[name] = max(self.sums[name], float(value))
             else:
-                self.sums[name] += weight * float(value)
-                self.weights[name] += weight
+                self.sums[name] += float(value)
+                self.numbers[name] += 1
 
     def note(self, key: str, message: str) -> None:
         """A line on the terminal, once per key."""
@@ -100,122 +96,115 @@ class RunLog:
         everyones = [name for names in ranks.gather(bad) for name in names]
         if ranks.is_main():
             text = f"step {step}: loss {loss} or its gradient is not finite; weights unchanged"
-            self.note(f"step {step}", printable(f"{text} (questions {', '.join(everyones)})"))
+            self.note(f"step {step}", f"{text} (questions {', '.join(everyones)})")
 
     def reason_to_end(self, step: int) -> str | None:
         """Why the run cannot go on, in words, or None. The same on every rank."""
-        if step == self.cfg.max_steps and not self.trained:
-            return f"no question was trained on: none of {self.asked} clips could be read"
+        asked, skipped = self.counts["asked"], self.counts["skipped"]
+        if step == self.cfg.max_steps and skipped == asked:
+            return f"no question was trained on: none of {asked} clips could be read"
         if self.failures >= 3:
             return f"{self.failures} updates in a row were not finite"
-        allowed = self.cfg.max_skip_fraction  # one bad clip in ten is no trend
-        if self.skipped > allowed * max(self.asked, 100):
+        allowed = self.cfg.max_skip_fraction
+        if skipped > allowed * max(asked, 100):  # one bad clip in ten is no trend
             return (
-                f"{self.skipped} of {self.asked} clips could not be read, more than "
+                f"{skipped} of {asked} clips could not be read, more than "
                 f"--max_skip_fraction {allowed} allows"
             )
         return None
 
     def progress(self, steps: range) -> tqdm:
-        self.bar = tqdm(
-            steps, "training", self.cfg.max_steps, initial=steps.start - 1,
-            disable=not ranks.is_main(),
-        )  # fmt: skip
+        shown = dict(initial=steps.start - 1, total=self.cfg.max_steps)
+        self.bar = tqdm(steps, "training", disable=not ranks.is_main(), **shown)
         return self.bar
 
     def step(self, step: int, groups: list[Group], updates: list, rate: float, tokenizer) -> None:
         """What a training step measured; `updates` are twgrpo.Update's. Called by all ranks."""
         for k, update in enumerate(updates):
             if k == 0:
-                self.scored(groups, update.outputs)
-                self.sample(step, groups, update.outputs, tokenizer)
+                for group, output in zip(groups, update.outputs, strict=True):
+                    self.scored(group, output)
             for output in update.outputs:
                 self.add(kl=output.kl, clip_ratio=output.clip_ratio)
             self.failures = 0 if update.finite else self.failures + 1
             if update.finite:
                 self.add(loss=update.loss, grad_norm=update.grad_norm)
             else:
-                self.nonfinite += 1
+                self.counts["nonfinite"] += 1
                 self.not_finite(step, groups, update.loss)
         self.add(learning_rate=rate)
-        self.end_step(step)
-
-    def scored(self, groups: list[Group], outputs: list[HeadOutput]) -> None:
-        """What the completions measured when they were first scored."""
-        for group, output in zip(groups, outputs, strict=True):
-            reward_G = group.rewards_GK.sum(-1)
-            weights_T, lengths = output.weights_T, group.lengths_G
-            names = [f"rewards/{name}" for name in self.cfg.reward_funcs]
-            drift_N = (group.sampled_logps_N - output.logps_N.cpu()).abs()
-            self.add(
-                reward=reward_G.mean(),
-                reward_std=reward_G.std(),
-                frac_reward_zero_std=reward_G.std() == 0,
-                **dict(zip(names, group.rewards_GK.mean(0), strict=True)),
-                completion_length=lengths.float().mean(),
-                truncated_frac=1 - mean(group.finished),
-                divergence_mean=output.divergence_T.mean(),
-                weight_mean=weights_T.mean(),
-                weight_mean_all_alive=weights_T[: int(lengths.min())].mean(),
-                # How unequal the weights are. Their range would say nothing: whatever the model
-                # does, the official rule stretches it to 1..alpha within every group.
-                weight_std=weights_T.std(correction=0),
-                # The rollout's opinion of its tokens against the scoring's: numerics only.
-                sampling_logp_difference=drift_N.mean(),
-                sampling_logp_difference_p99=drift_N.quantile(0.99),
-                sampling_logp_difference_max=drift_N.max(),
-            )
-            self.tokens += int(lengths.sum())
-
-    def sample(self, step: int, groups: list[Group], outputs: list[HeadOutput], tokenizer) -> None:
-        """Keeps the first group of a logged step."""
-        if groups and ranks.is_main() and step % self.cfg.logging_steps == 0:
-            row = sample_row(step, groups[0], outputs[0], self.cfg.reward_funcs, tokenizer)
-            self.completions_file.write(json.dumps(row) + "\n")
-            self.completions_file.flush()
-
-    def end_step(self, step: int) -> None:
-        """Shows the step (counted from 1) and, every logging_steps, writes the line."""
         self.steps += 1
-        if "reward" in self.this_step:
+        self.show()
+        if step % self.cfg.logging_steps == 0:
+            if groups and updates and ranks.is_main():
+                names, output = self.cfg.reward_funcs, updates[0].outputs[0]
+                row = completions_row(step, groups[0], output, names, tokenizer)
+                self.completions_file.write(json.dumps(row) + "\n")
+                self.completions_file.flush()
+            self.write(step)
+
+    def scored(self, group: Group, output: HeadOutput) -> None:
+        """What the completions of a question measured when they were first scored."""
+        reward_G, lengths = group.rewards_GK.sum(-1), group.lengths_G
+        names = [f"rewards/{name}" for name in self.cfg.reward_funcs]
+        drift_N = (group.sampled_logps_N - output.logps_N.cpu()).abs()
+        self.add(
+            reward=reward_G.mean(),
+            reward_std=reward_G.std(),
+            frac_reward_zero_std=reward_G.std() == 0,
+            **dict(zip(names, group.rewards_GK.mean(0), strict=True)),
+            completion_length=lengths.float().mean(),
+            truncated_frac=1 - fmean(group.finished),
+            divergence_mean=output.divergence_T.mean(),
+            weight_mean=output.weights_T.mean(),
+            weight_mean_all_alive=output.weights_T[: int(lengths.min())].mean(),
+            # How unequal the weights are. Their range would say nothing: whatever the model does,
+            # the official rule stretches it to 1..alpha within every group.
+            weight_std=output.weights_T.std(correction=0),
+            # The rollout's opinion of its tokens against the scoring's: numerics only.
+            sampling_logp_difference=drift_N.mean(),
+            sampling_logp_difference_p99=drift_N.quantile(0.99),
+            sampling_logp_difference_max=drift_N.max(),
+        )
+        self.tokens += int(lengths.sum())
+
+    def show(self) -> None:
+        """The means since the last line, beside the progress bar."""
+        if "reward" in self.numbers:
             names = ("reward", "reward_std", "completion_length")
-            reward, std, length = (mean(self.this_step[name]) for name in names)
+            reward, std, length = (self.sums[name] / self.numbers[name] for name in names)
             phases = " ".join(f"{name} {s / self.steps:.2f}" for name, s in SECONDS.items())
             self.bar.set_postfix_str(
                 f"reward {reward:.2f} std {std:.2f} length {length:.0f}, s: {phases}", refresh=False
             )
-        self.this_step.clear()
-        if step % self.cfg.logging_steps == 0:
-            self.write(step)
 
     def write(self, step: int) -> None:
         """The line of metrics.jsonl for the steps since the last, if any. Called by all ranks."""
         if not self.steps:
             return
-        mine = (self.sums, self.weights, SECONDS, self.tokens, peak_memory_gb())
-        sums, weights, seconds, tokens, memory = zip(*ranks.gather(mine), strict=True)
+        mine = (self.sums, self.numbers, SECONDS, self.tokens, peak_memory_gb())
+        sums, numbers, seconds, tokens, memory = zip(*ranks.gather(mine), strict=True)
         if ranks.is_main():
-            names = dict.fromkeys(name for values in sums for name in values)
-            row = {
-                n: max(s[n] for s in sums) if n.endswith("_max")
-                else sum(s[n] for s in sums) / sum(w[n] for w in weights)
-                for n in names
-            }  # fmt: skip
+            row = {}
+            for name in dict.fromkeys(name for values in sums for name in values):
+                if name.endswith("_max"):
+                    row[name] = max(values[name] for values in sums)
+                else:
+                    row[name] = sum(v[name] for v in sums) / sum(n[name] for n in numbers)
             for name in SECONDS:
-                row[f"time/{name}"] = mean([s[name] for s in seconds]) / self.steps
+                row[f"time/{name}"] = fmean(s[name] for s in seconds) / self.steps
             row["tokens_per_second"] = sum(tokens) / max(sum(SECONDS.values()), 1e-9)
             row["peak_memory_gb"] = max(memory)
-            row["skipped"], row["nonfinite"] = self.skipped, self.nonfinite
+            row |= {name: self.counts[name] for name in ("skipped", "nonfinite")}
             self.metrics_file.write(json.dumps({"step": step, **row}) + "\n")
             self.metrics_file.flush()
             self.report(row, step)
-        self.sums.clear()
-        self.weights.clear()
-        SECONDS.clear()
+        for values in (self.sums, self.numbers, SECONDS):
+            values.clear()
         self.tokens = self.steps = 0
 
 
-def sample_row(
+def completions_row(
     step: int, group: Group, output: HeadOutput, reward_names: list[str], tokenizer
 ) -> dict:
     """One group as completions.jsonl holds it. D_t and w_t belong to positions, logps to tokens.
@@ -250,7 +239,7 @@ def sample_row(
     )
 
 
-def write_settings(cfg, directory: Path, done: int) -> None:
+def write_settings(cfg: Config, directory: Path, done: int) -> None:
     """config.json. Its "history" keeps the settings that a resumed run had until step `done`."""
     history, path = [], directory / "config.json"
     if done and path.exists():
@@ -289,34 +278,32 @@ def move_aside_later_rows(run: Path, step: int) -> None:
                 beside.write_bytes(b"".join(kept))
 
 
-def make_reporter(cfg, directory: Path) -> tuple[Callable[[dict, int], None], Callable[[], None]]:
-    """Where metrics also go, and what ends it. Raises ImportError naming the package if it is
-    missing."""
-    if cfg.report_to == "tensorboard":
-        try:
+def make_reporter(
+    cfg: Config, directory: Path
+) -> tuple[Callable[[dict, int], None], Callable[[], None]]:
+    """Where metrics also go, and what ends it. Raises ImportError if its package is missing."""
+    try:
+        if cfg.report_to == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ImportError("--report_to tensorboard needs: pip install tensorboard") from None
-        writer = SummaryWriter(str(directory / "tensorboard"))
 
-        def report(row: dict, step: int) -> None:
-            for name, value in row.items():
-                writer.add_scalar(name, value, step)
-            writer.flush()
-
-        return report, writer.close
-    if cfg.report_to == "wandb":
-        try:
+            writer = SummaryWriter(str(directory / "tensorboard"))
+            return lambda row, step: add_scalars(writer, row, step), writer.close
+        if cfg.report_to == "wandb":
             import wandb
-        except ImportError:
-            raise ImportError("--report_to wandb needs: pip install wandb") from None
-        run = wandb.init(dir=str(directory), name=directory.name, config=dataclasses.asdict(cfg))
-        return lambda row, step: run.log(row, step=step), run.finish
+
+            settings = dataclasses.asdict(cfg)
+            run = wandb.init(dir=str(directory), name=directory.name, config=settings)
+            return lambda row, step: run.log(row, step=step), run.finish
+    except ImportError:
+        package = cfg.report_to
+        raise ImportError(f"--report_to {package} needs: pip install {package}") from None
     return lambda row, step: None, lambda: None
 
 
-def mean(values: list) -> float:
-    return float(sum(float(v) for v in values) / len(values)) if values else math.nan
+def add_scalars(writer, row: dict, step: int) -> None:
+    for name, value in row.items():
+        writer.add_scalar(name, value, step)
+    writer.flush()
 
 
 def rounded(values: Tensor) -> list[float]:

@@ -117,7 +117,7 @@ def memory(cfg: Config, policy: Policy, prompt: int) -> dict[str, float]:
         in_bf16 = 2 * (layers + B * V * D)  # the head is cast for each question
         in_backward = 2 * layer
     gradients = 4 * trained / world
-    head = 1.3e9 + 4 * D * B * G * T
+    head = 2.55e9 + 4 * D * B * G * T
     parts = {
         "always: parameters, float32": 4 * everything / world,
         "always: AdamW moments, float32": 8 * trained / world,

@@ -1,5 +1,6 @@
 """What a run is made of before its first step: directory, policy, prompts, optimizer, schedule."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from model import ranks
 from model.policy import Policy
 from run import checkpoint
 from run.config import Config, make_output_dir, make_toy, toy_config
+from run.log import phase
 
 
 def prepare(cfg: Config) -> tuple[Config, Path, tuple[Path, dict] | None]:
@@ -65,3 +67,24 @@ def rate(cfg: Config, step: int) -> float:
     """The learning rate of a step (from 1): linear warm-up, then linear to 0 after max_steps."""
     warm = min(1.0, step / (cfg.warmup_steps + 1))
     return cfg.learning_rate * warm * (1 - (step - 1) / cfg.max_steps)
+
+
+@phase("update")
+def optimizer_step(
+    cfg: Config, policy: Policy, optimizer: torch.optim.Optimizer, loss: float, learning_rate: float
+) -> tuple[float, bool]:
+    """One optimizer step from the accumulated gradients: their norm, and whether it and the loss
+    are finite. If not, the weights stay as they are. The same on every rank."""
+    parameters = [p for p in policy.model.parameters() if p.requires_grad]
+    for parameter in parameters:
+        if parameter.grad is None:  # no group taught anything; momentum still moves the weights
+            parameter.grad = torch.zeros_like(parameter)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
+    norm = norm.full_tensor().item() if hasattr(norm, "full_tensor") else norm.item()
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    if finite:
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = learning_rate
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm, finite

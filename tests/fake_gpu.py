@@ -32,7 +32,7 @@ aten = torch.ops.aten
 ONE_DTYPE = {aten.mm.default, aten.mm.dtype, aten.bmm.default, aten.addmm.default,
              aten.baddbmm.default, aten.index_copy_.default, aten.convolution.default}  # fmt: skip
 
-HOME = (PROJECT, PROJECT / "model", PROJECT / "kernels")  # where a wait is counted
+HOME = {PROJECT, *(PROJECT / room for room in ("kernels", "model", "run"))}  # waits count there
 
 
 class FakeGPU(TorchDispatchMode):

@@ -134,7 +134,7 @@ def test_a_dry_run_leaves_out_a_clip_that_hangs(world, stuck, records, capsys):
 
 def test_training_without_workers_leaves_out_a_clip_that_hangs(world, stuck, prompter, records):
     class Log:
-        asked = skipped = trained = 0
+        counts = dict(asked=0, skipped=0)
         note = staticmethod(lambda key, message: None)
 
     cfg = stuck_config(world, per_device_train_batch_size=3, dataloader_num_workers=0)

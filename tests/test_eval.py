@@ -318,7 +318,7 @@ def test_counting_trains_and_evaluates_with_qwen2_vl(world, policy, tmp_path, mo
     flags = ["--model_name_or_path", tmp_path / "qwen2_vl", "--jsonl_path", data]
     flags += ["--num_generations", "2", "--reward_funcs", "accuracy", "format"]
     command = twgrpo_command(world, tmp_path / "run", *flags)
-    directory = twgrpo.run(twgrpo.parse_config(command[2:]))
+    directory = twgrpo.train_and_evaluate(twgrpo.parse_config(command[2:]))
     assert all("final answer (number) in <answer>" in prompt for prompt in prompts)
     metrics = read_rows(directory / "metrics.jsonl")
     rewards = [m["rewards/accuracy"] for m in metrics]  # solutions 0 and 1 are said half the time

@@ -216,7 +216,7 @@ def test_dry_run_and_ask(policy, world, tmp_path, monkeypatch, capsys):
     flags += (
         f"--video_root {world} --dry_run true --max_frames 4 --min_pixels 4096 --max_pixels 4096"
     )
-    assert twgrpo.run(parse_config(flags.split())) is None
+    assert twgrpo.train_and_evaluate(parse_config(flags.split())) is None
     assert "4 frames x 64 x 64 pixels, 0.58 s apart = 8 video tokens" in capsys.readouterr().out
     clip = world / "clips" / "train_000.mp4"
     flags = f"ask --model {tmp_path / 'model'} --video {clip} --question What? --max_frames 4 "

@@ -242,7 +242,7 @@ def test_a_model_with_fewer_layers_does_not_resume(policy, whole):
     path = whole / f"checkpoint-{STEPS}"
     checkpoint.check_fits(path, policy)
     small = Policy(toy.build_model(policy.tokenizer, layers=1), policy.tokenizer, "")
-    with pytest.raises(UserError, match="of another model than this one"):
+    with pytest.raises(UserError, match="belongs to another model"):
         checkpoint.check_fits(path, small)
     with pytest.raises(UserError, match="does not fit this model"):  # torch's own, no Exception
         wide = Policy(toy.build_model(policy.tokenizer, hidden_size=64), policy.tokenizer, "")

@@ -172,7 +172,7 @@ def test_clipping_acts_with_several_iterations(world, tmp_path):
 def test_groups_that_teach_nothing_are_left_out_of_the_backward_pass(
     policy, questions, monkeypatch
 ):
-    """One of three groups has equal rewards: the gradients are those of all three, within 1e-8."""
+    """One of three groups has equal rewards: the gradients are those of all three."""
     cfg = Config(num_generations=4, max_completion_length=6, per_device_train_batch_size=3)
     gradients, scored = [], []
     rewards = iter([[0, 1, 2, 1], [1, 1, 1, 1], [2, 0, 0, 0]] * 2)
@@ -202,7 +202,9 @@ def test_groups_that_teach_nothing_are_left_out_of_the_backward_pass(
     assert scored == [(2, True), (1, False), (3, True)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-7)
     assert len(gradients[0]) == len(gradients[1]) > 20
-    assert max((a - b).abs().max() for a, b in zip(*gradients, strict=True)) < 1e-8
+    largest = max(gradient.abs().max() for gradient in gradients[0])  # about 0.2
+    far = max((a - b).abs().max() for a, b in zip(*gradients, strict=True))
+    assert far < 2e-7 * largest  # a last digit of float32
 
 
 def test_the_ratio_is_always_to_the_weights_that_sampled(world, prompter, tmp_path, monkeypatch):
@@ -329,22 +331,21 @@ def test_no_readable_clip_at_all_ends_the_run(world, tmp_path):
 @pytest.mark.parametrize(
     "flags, reason",
     [
-        ("--alpha 0.5", "--alpha is the upper bound"),
-        ("--num_generations 1", "--num_generations must be at least 2"),
-        ("--temperature 0", "--temperature must be above 0"),
+        ("--alpha 0.5", "--alpha 0.5 must be in [1, 1e9]"),
+        ("--num_generations 1", "--num_generations 1 must be in [2, 2e9]"),
+        ("--temperature 0", "--temperature 0.0 must be in [0.001, 1e9]"),
         ("--reward_funcs accuracy bogus", "not 'bogus'"),
-        ("--max_steps 0", "--max_steps must be at least 1"),
-        ("--epsilon 1.5", "--epsilon must be in [0, 1)"),
-        ("--min_pixels 9000000", "--min_pixels must be in 1..max_pixels"),
+        ("--max_steps 0", "--max_steps 0 must be in [1, 2e9]"),
+        ("--epsilon 1", "--epsilon 1.0 must be in [0, 1)"),
+        ("--min_pixels 9000000", "--min_pixels must be at most --max_pixels"),
         ("--model_name_or_path x", "go together"),
-        ("--seed 99999999999999999999", "--seed must be 0 or more, and below 2^63"),
-        ("--weight_decay inf", "--weight_decay must be finite"),
-        ("--epsilon_high 1e300", "--epsilon_high must be finite, and at most 1e9"),
-        ("--learning_rate 1e39", "--learning_rate must be finite, and at most 1e9"),
-        ("--temperature 1e-300", "--temperature must be above 0.001"),
-        ("--clip_timeout 1e300", "--clip_timeout must be above 0, and at most a day"),
-        ("--max_frames 99999999999999999999", "--max_frames must be at most 2^31 - 1"),
-        ("--dataloader_num_workers 100000", "--dataloader_num_workers must be in 0..256"),
+        ("--seed 99999999999999999999", "must be in [0, 9e18]"),
+        ("--weight_decay inf", "--weight_decay inf must be in [0, 1e9]"),
+        ("--fps nan", "--fps nan must be in (0, 1e9]"),
+        ("--learning_rate 0", "--learning_rate 0.0 must be in (0, 1e9]"),
+        ("--clip_timeout 1e300", "--clip_timeout 1e+300 must be in (0, 86400]"),
+        ("--max_frames 99999999999999999999", "must be in [2, 2e9]"),
+        ("--dataloader_num_workers 100000", "must be in [0, 256]"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_by_flag(flags, reason):
@@ -358,7 +359,7 @@ def test_settings_that_make_no_sense_are_refused_by_flag(flags, reason):
     [
         (["--jsonl_path", "nowhere.json"], "error: nowhere.json: no such file"),
         (["--model_name_or_path", "./nowhere"], "error: ./nowhere: no such model directory"),
-        (["--alpha", "0.9"], "error: --alpha is the upper bound"),
+        (["--alpha", "0.9"], "error: --alpha 0.9 must be in"),
         (["--question_type", "several"], "invalid choice: 'several'"),
         (["--no_such_flag", "1"], "--no_such_flag"),
         (["--output_dir", "/proc/nowhere"], "error: --output_dir /proc/nowhere cannot be written"),
@@ -491,16 +492,16 @@ def test_a_mistyped_directory_loses_nothing(flags, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     cfg = parse_config(["--output_dir", str(tmp_path / "runs"), *flags.split()])
     if cfg.dry_run:
-        assert twgrpo.run(cfg) is None
+        assert twgrpo.train_and_evaluate(cfg) is None
     else:
         with pytest.raises(UserError, match="is not empty|holds files, but no run"):
-            twgrpo.run(cfg)
+            twgrpo.train_and_evaluate(cfg)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_a_dry_run_of_the_toy_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    twgrpo.run(parse_config(["--dry_run", "true"]))
+    twgrpo.train_and_evaluate(parse_config(["--dry_run", "true"]))
     assert "a dry run writes nothing" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
