@@ -25,8 +25,8 @@ import video
 from video import Clip, VideoError
 
 ROOT = str(Path(__file__).resolve().parent.parent)
-SERVER = [sys.executable, "-c", f"import sys; sys.path.insert(0, {ROOT!r}); "
-          "from run import decoder; decoder.serve()"]  # fmt: skip
+CODE = f"import sys; sys.path.insert(0, {ROOT!r}); from run import decoder; decoder.serve()"
+SERVER = [sys.executable, "-c", CODE]
 START_S = 120.0  # seconds that a new process may take to import its modules
 LONGEST_WAIT_S = 1e6  # 11 days; the system's timers take no more than twice that
 

@@ -35,11 +35,9 @@ def show(cfg: Config) -> None:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # of several libraries
         raise UserError(f"{name}: its tokenizer cannot be loaded ({error})") from error
+    template = load_chat_template(name, tokenizer)
     with torch.device("meta"):
-        policy = Policy(
-            AutoModelForImageTextToText.from_config(config), tokenizer,
-            load_chat_template(name, tokenizer),
-        )  # fmt: skip
+        policy = Policy(AutoModelForImageTextToText.from_config(config), tokenizer, template)
     questions = []
     with ClipReader(cfg.clip_timeout) as reader:
         prompter = make_prompter(cfg, policy, load_clip=reader.load_clip)

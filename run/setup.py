@@ -47,10 +47,17 @@ def load_policy(cfg: Config, freeze_all: bool = False) -> Policy:
 def make_prompter(cfg: Config, policy: Policy, **options) -> Prompter:
     """Questions as this model reads them, their clips shown as the flags say."""
     return Prompter(
-        policy.tokenizer, policy.chat_template, policy.geometry, cfg.question_type,
-        cfg.fps, cfg.max_frames, cfg.min_pixels, cfg.max_pixels,
-        max_prompt_length=policy.longest_prompt(cfg.max_prompt_length), **options,
-    )  # fmt: skip
+        policy.tokenizer,
+        policy.chat_template,
+        policy.geometry,
+        cfg.question_type,
+        cfg.fps,
+        cfg.max_frames,
+        cfg.min_pixels,
+        cfg.max_pixels,
+        max_prompt_length=policy.longest_prompt(cfg.max_prompt_length),
+        **options,
+    )
 
 
 def make_optimizer(cfg: Config, policy: Policy) -> torch.optim.Optimizer:

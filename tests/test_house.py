@@ -66,7 +66,11 @@ def test_hugging_faces_package_of_the_same_name_may_be_installed(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     result = subprocess.run(
         [sys.executable, "-c", both],
-        cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        cwd=PROJECT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout == "kernels.head\n"

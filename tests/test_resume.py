@@ -10,9 +10,8 @@ import time
 
 import pytest
 import torch
-from conftest import PROJECT, run_twgrpo, twgrpo_command
-from safetensors.torch import load_file
-from test_train import metrics
+from conftest import PROJECT, twgrpo_command
+from test_train import metrics, same_weights, snapshot, train, weights
 
 import files
 import toy
@@ -23,47 +22,42 @@ from run.config import parse_config
 
 KILLS = int(os.environ.get("TWGRPO_KILLS", 2))  # CI keeps it short; 10 for the real thing
 STEPS = 4 + 4 * KILLS
-FLAGS = f"--max_steps {STEPS} --save_steps 2 --learning_rate 1e-3 --logging_steps 1".split()
+FLAGS = f"--max_steps {STEPS} --save_steps 2 --learning_rate 1e-3"
+AUTO = "--resume_from_checkpoint auto"
 
 
 @pytest.fixture(scope="module")
 def whole(world, tmp_path_factory):
-    out = tmp_path_factory.mktemp("whole") / "r"
-    result = run_twgrpo(world, out, *FLAGS)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return out
+    return train(world, tmp_path_factory.mktemp("whole") / "r", FLAGS)
 
 
+def same_run(a, b):
+    return metrics(a) == metrics(b) and same_weights(weights(a, STEPS), weights(b, STEPS))
+
+
+@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_as_if_nothing_had_happened(whole, world, tmp_path):
-    """kill -9 anywhere, also while a checkpoint is written, then --resume_from_checkpoint auto."""
+    """kill -9 anywhere, and while a checkpoint is written; then --resume_from_checkpoint auto."""
     out, rng = tmp_path / "r", random.Random(0)
-    command = twgrpo_command(world, out, *FLAGS, "--resume_from_checkpoint", "auto")
-    for _ in range(KILLS):
+    command = twgrpo_command(world, out, *FLAGS.split(), *AUTO.split())
+    for kill in range(KILLS):
         before = len(metrics(out)) if (out / "metrics.jsonl").exists() else 0
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         deadline = time.monotonic() + 90
-        saving = rng.random() < 0.5  # half of the kills while a checkpoint is being written
         while process.poll() is None and time.monotonic() < deadline:
-            if saving and list(out.glob(".checkpoint*")):
+            if kill % 2 and list(out.glob(".checkpoint*")):
                 break
-            if not saving and (out / "metrics.jsonl").exists() and len(lines(out)) > before:
+            if not kill % 2 and (out / "metrics.jsonl").exists() and len(lines(out)) > before:
                 time.sleep(rng.random() * 0.2)
                 break
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
-        newest = checkpoint.find(out, "auto")
-        if newest:
+        if newest := checkpoint.find(out, "auto"):
             Policy.load(newest)  # what is there is whole
             done = int(newest.name.rpartition("-")[2])
             assert len(lines(out)) - done <= 2 + 1  # no more than --save_steps are lost
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert metrics(out) == metrics(whole)
-    ours, theirs = (
-        load_file(r / f"checkpoint-{STEPS}" / "model.safetensors") for r in (out, whole)
-    )
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert same_run(train(world, out, FLAGS, AUTO), whole)
 
 
 def lines(out):
@@ -98,12 +92,8 @@ def copy(whole, tmp_path):
 
 
 def resuming(world, out, *flags):
-    command = twgrpo_command(world, out, *FLAGS, "--resume_from_checkpoint", "auto", *flags)
+    command = twgrpo_command(world, out, *FLAGS.split(), *AUTO.split(), *flags)
     return parse_config(command[2:])
-
-
-def snapshot(run):
-    return {path: path.stat().st_mtime_ns for path in run.rglob("*")}
 
 
 def test_changed_settings_are_said(world, copy, capsys):
@@ -111,9 +101,13 @@ def test_changed_settings_are_said(world, copy, capsys):
     more = f"--gradient_accumulation_steps 2 --max_steps {STEPS + 1}"
     checkpoint.to_resume(resuming(world, copy, *flags.split(), *more.split()), copy)
     said = capsys.readouterr().out
-    for line in ("learning_rate was 0.001, is now 0.5\n", "alpha was 1.7, is now 3.0\n",
-                 "accumulation_steps was 1, is now 2\n", "per_device_train_batch_size was 2, is",
-                 f"max_steps was {STEPS}, is now {STEPS + 1}: the learning rate now"):  # fmt: skip
+    for line in (
+        "learning_rate was 0.001, is now 0.5\n",
+        "alpha was 1.7, is now 3.0\n",
+        "accumulation_steps was 1, is now 2\n",
+        "per_device_train_batch_size was 2, is",
+        f"max_steps was {STEPS}, is now {STEPS + 1}: the learning rate now",
+    ):
         assert f"changed after step {STEPS}: " in said and line in said
     assert said.count("changed after") == 5
 
@@ -153,9 +147,7 @@ def test_a_resumed_run_keeps_its_history_and_other_directories(world, copy):
     (copy / "checkpoint-best" / "trainer_state" / "counters.json").write_text("{}")
     (copy / "latest").symlink_to(newest)
     (copy / "checkpoint-1").symlink_to(kept)
-    flags = f"--learning_rate 0.5 --max_steps {STEPS + 1} --resume_from_checkpoint auto".split()
-    result = run_twgrpo(world, copy, *FLAGS, *flags)
-    assert result.returncode == 0, result.stderr[-3000:]
+    train(world, copy, FLAGS, AUTO, f"--learning_rate 0.5 --max_steps {STEPS + 1}")
     config = json.loads((copy / "config.json").read_text())
     before = {"until_step": STEPS, "learning_rate": 1e-3, "max_steps": STEPS}
     assert config["history"] == [before] and config["learning_rate"] == 0.5
@@ -166,20 +158,17 @@ def test_a_resumed_run_keeps_its_history_and_other_directories(world, copy):
 
 
 def test_a_finished_run_does_only_what_is_missing(world, tmp_path):
-    flags = ["--eval_jsonl_path", str(world / "test.jsonl"), "--max_steps", "1"]
-    assert run_twgrpo(world, tmp_path / "r", *flags).returncode == 0
-    measures = json.loads((tmp_path / "r" / "eval.json").read_text())
-    (tmp_path / "r" / "eval.json").write_text(json.dumps({"before": measures["before"]}))
-    (tmp_path / "r" / "curves.png").unlink()
-    logs = [(tmp_path / "r" / f"{n}.jsonl").read_bytes() for n in ("metrics", "completions")]
-    saved = snapshot(tmp_path / "r" / "checkpoint-1")
-    result = run_twgrpo(world, tmp_path / "r", *flags, "--resume_from_checkpoint", "auto")
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert json.loads((tmp_path / "r" / "eval.json").read_text()) == measures
-    assert (tmp_path / "r" / "curves.png").exists()
-    assert snapshot(tmp_path / "r" / "checkpoint-1") == saved
-    after = [(tmp_path / "r" / f"{n}.jsonl").read_bytes() for n in ("metrics", "completions")]
-    assert after == logs
+    flags = ("--max_steps 1 --eval_jsonl_path", world / "test.jsonl")
+    run = shutil.copytree(train(world, tmp_path / "r", *flags), tmp_path / "copy")
+    measures = json.loads((run / "eval.json").read_text())
+    (run / "eval.json").write_text(json.dumps({"before": measures["before"]}))
+    (run / "curves.png").unlink()
+    logs = [(run / f"{n}.jsonl").read_bytes() for n in ("metrics", "completions")]
+    saved = snapshot(run / "checkpoint-1")
+    train(world, run, *flags, AUTO)
+    assert json.loads((run / "eval.json").read_text()) == measures
+    assert (run / "curves.png").exists() and snapshot(run / "checkpoint-1") == saved
+    assert [(run / f"{n}.jsonl").read_bytes() for n in ("metrics", "completions")] == logs
 
 
 def test_auto_never_starts_over_where_checkpoints_were(world, copy):
@@ -260,12 +249,13 @@ def test_a_damaged_eval_json_is_one_sentence(text, tmp_path):
 
 
 def faulty(world, out, *fault, flags=()):
-    command = twgrpo_command(world, out, *FLAGS, "--save_steps", "100", *flags)
+    command = twgrpo_command(world, out, *FLAGS.split(), "--save_steps", "100", *flags)
     script = PROJECT / "tests" / "faulty_run.py"
     command = [command[0], str(script), *map(str, fault), *command[2:]]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault, kept", [("logits", "checkpoint-3"), ("weights", "checkpoint-2")])
 def test_logits_that_are_not_finite_end_the_run(fault, kept, world, tmp_path):
     """After saving the steps before, unless the weights themselves are NaN: those would take the
@@ -278,19 +268,16 @@ def test_logits_that_are_not_finite_end_the_run(fault, kept, world, tmp_path):
     assert checkpoint.find(out, "auto").name == kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["rollout", "backward"])
 def test_an_error_in_the_loop_saves_the_steps_before_it(phase, whole, world, tmp_path):
     result = faulty(world, tmp_path / "r", phase, 0, 4)
     assert result.returncode == 1 and f"a fault in the {phase}" in result.stderr
     assert "stopped after step 3; " in result.stderr and "checkpoint-3 holds" in result.stderr
-    more = ["--save_steps", "100", "--resume_from_checkpoint", "auto"]
-    assert run_twgrpo(world, tmp_path / "r", *FLAGS, *more).returncode == 0
-    assert metrics(tmp_path / "r") == metrics(whole)
-    name = f"checkpoint-{STEPS}/model.safetensors"
-    ours, theirs = load_file(tmp_path / "r" / name), load_file(whole / name)
-    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert same_run(train(world, tmp_path / "r", FLAGS, "--save_steps 100", AUTO), whole)
 
 
+@pytest.mark.slow
 def test_half_a_step_is_never_saved(world, tmp_path):
     """The second of two updates raises: the weights are those of no step."""
     result = faulty(world, tmp_path / "r", "backward2", 0, 4, flags=("--num_iterations", "2"))
@@ -314,10 +301,8 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk_is_an_error_and_the_older_checkpoint_stays(small_disk, world):
-    result = run_twgrpo(world, small_disk / "r", *FLAGS)
-    assert result.returncode == 1, result.stderr[-3000:]
-    assert "checkpoint-4 could not be written" in result.stderr
-    assert "Traceback" not in result.stderr
+    with pytest.raises(UserError, match="checkpoint-4 could not be written"):
+        train(world, small_disk / "r", FLAGS)
     newest = checkpoint.find(small_disk / "r", "auto")
     assert newest.name == "checkpoint-2" and not list((small_disk / "r").glob(".*partial"))
     Policy.load(newest)
@@ -325,51 +310,52 @@ def test_a_full_disk_is_an_error_and_the_older_checkpoint_stays(small_disk, worl
 
 def test_a_read_only_directory_is_an_error_and_what_it_holds_stays(small_disk, world):
     """Root may write where permissions say no, so the file system itself is read-only here."""
-    short = ("--save_only_model", "true", "--max_steps", "1")
-    assert run_twgrpo(world, small_disk / "r", *short).returncode == 0
-    before = {path: path.stat().st_mtime_ns for path in small_disk.rglob("*")}
+    run = small_disk / "r"
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    before = snapshot(small_disk)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    for flags in (("--resume_from_checkpoint", "auto"), ("--output_dir", str(small_disk / "new"))):
-        result = run_twgrpo(world, small_disk / "r", *flags)
-        assert result.returncode == 1 and "Traceback" not in result.stderr
-        assert "cannot be written: Read-only file system" in result.stderr
-    assert {path: path.stat().st_mtime_ns for path in small_disk.rglob("*")} == before
+    for flags in (AUTO, f"--output_dir {small_disk / 'new'}"):
+        with pytest.raises(UserError, match="cannot be written: Read-only file system"):
+            train(world, run, flags)
+    assert snapshot(small_disk) == before
 
 
 def test_save_only_model_leaves_no_trainer_state(world, tmp_path):
-    run_twgrpo(world, tmp_path / "r", "--save_only_model", "true")
-    assert (tmp_path / "r" / "checkpoint-2" / "model.safetensors").exists()
-    assert not list((tmp_path / "r").rglob("trainer_state"))
+    run = train(world, tmp_path / "r", "--save_only_model true --max_steps 1")
+    assert (run / "checkpoint-1" / "model.safetensors").exists()
+    assert not list(run.rglob("trainer_state"))
 
 
 def test_too_many_unreadable_clips_end_the_run_with_a_checkpoint(world, tmp_path):
     row = '{"problem": "?", "solution": "A", "video": "%s"}\n'
     good = "clips/train_000.mp4"
     (tmp_path / "q.jsonl").write_text(row % good + 7 * (row % "missing.mp4"))
-    flags = ["--jsonl_path", str(tmp_path / "q.jsonl"), "--max_steps", "40"]
-    result = run_twgrpo(world, tmp_path / "r", *flags)
-    assert result.returncode == 1 and "--max_skip_fraction 0.05 allows" in result.stderr
+    with pytest.raises(UserError, match="more than --max_skip_fraction 0.05 allows; .* holds the"):
+        train(world, tmp_path / "r", "--max_steps 40 --jsonl_path", tmp_path / "q.jsonl")
     assert list((tmp_path / "r").glob("checkpoint-*/trainer_state"))
 
 
+@pytest.mark.slow
 def test_workers_ahead_change_nothing(whole, world, tmp_path):
-    result = run_twgrpo(world, tmp_path / "r", *FLAGS, "--dataloader_num_workers", "2")
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert metrics(tmp_path / "r") == metrics(whole)
+    assert same_run(train(world, tmp_path / "r", FLAGS, "--dataloader_num_workers 2"), whole)
 
 
-def test_dry_run_shows_the_plan_and_touches_nothing(world, tmp_path):
-    result = run_twgrpo(world, tmp_path / "r", "--dry_run", "true")
-    assert result.returncode == 0, result.stderr[-3000:]
-    for words in ("<|video_pad|>", "4 frames x 56 x 56 pixels, 0.58 s apart = 8 video tokens",
-                  "= during the rollout", "passes over 24 questions"):  # fmt: skip
-        assert words in result.stdout
+def test_dry_run_shows_the_plan_and_touches_nothing(world, tmp_path, capsys):
+    assert train(world, tmp_path / "r", "--dry_run true") is None
+    shown = capsys.readouterr().out
+    for words in (
+        "<|video_pad|>",
+        "4 frames x 56 x 56 pixels, 0.58 s apart = 8 video tokens",
+        "= during the rollout",
+        "passes over 24 questions",
+    ):
+        assert words in shown
     assert not list((tmp_path / "r").glob("*"))
 
 
-def test_dry_run_names_what_is_wrong(world, tmp_path):
+def test_dry_run_names_what_is_wrong(world, tmp_path, capsys):
     (tmp_path / "q.json").write_text('[{"problem": "?", "solution": "A", "video": "no.mp4"}]')
-    flags = ["--jsonl_path", str(tmp_path / "q.json"), "--dry_run", "true"]
-    result = run_twgrpo(world, tmp_path / "r", *flags)
-    assert result.returncode == 1 and "no.mp4: no such video file" in result.stdout
-    assert "error: none of the first" in result.stderr and "Traceback" not in result.stderr
+    with pytest.raises(UserError, match="none of the first"):
+        train(world, tmp_path / "r", "--dry_run true --jsonl_path", tmp_path / "q.json")
+    assert "no.mp4: no such video file" in capsys.readouterr().out
