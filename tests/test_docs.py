@@ -157,8 +157,8 @@ def test_published_figures_name_their_source_and_the_differences_follow():
         assert all(part[name] for name in ("repository", "file", "version"))
     score = {row["setting"]: row for row in published["ablation"]["rows"]}
     seeds = published["ablation"]["TW-GRPO over seeds 42, 123, 2026"]["sample standard deviation"]
-    grpo, unweighted, weighted = (score[f"{name}, soft reward"] for name in
-                                  ("GRPO", "TW-GRPO (alpha=0)", "TW-GRPO"))  # fmt: skip
+    names = ("GRPO", "TW-GRPO (alpha=0)", "TW-GRPO")
+    grpo, unweighted, weighted = (score[f"{name}, soft reward"] for name in names)
     without, with_weights = (row["all exact"] - grpo["all exact"] for row in (unweighted, weighted))
     by_weights = {name: weighted[name] - unweighted[name] for name in seeds}
     noise = 2**0.5 * seeds["all exact"]  # of the difference of two runs

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from doc_checks import PROJECT, Table, tables
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
@@ -78,7 +78,6 @@ def test_the_two_divergences_rank_these_tokens_differently():
     assert [names[t] for t in textbook] == ["agreed", "tail", "content"]
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
 @given(
     logits=st.lists(st.floats(-1000, 1000), min_size=1, max_size=40),
     block=st.integers(1, 17),
@@ -96,10 +95,9 @@ def test_the_running_log_sum_exp_in_any_cut(logits, block):
     assert_close(logps[0], x - (m + s.log()), rtol=1e-12, atol=1e-9)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_the_textbook_integrand_is_k3_weighted_by_p(seed):
+def test_the_textbook_integrand_is_k3_weighted_by_p():
     """Eq. 23: three ways to write the Jensen-Shannon divergence."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     logps = (3 * torch.randn(4, 50, generator=generator, dtype=torch.float64)).log_softmax(-1)
     p = logps.exp()
     q = p.mean(0)
