@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
@@ -309,7 +310,8 @@ def commands_of(args: argparse.Namespace) -> tuple[dict, dict]:
     for out, command in runs.items():
         made = (record(out) or dict(command=command))["command"]
         if made != command:
-            other = " ".join(word for word in made if word not in command)
+            changed = [pair for pair in pairwise(made) if pair not in set(pairwise(command))]
+            other = " ".join(f"{a} {b}" for a, b in changed if a.startswith("--"))
             raise SystemExit(f"error: {out} was made with {other}; choose another --work_dir")
     return worlds, runs
 

@@ -108,9 +108,14 @@ def test_the_table_holds_what_the_runs_measured(ablation):
     assert (ablation.work / "a.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_finished_runs_of_other_flags_are_not_mixed_in(ablation):
-    args = ablations.parse([*command(ablation.work)[3:], "--max_steps", "5"])
-    with pytest.raises(SystemExit, match="made with 2; choose another --work_dir"):
+def test_finished_runs_of_other_flags_are_not_mixed_in(tmp_path):
+    args = ablations.parse(command(tmp_path)[3:])
+    for out, made in ablations.commands_of(args)[1].items():
+        out.parent.mkdir(exist_ok=True)
+        Path(f"{out}.json").write_text(json.dumps(dict(command=made)))
+    ablations.commands_of(args)
+    args.max_steps = 5
+    with pytest.raises(SystemExit, match="made with --max_steps 2 .*choose another --work_dir"):
         ablations.commands_of(args)
 
 
