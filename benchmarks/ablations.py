@@ -26,7 +26,7 @@ from pathlib import Path
 from statistics import fmean
 
 import toy
-from benchmarks.origin import PROJECT, source, surroundings
+from benchmarks.origin import PROJECT, provenance, source
 from files import replacing
 from tools import curves
 
@@ -327,8 +327,7 @@ def main() -> None:
     if not done:
         raise SystemExit("error: no run was finished")
     data = dict(
-        **source(),
-        **surroundings(),
+        **provenance(),
         seeds=args.seeds,
         max_steps=args.max_steps,
         cpu_seconds=sum(record(out)["cpu_seconds"] for out in worlds | runs if record(out)),
