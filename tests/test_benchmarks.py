@@ -10,38 +10,16 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from benchmarks import gpu, head, step
+from benchmarks import gpu, head, peers, step
 from benchmarks.origin import OUT_OF_MEMORY, Results
 from kernels import tw_grpo_head
 
 PROJECT, DEVICE = conftest.PROJECT, "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU")
-def test_without_cuda_it_says_so_and_exits_0():
-    command = [sys.executable, "-m", "benchmarks.head"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    assert "No CUDA device" in result.stdout
-    assert "chunked" in result.stdout and "reference" in result.stdout
-
-
-def small_group(lengths, dtype=torch.float64):
-    group = head.make_group(sum(lengths), 8, 31, "cpu", dtype, lengths)
-    return group | {"advantages_G": group["advantages_G"].to(dtype)}
-
-
-def test_chunked_in_torch_is_the_reference():
-    group = {k: v.detach() for k, v in small_group([5, 9, 2], torch.float32).items()}
-    exact = tw_grpo_head(**group)
-    del group["advantages_G"]
-    logps, divergence = head.chunked_in_torch(**group, chunk_positions=2)
-    assert_close(logps, exact.logps_N, rtol=0, atol=1e-5)
-    assert_close(divergence, exact.divergence_T, rtol=1e-5, atol=1e-6)
-
-
 def test_the_official_computation_is_restated_faithfully():
-    group = small_group([5, 9, 2])
+    group = head.make_group(16, 8, 31, "cpu", torch.float64, [5, 9, 2])
+    group["advantages_G"] = group["advantages_G"].double()
     assert_close(head.official(**group), tw_grpo_head(**group).loss)
 
 
@@ -169,6 +147,30 @@ def test_a_token_reads_the_language_model_once_and_the_keys_and_values():
     d, layers, heads = 512 // 8, 10, 2
     expected = 4 * (weights + (100 + 8 * 5) * layers * 2 * heads * d)
     assert step.bytes_of_a_token(policy, 100, cfg) == expected
+
+
+def test_peers_are_measured_in_processes_of_their_own_and_the_missing_named(
+    tmp_path, monkeypatch, capsys
+):
+    path, seconds = tmp_path / "peers.json", {"ours": [2.0, 1.0, 3.0], "official": [8.0, 6.0, 7.0]}
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)  # neither TRL nor Liger
+    monkeypatch.setattr(
+        peers, "one_round", lambda way, args: dict(step_s=seconds[way].pop(0), peak_gb=1.5)
+    )
+    monkeypatch.setattr(sys, "argv", ["peers", "--rounds", "3", "--json", str(path)])
+    peers.main()
+    assert "left out, not installed: TRL (pip install trl)" in capsys.readouterr().out
+    rows = {row["way"]: row for row in json.loads(path.read_text())["rows"]}
+    assert rows.keys() == {"ours", "official"} and rows["official"]["rounds"] == 3
+    shown = [rows["official"][k] for k in ("step_s", "fastest_s", "slowest_s", "times_ours")]
+    assert shown == [7.0, 6.0, 8.0, 3.5]
+
+
+@pytest.mark.slow
+def test_a_round_of_ours_measures_time_and_memory(monkeypatch):
+    flags = "--prompt 120 --completion 3 --num_generations 2 --repeats 1".split()
+    row = peers.one_round("ours", peers.parser().parse_args(flags))
+    assert row["step_s"] > 0 and 0.1 < row["peak_gb"] < 20
 
 
 # ------------------------------------------------------------------------------- the one command
