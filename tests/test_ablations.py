@@ -8,15 +8,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from conftest import PROJECT
 
 from benchmarks import ablations
 
+SETTINGS = ["alpha_1", "alpha_1.7", "grpo"]
 pytestmark = pytest.mark.slow
-SETTINGS = ["alpha_1", "grpo", "alpha_1.7"]
 
 
 def command(work: Path, *flags: str) -> list[str]:
@@ -41,7 +40,6 @@ def ablation(world, tmp_path_factory):
     work = tmp_path_factory.mktemp("ablation")
     (work / "seed3").mkdir()
     (work / "seed3" / "world").symlink_to(world)
-    (work / "seed3" / "world.json").write_text('{"cpu_seconds": 1}')
     (work / "seed3" / "grpo").write_text("in the way")
     first = subprocess.Popen(
         command(work, "--jobs", "1"),
@@ -54,7 +52,7 @@ def ablation(world, tmp_path_factory):
     )
     try:
         for line in first.stdout:
-            if "alpha_1, seed3: done" in line:
+            if "alpha_1, seed 3: done" in line:
                 break
         first.send_signal(signal.SIGINT)
         _, complaint = first.communicate(timeout=120)
@@ -65,67 +63,80 @@ def ablation(world, tmp_path_factory):
     second = subprocess.run(
         command(work, "--jobs", "2"), cwd=PROJECT, capture_output=True, text=True, timeout=240
     )
-    return SimpleNamespace(**locals())
+    return dict(
+        work=work,
+        first=(first.returncode, complaint, left),
+        second=second,
+        untouched=untouched,
+    )
 
 
 def test_ctrl_c_kills_the_children_and_says_how_to_go_on(ablation):
-    assert ablation.first.returncode == 1 and ablation.left == []
-    assert ablation.complaint == "interrupted; the same command makes what is missing\n"
+    code, complaint, left = ablation["first"]
+    assert code == 1 and complaint == "interrupted; the same command makes what is missing\n"
+    assert left == []
 
 
-def test_the_same_command_makes_only_what_is_missing_and_names_what_fails(ablation):
-    second = ablation.second
-    assert "1 of 3 are there" in second.stdout and "alpha_1.7, seed3: done" in second.stdout
-    assert "alpha_1, seed3" not in second.stdout
-    kept = ablation.work / "seed3" / "alpha_1" / "eval.json"
-    assert kept.stat().st_mtime_ns == ablation.untouched
+def test_the_same_command_makes_only_what_is_missing(ablation):
+    out = ablation["second"].stdout
+    assert "1 of 3 runs are there" in out and "alpha_1.7, seed 3: done" in out
+    assert "alpha_1, seed 3" not in out
+    kept = ablation["work"] / "seed3" / "alpha_1" / "eval.json"
+    assert kept.stat().st_mtime_ns == ablation["untouched"]
+
+
+def test_a_failing_run_is_named_and_the_others_go_on(ablation):
+    second = ablation["second"]
     assert second.returncode == 1 and "Traceback" not in second.stderr
-    assert "grpo, seed3: exit code 1" in second.stdout
+    assert "grpo, seed 3: exit code 1" in second.stdout
     assert "grpo cannot be written" in second.stdout  # what the run itself said last
-    text = (ablation.work / "a.md").read_text()
-    assert "Missing, because the run failed: grpo, seed3." in text
-    assert re.search(r"^\| `--loss_type grpo --alpha 1` \|( none \|)+$", text, re.M)
+    text = (ablation["work"] / "a.md").read_text()
+    assert "Missing, because the run failed: grpo, seed 3." in text
+    assert re.search(r"^\| grpo \|( none \|)+$", text, re.M)
 
 
 def test_the_table_holds_what_the_runs_measured(ablation):
-    data = json.loads((ablation.work / "a.json").read_text())
+    work = ablation["work"]
+    data = json.loads((work / "a.json").read_text())
     assert [run["setting"] for run in data["runs"]] == ["alpha_1", "alpha_1.7"]
     before, soft = [], {}
     for run in data["runs"]:
-        out = ablation.work / "seed3" / run["setting"]
-        measures = json.loads((out / "eval.json").read_text())
+        measures = json.loads((work / "seed3" / run["setting"] / "eval.json").read_text())
         assert run["eval"] == measures
         before.append(measures["before"])
         soft[run["setting"]] = measures["after"]["sampled"]["soft"]
-        lines = (out / "metrics.jsonl").read_text().splitlines()
+        lines = (work / "seed3" / run["setting"] / "metrics.jsonl").read_text().splitlines()
         rewards = [json.loads(line)["rewards/accuracy"] for line in lines]
         assert run["measures"]["training_accuracy"] == pytest.approx(sum(rewards) / 2)
         assert len(rewards) == 2 and run["cpu_seconds"] > 1 and "commit" in run
     assert before[0] == before[1]  # the same model, the same questions
     head, *rows = ablations.table_rows(data)
     place, cells = head.index("sampled soft"), {row[0]: row for row in rows}
-    for name, words in (("alpha_1", "`--alpha 1`"), ("alpha_1.7", "`--alpha 1.7`")):
+    for name, words in (("alpha_1", "alpha 1"), ("alpha_1.7", "alpha 1.7")):
         assert cells[words][place] == f"{soft[name]:.3f}<br>{soft[name]:.3f} to {soft[name]:.3f}"
     difference = soft["alpha_1.7"] - soft["alpha_1"]
-    assert cells["`--alpha 1.7`"][place + 1].startswith(f"{difference:+.3f}<br>")
-    assert (ablation.work / "a.png").read_bytes()[:4] == b"\x89PNG"
+    assert cells["alpha 1.7"][place + 1].startswith(f"{difference:+.3f}<br>")
+    assert (work / "a.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_finished_runs_of_other_flags_are_not_mixed_in(tmp_path):
-    args = ablations.parse(command(tmp_path)[3:])
-    for out, made in ablations.commands_of(args)[1].items():
-        out.parent.mkdir(exist_ok=True)
-        Path(f"{out}.json").write_text(json.dumps(dict(command=made)))
-    ablations.commands_of(args)
-    args.max_steps = 5
+def test_finished_runs_of_other_flags_are_not_mixed_in(ablation):
+    runs = ablations.Runs(ablations.parse([*command(ablation["work"])[3:], "--max_steps", "5"]))
     with pytest.raises(SystemExit, match="made with --max_steps 2 .*choose another --work_dir"):
-        ablations.commands_of(args)
+        runs.check_same_flags()
+
+
+def test_without_its_world_no_run_starts(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ablations, "MAKE_WORLD", "raise SystemExit('no more disk')")
+    flags = ["--seeds", "0", "--settings", "grpo", "--work_dir", str(tmp_path)]
+    runs = ablations.Runs(ablations.parse(flags))
+    assert runs.make_missing(2) == ["grpo, seed 0"]
+    assert "no more disk" in capsys.readouterr().out
+    assert not runs.directory("grpo", 0).exists()
 
 
 def test_the_committed_table_is_that_of_the_committed_numbers():
     out = PROJECT / "benchmarks" / "ablations"
     data = json.loads(Path(f"{out}.json").read_text(encoding="utf-8"))
     assert Path(f"{out}.md").read_text(encoding="utf-8") == ablations.markdown(data, out)
-    shown = ablations.summary(data["runs"], list(ablations.SETTINGS))
-    assert {key: data[key] for key in shown} == shown and not data["missing"]
+    assert set(data["flags"]["settings"]) == set(ablations.SETTINGS) and not data["missing"]
     assert os.path.getsize(f"{out}.png") > 10_000
