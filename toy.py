@@ -241,11 +241,10 @@ def warm_start(policy: Policy, questions: list[Question], seed: int, steps: int)
     losses = []
     bar = tqdm(range(steps), desc="warm start")
     for _ in bar:
-        groups = []
-        for k in rng.choice(len(questions), 16, replace=False):
-            texts = [imperfect_target(questions[k].record, rng) + "<|im_end|>" for _ in range(4)]
-            targets = [torch.tensor(policy.tokenizer(t)["input_ids"]) for t in texts]
-            groups.append(Group(questions[k], targets, [True] * 4, texts))
+        chosen = [questions[k] for k in rng.choice(len(questions), 16, replace=False)]
+        texts = [imperfect_target(q.record, rng) + "<|im_end|>" for q in chosen for _ in range(4)]
+        targets = [torch.tensor(ids) for ids in policy.tokenizer(texts)["input_ids"]]
+        groups = [Group(q, targets[4 * k : 4 * k + 4]) for k, q in enumerate(chosen)]
         hidden = policy.hidden_states(groups, policy.encode_videos([g.question for g in groups]))
         targets_N = torch.cat([g.targets_N for g in groups])
         loss = -reference.token_logps(torch.cat(hidden), policy.head_VD, targets_N).mean()
