@@ -1,4 +1,4 @@
-"""Checkpoints of a run, and going on from one.
+"""Saving checkpoints of a run, and resuming from one.
 
     run/checkpoint-N/                an ordinary Hugging Face checkpoint
     run/checkpoint-N/trainer_state/  float32 parameters, optimizer, counters; of the newest only
@@ -95,7 +95,7 @@ class Saver:
 
 
 def weights_are_finite(policy: Policy) -> bool:
-    """On all ranks. Saving others would replace the last state that a run can go on from."""
+    """On all ranks. Saving NaNs would replace the last state that can be resumed."""
     shards = [getattr(p, "to_local", lambda p=p: p)() for p in policy.model.parameters()]
     return not ranks.agree(not all(shard.isfinite().all() for shard in shards))
 
@@ -210,7 +210,7 @@ def to_resume(cfg: Config, run: Path) -> tuple[Path, dict] | None:
         )
     for line in check_changes(cfg, read_settings(path.parent), done):
         print(f"changed after step {done}: {line}")
-    print(f"going on from {path}, after step {done}", flush=True)
+    print(f"resuming from {path} after step {done}", flush=True)
     return path, counters
 
 
@@ -256,7 +256,7 @@ def verify(path: Path) -> dict:
     It reads everything once, at the disk's speed: CRC-32 alone takes about 7 GB a second.
     """
     state = path / "trainer_state"
-    remedy = "go on from another checkpoint, or start a new run from its weights"
+    remedy = "resume from another checkpoint, or start a new run from its weights"
     sums = files.read_json(state / "checksums.json", f"it may be of an older version; {remedy}")
     for name, crc in sums.items():
         try:

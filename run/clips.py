@@ -1,4 +1,4 @@
-"""The questions of each step, their clips decoded while the steps before are still at work."""
+"""The questions of each step, their clips decoded while earlier steps still run."""
 
 from collections import deque
 from concurrent.futures import Future
@@ -15,9 +15,9 @@ from video import Clip, VideoError
 class QuestionsAhead:
     """This rank's questions of each step, their clips decoded a few steps ahead of the loop.
 
-    A question whose clip cannot be read is skipped, reported and counted; no other clip takes its
-    place. A step's questions are fixed by (seed, step), and the seed of a question's sampling
-    by its place in the step, so everything else stays as it was.
+    A question whose clip cannot be read is skipped, reported and counted; nothing is substituted
+    for it. (seed, step) determine a step's questions, and the place in the step the seed of a
+    question's sampling, so the other questions are sampled as if nothing were missing.
     """
 
     STEPS_AHEAD = 2
@@ -65,7 +65,7 @@ class QuestionsAhead:
             try:
                 questions.append(self.prompter.question(record, clip.result()))
                 self._keep(record, clip.result())
-                seeds.append((self.cfg.seed, step, slot, 1))  # 1: no other stream ends so
+                seeds.append((self.cfg.seed, step, slot, 1))  # 1: the stream of training
             except VideoError as error:
                 self.log.note(str(record.video), f"skipped question {record.id}: {error}")
         mine = (len(asked), len(asked) - len(questions))

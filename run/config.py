@@ -23,12 +23,12 @@ from model import ranks
 from records import Record, load_records, printable
 from rewards import REWARDS
 
-# What a run is: with another of these it would be another run. Batches are compared apart.
+# With another of these it would be another run. Batches are compared by their product.
 IDENTITY = (
     "seed model_name_or_path jsonl_path video_root question_type train_samples num_generations"
 ).split()
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
-COMMAND = ("output_dir", "resume_from_checkpoint", "allow_changes", "dry_run")  # not of the run
+COMMAND = ("output_dir", "resume_from_checkpoint", "allow_changes", "dry_run")  # may change
 
 
 # Where the numbers lie; those that are not named, in the intervals of their type.
@@ -188,7 +188,7 @@ class Config(*reversed(GROUPS)):
             "--eval_jsonl_path and --video_root need --jsonl_path; the toy brings its own": (
                 self.jsonl_path is not None or not (self.eval_jsonl_path or self.video_root)
             ),
-            "--resume_from_checkpoint needs the --output_dir of the run to go on with": (
+            "--resume_from_checkpoint needs the --output_dir of the run to resume": (
                 self.output_dir is not None or self.resume_from_checkpoint is None
             ),
         }
@@ -212,8 +212,8 @@ def parse_config(arguments: list[str] | None = None) -> Config:
 
 
 def make_output_dir(cfg: Config) -> Path:
-    """A directory for this run and no other, or that of the run to go on with; locked until this
-    process ends. Raises UserError if it cannot be had; nothing in it has changed then."""
+    """A new directory for this run, or that of the run to resume, locked until this process ends.
+    Raises UserError, having changed nothing in it, if it is in use or cannot be written."""
     name = Path(cfg.model_name_or_path or "toy").name
     if cfg.loss_type != "tw_grpo":
         name += f"-{cfg.loss_type}"
@@ -232,20 +232,19 @@ def make_output_dir(cfg: Config) -> Path:
 
 
 def check_contents(cfg: Config, directory: Path) -> None:
-    """Raises UserError unless the directory is new to us, or holds a run to resume."""
-    begun = {".lock", toy.beside(directory / "toy").name}  # of a start that was killed
+    """Raises UserError unless the directory is empty, or holds a run to resume."""
+    begun = {".lock", toy.beside(directory / "toy").name}  # left by a start that was killed
     if toy.is_world(directory / "toy"):
         begun.add("toy")
     names = {path.name for path in directory.iterdir()} - begun if directory.is_dir() else ()
     if names and not cfg.resume_from_checkpoint:
         raise UserError(
-            f"--output_dir {directory} is not empty; choose another, or go on with the run in "
-            "it by --resume_from_checkpoint auto"
+            f"--output_dir {directory} is not empty; choose another, or resume the run in it "
+            "with --resume_from_checkpoint auto"
         )
     if names and "config.json" not in names:
         raise UserError(
-            f"--output_dir {directory} holds files, but no run (it has no config.json); "
-            "choose another"
+            f"--output_dir {directory} holds files but no run (no config.json); choose another"
         )
 
 
@@ -255,7 +254,7 @@ def settings_of(cfg: Config) -> dict:
 
 
 def read_settings(directory: Path) -> dict:
-    """config.json of a run. Raises UserError if it is damaged, or of something else."""
+    """config.json of a run. Raises UserError if it is damaged or not that of a run."""
     path, remedy = directory / "config.json", "choose another --output_dir"
     settings = {"world_size": 1} | files.read_json(path, remedy)
     counts = ("max_steps", "save_steps", "world_size", *BATCH)
@@ -283,8 +282,8 @@ def same(old: object, new: object) -> bool:
 
 
 def check_changes(cfg: Config, old: dict, done: int) -> list[str]:
-    """A line for each setting that has changed since the run with the settings `old`, after `done`
-    steps of it. Raises UserError if this would be another run."""
+    """A line for each setting that differs from `old`, those of the run that has done `done` steps.
+    Raises UserError if this would be another run."""
     if cfg.max_steps < done:
         raise UserError(
             f"--max_steps {cfg.max_steps} is below the {done} steps that this run has done; give "
@@ -300,7 +299,7 @@ def check_changes(cfg: Config, old: dict, done: int) -> list[str]:
             "old values, or --allow_changes true"
         )
     if before != now:
-        lines["questions"] = f"a step has {now} questions, before {before}"
+        lines["questions"] = f"a step has {now} questions, not {before}"
     if "max_steps" in lines:
         lines["max_steps"] += ": the learning rate now falls to 0 there"
     return [printable(line) for line in lines.values()]

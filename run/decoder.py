@@ -1,8 +1,8 @@
 """Clips decoded ahead of the GPU, in processes that can be killed.
 
-A decoder that hangs on a broken file cannot be timed out from inside its own process. So every clip
-is decoded in a process that does nothing else and imports little. When the time is up, that process
-is killed, the clip counts as unreadable, and a fresh process takes the next one.
+A decoder that hangs on a broken file cannot be timed out from inside its own process. So clips are
+decoded in a process that does nothing else and imports little. On a timeout that process is killed,
+the clip counts as unreadable, and a new process takes the next one.
 
     ClipReader    video.load_clip with a time limit
     ClipWorkers   several of them, each kept busy by a thread: futures of clips
@@ -55,7 +55,7 @@ class ClipReader:
         VideoError too."""
         path = video.check_file(path)
         if self.process and self.process.poll() is not None:
-            self.close()  # it died while it had nothing to do
+            self.close()  # it died while idle
         if self.process is None:
             # In a session of its own, because Ctrl-C, a hangup and torchrun's SIGTERM go to the
             # whole process group, and the run still needs its clips to finish the step.
@@ -112,7 +112,7 @@ def serve() -> None:
 
 
 def end_with_parent() -> None:
-    """Ends this process, whatever it is at, when its parent is gone, even by kill -9."""
+    """Ends this process, whatever it is doing, when its parent is gone, even by kill -9."""
     hangup = select.poll()
     hangup.register(sys.stdin.fileno(), 0)  # 0: wait only for the other end to be closed
     hangup.poll()
@@ -138,10 +138,10 @@ class ClipWorkers:
             self.idle.append(reader)
 
     def close(self) -> None:
-        """Ends the processes, whatever they are at."""
+        """Ends the processes, whatever they are doing."""
         self.threads.shutdown(wait=False, cancel_futures=True)
         for reader in self.readers:
-            reader.timeout = 0.0  # of a clip that a thread has just taken up
+            reader.timeout = 0.0  # for a clip that a thread has just started
             if process := reader.process:
                 process.kill()
         self.threads.shutdown()

@@ -105,7 +105,7 @@ def test_one_process_goes_on_where_two_left_off(two_ranks, world):
     more = ["2", "--max_steps", "6", "--resume_from_checkpoint", "auto", "--beta", "0.01"]
     result = run_twgrpo(world, two_ranks, *FIVE, *more)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "going on from" in result.stdout and (two_ranks / "checkpoint-6").exists()
+    assert "resuming from" in result.stdout and (two_ranks / "checkpoint-6").exists()
     assert [row["step"] for row in metrics(two_ranks)] == [1, 2, 3, 4, 5, 6]
 
 
