@@ -160,7 +160,7 @@ def test_peers_are_measured_in_processes_of_their_own_and_the_missing_named(
     )
     monkeypatch.setattr(sys, "argv", ["peers", "--rounds", "3", "--json", str(path)])
     peers.main()
-    assert "left out, not installed: TRL (pip install trl)" in capsys.readouterr().out
+    assert "left out, not installed: TRL (trl)" in capsys.readouterr().out
     rows = {row["way"]: row for row in json.loads(path.read_text())["rows"]}
     assert rows.keys() == {"ours", "official"} and rows["official"]["rounds"] == 3
     shown = [rows["official"][k] for k in ("step_s", "fastest_s", "slowest_s", "times_ours")]
