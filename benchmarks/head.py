@@ -1,33 +1,26 @@
 """Speed and memory of the head beside the matmuls it cannot avoid and the alternatives installed.
 
-    python -m benchmarks.head                               # the whole table, on a CUDA device
-    python -m benchmarks.head --shapes 8192x3584x152064 --json out.json
-    python -m benchmarks.head --table out.json              # a results file as a Markdown table
+    python -m benchmarks.gpu --part kernels --out runs/h200
 
 Groups of G = 8 equally long completions, bf16, on-policy, forward and backward with D_t and w_t.
-Ours are timed without the checks of their arguments, which wait for the GPU. The file is written
-after every row, and the same command goes on where it was interrupted.
+Ours are timed without the checks of their arguments, which wait for the GPU.
 The ceiling is three bare cuBLAS products of the same shape: H Wᵀ, its gradient times W, times H.
-Without CUDA it says so and exits 0.
+Without CUDA it says so and measures nothing.
 """
 
-import argparse
 import functools
-import math
 import statistics
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 
-from benchmarks.origin import Results, markdown
+from benchmarks.origin import Results
 from kernels import reference, tw_grpo_head
 from kernels.head import kernel_head, lay_out
 
 G = 8
-SHAPES = [(N, 3584, 152064) for N in (1024, 2048, 4096, 8192, 16384, 32768)]
-SHAPES += [(8192, 2048, 151936), (8192, 4096, 128256), (8192, 8192, 152064)]
+SHAPES = [(N, 3584, 152064) for N in (8192, 1024, 32768)]
 # What an alternative leaves out, printed with its numbers.
 NOTES = {
     "frozen head": "no gradient of lm_head",
@@ -238,22 +231,3 @@ def run(shapes: list[tuple[int, int, int]], results: Results) -> None:
                 note = NOTES.get(name.removeprefix("chunked, "), "")
                 results.measure(work, impl=name, **shape, note=note)
                 torch.cuda.empty_cache()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    shape = lambda text: tuple(map(int, text.split("x")))  # noqa: E731
-    parser.add_argument("--shapes", nargs="*", type=shape, default=SHAPES, metavar="NxDxV")
-    parser.add_argument("--json", type=Path, help="write the results to this file, row by row")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="then begin nothing new")
-    parser.add_argument("--table", metavar="JSON", help="print a results file as Markdown and stop")
-    arguments = parser.parse_args()
-    if arguments.table:
-        return print(markdown(arguments.table, COLUMNS))
-    results = Results(arguments.json, COLUMNS, arguments.minutes)
-    run(arguments.shapes, results)
-    print(results.json())
-
-
-if __name__ == "__main__":
-    main()

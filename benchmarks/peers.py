@@ -53,14 +53,14 @@ def trainer_seconds(args: argparse.Namespace, liger: bool) -> list[float]:
     tokenizer, G, T = policy.tokenizer, args.num_generations, args.completion
     word = tokenizer.encode("What")
     prompt = tokenizer.decode(word * (len(ask().ids_P) // len(word)))
-    ends, G_values = [], [float(g) for g in range(G)]
+    ends = []
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_, **__) -> None:
             ends.append(time.perf_counter())
 
     config = GRPOConfig(
-        output_dir=tempfile.mkdtemp(),
+        output_dir=tempfile.gettempdir(),  # nothing is saved
         per_device_train_batch_size=G,
         num_generations=G,
         max_completion_length=T,
@@ -81,7 +81,7 @@ def trainer_seconds(args: argparse.Namespace, liger: bool) -> list[float]:
     GRPOTrainer(
         model=policy.model,
         processing_class=tokenizer,
-        reward_funcs=lambda completions, **_: G_values[: len(completions)],
+        reward_funcs=lambda completions, **_: [float(g) for g in range(len(completions))],
         args=config,
         train_dataset=Dataset.from_list([dict(prompt=prompt)] * (args.repeats + 1)),
         callbacks=[Clock()],
@@ -90,12 +90,15 @@ def trainer_seconds(args: argparse.Namespace, liger: bool) -> list[float]:
 
 
 def own_seconds(args: argparse.Namespace, way: str) -> list[float]:
-    """Seconds of our step, or of the official one: the median of the repeats."""
+    """Seconds of each of our steps, or of the official ones, after the first."""
     policy, ask = step.build("tiny", args.prompt, "cpu")
     trained = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-9, fused=True)
     cfg = Config(num_generations=args.num_generations, max_completion_length=args.completion)
-    return [step.measure(way, cfg, policy, ask, optimizer, args.repeats)["step_s"]]
+    phases = step.Phases()
+    for repeat in range(args.repeats + 1):
+        step.WAYS[way](cfg, policy, ask, optimizer, phases if repeat else step.Phases())
+    return [sum(s) for s in zip(*(phases.seconds[name] for name in step.PHASES), strict=True)]
 
 
 def child(args: argparse.Namespace) -> None:
@@ -128,7 +131,7 @@ def summary(rounds: list[dict], ours: list[dict]) -> dict:
         step_s=statistics.median(seconds),
         fastest_s=min(seconds),
         slowest_s=max(seconds),
-        times_ours=statistics.median(seconds) / statistics.median(base),
+        times_ours=statistics.median(seconds) / statistics.median(base) if base else None,
         peak_gb=max(r["peak_gb"] for r in rounds),
         rounds=len(rounds),
     )
@@ -151,8 +154,8 @@ def main() -> None:
     if args.way:
         return child(args)
     ways = [way for way, needs in NEEDS.items() if all(map(find_spec, needs))]
-    for way in NEEDS.keys() - ways:
-        print(f"left out, not installed: {way} (pip install {' '.join(NEEDS[way])})")
+    for way in (way for way in NEEDS if way not in ways):
+        print(f"left out, not installed: {way} ({', '.join(NEEDS[way])})")
     results, rounds = Results(args.json, COLUMNS), {way: [] for way in ways}
     lengths = dict(
         prompt=args.prompt, completion=args.completion, num_generations=args.num_generations
