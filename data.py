@@ -50,8 +50,8 @@ def select_records(
 ) -> list[Record]:
     """The questions to train on: by number of right answers, then at most `train_samples` of them.
 
-    "single" keeps questions with one right answer, "multiple" those with several, "mixed" all; the
-    official loader, too, goes by the comma in the solution. Raises UserError if none is left.
+    "single" keeps questions with one right answer, "multiple" those with several, "mixed" all. Like
+    the official loader, it looks for a comma in the solution. Raises UserError if none is left.
     """
     if question_type != "mixed":
         several = question_type == "multiple"
@@ -65,24 +65,20 @@ def select_records(
 
 
 def step_records(records: list[Record], step: int, batch_size: int, seed: int) -> list[Record]:
-    """The records of one training step, a function of (seed, step) alone: passes over a fresh
-    shuffle each epoch.
-
-    Nothing that happened before, such as a skipped clip, can shift them.
-    """
+    """The records of one training step, a function of (seed, step) alone: each epoch is a fresh
+    shuffle, and nothing that happened before, such as a skipped clip, can shift it."""
     chosen = []
     for k in range(step * batch_size, (step + 1) * batch_size):
         epoch, place = divmod(k, len(records))
-        chosen.append(
-            records[np.random.default_rng([seed, epoch, 0, 5]).permutation(len(records))[place]]
-        )
+        order = np.random.default_rng([seed, epoch, 0, 5]).permutation(len(records))
+        chosen.append(records[order[place]])
     return chosen
 
 
 # ------------------------------------------------------------------------------------------ prompts
 
-# What the prompt says after the question. Each is kept to the letter, blanks included; which row of
-# the paper each belongs to stands in docs/prompts.md.
+# What the prompt says after the question, to the letter, blanks included. Which row of the paper
+# each belongs to: docs/prompts.md.
 _THINK = (
     "{problem}  Output the thinking process in <think> </think> "
     "and final answer ({answer}) in <answer> </answer> tags."
@@ -173,9 +169,9 @@ class Prompter:
     min_pixels: int = video.MIN_PIXELS
     max_pixels: int = video.MAX_PIXELS
     style: str = "think"  # one of STYLES
-    seconds_per_patch: float | None = None  # what the model is told; None: the truth
-    repeat_frames: int = 0  # show exactly so many, sampled ones repeated; 0: those sampled
-    load_clip: Callable[..., video.Clip] = video.load_clip  # files of others need a ClipReader's
+    seconds_per_patch: float | None = None  # what the model is told; None: the true spacing
+    repeat_frames: int = 0  # show exactly this many, repeating sampled ones; 0: those sampled
+    load_clip: Callable[..., video.Clip] = video.load_clip  # untrusted files: ClipReader.load_clip
     max_prompt_length: int = MAX_PROMPT_LENGTH  # tokens; a longer prompt is refused, never cut
 
     def __post_init__(self):
@@ -197,17 +193,18 @@ class Prompter:
             raise UserError(f"the model's chat template fails on it ({error})") from error
 
     def tokenize(self, record: Record, times: Sequence[float] = ()) -> tuple[str, list[int]]:
-        """The prompt and its ids, the clip as one placeholder. Raises UserError if there is none.
+        """The prompt and its ids, the clip as one placeholder. Raises UserError if the template
+        does not show exactly one video, or the prompt is too long.
 
         With `times`, in seconds, there is a placeholder for each of them, and its time before it.
-        Special tokens come from the template alone. One that stands in the question is text: it is
-        spelled out by the ids of its letters.
+        Only the template makes special tokens: one in the question is text, and is tokenized as
+        its letters.
         """
         text = question_text(record, self.style, self.question_type)
-        blotted = self.special.sub(lambda found: "." * len(found[0]), text)
+        masked = self.special.sub(lambda found: "." * len(found[0]), text)
         prompt = self.render(text)
-        # What is special in this one is the template's, and it is at the same places.
-        template = prompt if blotted == text else self.render(blotted)
+        # Every special token in this one is the template's, and has the same place in the prompt.
+        template = prompt if masked == text else self.render(masked)
         specials = list(self.special.finditer(template))
         edges = [0, *(edge for m in specials for edge in m.span()), len(prompt)]
         pieces = [prompt[start:end] for start, end in itertools.pairwise(edges)]
@@ -230,35 +227,33 @@ class Prompter:
         return f"its prompt has {tokens:,} tokens; {limit}"
 
     def __call__(self, record: Record, clip_of: Record | None = None) -> Question:
-        """The question of `record`, about its own clip (or about another's, as a control).
+        """The question of `record`, about its own clip (or that of `clip_of`, as a control).
 
         Raises video.VideoError when the clip cannot be used, or gives too many tokens.
         """
         return self.question(record, self.load_clip(*self.clip_arguments(clip_of or record)))
 
     def clip_arguments(self, record: Record) -> tuple:
-        """What load_clip needs to know, for a call here or in another process."""
+        """The arguments of load_clip, for a call here or in another process."""
         pixels = (self.min_pixels, self.max_pixels)
         return (str(record.video), self.fps, self.max_frames, *pixels, self.geometry.factor)
 
     def question(self, record: Record, clip: video.Clip) -> Question:
-        """The question of `record` about frames that are decoded and resized already."""
+        """The question of `record` about a clip that is already decoded and resized."""
         if self.repeat_frames:
             clip = video.repeat_frames(clip, self.repeat_frames)
         patches, grid = video.patchify(clip.frames, self.geometry)
         times = patch_times(clip, self.geometry) if self.geometry.timestamps else ()
         prompt, ids = self.tokenize(record, times)
         video_id = self.tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
-        ids_P = torch.tensor(ids)
-        tokens = len(patches) // self.geometry.merge_size**2
+        ids_P, tokens = torch.tensor(ids), len(patches) // self.geometry.merge_size**2
         per_placeholder = tokens // ids.count(video_id)
         ids_P = ids_P.repeat_interleave(torch.where(ids_P == video_id, per_placeholder, 1))
         if len(ids_P) > self.max_prompt_length:
             raise video.VideoError(f"{record.video}: {self._too_long(len(ids_P))}")
-        seconds_per_patch = self.seconds_per_patch
-        if seconds_per_patch is None:
-            seconds_per_patch = clip.seconds * self.geometry.temporal_patch_size
-        positions = video.mrope_positions(ids_P, video_id, grid, seconds_per_patch, self.geometry)
+        told = self.seconds_per_patch
+        told = clip.seconds * self.geometry.temporal_patch_size if told is None else told
+        positions = video.mrope_positions(ids_P, video_id, grid, told, self.geometry)
         return Question(record, prompt, ids_P, positions, patches, grid, clip.seconds)
 
 
@@ -306,8 +301,12 @@ def load_chat_template(model_name_or_path: str, tokenizer: PreTrainedTokenizerBa
     UserError if there is none."""
     template = tokenizer.chat_template
     for name in ("chat_template.jinja", "chat_template.json"):
-        file = cached_file(model_name_or_path, name, _raise_exceptions_for_missing_entries=False,
-                           _raise_exceptions_for_connection_errors=False)  # fmt: skip
+        file = cached_file(
+            model_name_or_path,
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
         if file:
             try:
                 template = Path(file).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Files that a run owns: each is written whole or not at all, and by one process at a time.
+"""A run's own files: each is written completely or not at all, by one process at a time.
 
     replacing       write beside a file, then rename over it
     lock            one process at a time in a run directory or at a log
@@ -6,11 +6,12 @@
     read_json       a JSON object, or a sentence that says why not
     json_lines      the values of JSONL, line by line
 
-What a user can mend is raised as a UserError, here and everywhere else.
+Here and everywhere else, what a user can fix is raised as a UserError.
 """
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import zlib
@@ -41,9 +42,9 @@ def flush(path: Path) -> None:
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to. When the block ends without an error, that file replaces
-    `path` in one step: readers and crashes see the old file or the new one, never a part.
+    `path` in one step: readers and crashes see the old file or the new one, never a part of it.
 
-    Raises OSError if it cannot be written; `path` is then as it was.
+    Raises OSError if it cannot be written; `path` is then unchanged.
     """
     path = Path(os.path.realpath(path))  # a link stays a link; its target is replaced
     beside = path.with_name(f".{path.name}.partial")
@@ -73,18 +74,15 @@ def lock(path: Path) -> int | None:
 def new_directory(base: Path) -> Path:
     """Creates `base`, or else base-2, base-3, ...: the first that does not exist yet. Two processes
     that start at once get two directories."""
-    k = 1
-    while True:
+    for k in itertools.count(1):
         directory = base if k == 1 else base.with_name(f"{base.name}-{k}")
-        try:
+        with contextlib.suppress(FileExistsError):
             directory.mkdir(parents=True)
             return directory
-        except FileExistsError:
-            k += 1
 
 
 def read_json(path: Path, remedy: str) -> dict:
-    """The object in a JSON file. Raises UserError, which ends with `remedy`, if there is none."""
+    """The object in a JSON file. If there is none, raises a UserError that ends with `remedy`."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -12,7 +12,7 @@ The formats, told apart by their keys (the places are where the text, the answer
     dvd          problem, solution with a number, video_filename         DVD-counting, JSONL
     clevrer raw  scenes with questions and choices                       for tools/convert.py
 
-Everything in a file is untrusted: a bad row costs a sentence, never a traceback.
+Nothing in a file is trusted: a bad row is reported in a sentence, never with a traceback.
 """
 
 import json
@@ -22,14 +22,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from files import UserError
+from files import UserError, json_lines
 from rewards import answer_set, number, tagged_answer
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MAX_TEXT = 100_000  # characters of a question, options included; no prompt is as long
 MAX_PATH = 4096  # characters, as in POSIX
-TEXT_KINDS = ("OCR", "free-form")  # Video-R1's problem types whose answer is neither letter ...
-NUMBER_KINDS = ("numerical", "regression")  # ... nor number; and those that ask for a number
+CLIP_KEYS = ("video", "path", "video_filename")
+# Video-R1's problem types, beside "multiple choice".
+TEXT_KINDS, NUMBER_KINDS = ("OCR", "free-form"), ("numerical", "regression")
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Record:
 
     @property
     def is_number(self) -> bool:
-        """Whether the question asks for a number (and so not for letters)."""
+        """Whether the question asks for a number."""
         return self.kind in NUMBER_KINDS
 
 
@@ -71,40 +72,31 @@ def read_rows(path: Path, errors: list[str]) -> Iterator[tuple[str, object]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file; expected a JSON list or JSONL of questions"
-        ) from None
+        message = f"{path}: no such file; expected a JSON list or JSONL of questions"
+        raise UserError(message) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
     if text.lstrip().startswith("["):
         try:
             rows = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: is not valid JSON ({_json_reason(error)})") from None
+            raise UserError(f"{path}: is not valid JSON ({str(error)[:200]})") from None
         yield from ((f"row {k}", row) for k, row in enumerate(rows, 1))
         return
-    for k, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            yield f"line {k}", json.loads(line)
-        except (ValueError, RecursionError) as error:
-            errors.append(f"line {k}: is not valid JSON ({_json_reason(error, in_line=True)})")
-
-
-def _json_reason(error: Exception, in_line: bool = False) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        place = f"column {error.colno}" if in_line else f"line {error.lineno} column {error.colno}"
-        return f"{error.msg} at {place}"
-    return short(str(error), 200)  # too deep, or an integer of thousands of digits
+    for k, row in json_lines(text.encode()):
+        if isinstance(row, Exception):
+            is_syntax = isinstance(row, json.JSONDecodeError)
+            reason = f"{row.msg} at column {row.colno}" if is_syntax else str(row)[:200]
+            errors.append(f"line {k}: is not valid JSON ({reason})")
+        else:
+            yield f"line {k}", row
 
 
 def read_records(path: str | Path, video_root: str | Path = "") -> tuple[list[Record], list[str]]:
     """(the good records, a sentence for every bad row). Raises UserError if the file cannot be
     read at all."""
-    path, root = Path(path), Path(video_root)
-    real_root, records, errors = os.path.realpath(root), [], []
-    for where, row in read_rows(path, errors):
+    root, real_root, records, errors = Path(video_root), os.path.realpath(video_root), [], []
+    for where, row in read_rows(Path(path), errors):
         try:
             records.append(as_record(row, where, root, real_root))
         except ValueError as error:
@@ -123,8 +115,8 @@ def refuse(path: str | Path, what: str, errors: list[str]) -> None:
 def load_records(path: str | Path, video_root: str | Path = "") -> list[Record]:
     """All records of a file, their video paths joined to `video_root`.
 
-    Whether the clips can be read is found out when they are (or by `python -m tools.check`); the
-    rows themselves are all checked first, and UserError lists every bad one.
+    Raises UserError, which lists every bad row. The clips are not looked at: that is done when one
+    is needed, or by `python -m tools.check`.
     """
     records, errors = read_records(path, video_root)
     refuse(path, "bad row(s)", errors)
@@ -144,8 +136,8 @@ def as_record(row: object, where: str, root: Path, real_root: str | None = None)
         raise ValueError("is a raw CLEVRER scene; first run: python -m tools.convert clevrer")
     if row.get("data_type", "video") not in ("video", "frame"):  # "frame": TV-QA in MVBench
         raise ValueError(f"is about a {short(row['data_type'])}; only videos can be shown")
-    problem, solution = _problem(row), _solution(row)
-    video = join_video(root, _text(row, "video", "path", "video_filename"), real_root)
+    problem, solution = _text(row, "problem", "question"), _solution(row)
+    video = join_video(root, _text(row, *CLIP_KEYS), real_root)
     texts = option_texts(row.get("options"))
     if len(problem) + sum(map(len, texts)) > MAX_TEXT:
         raise ValueError(f"has a question of more than {MAX_TEXT:,} characters")
@@ -161,11 +153,9 @@ def as_record(row: object, where: str, root: Path, real_root: str | None = None)
             f"the answer {short(tagged_answer(solution))} names no option; "
             f"the options are {', '.join(sorted(letters))}"
         )
-    row_id = next(
-        (str(row[k])[:200] for k in ("id", "question_id", "problem_id") if k in row), where
-    )
+    ids = (str(row[k])[:200] for k in ("id", "question_id", "problem_id") if k in row)
     apart = options if len(in_problem) != len(options) else ()
-    return Record(row_id, problem, solution, video, apart, kind, _source(row), row)
+    return Record(next(ids, where), problem, solution, video, apart, kind, _source(row), row)
 
 
 def _text(row: dict, *keys: str) -> str:
@@ -181,10 +171,6 @@ def _text(row: dict, *keys: str) -> str:
     except UnicodeEncodeError:
         raise ValueError(f"has half a character (a lone surrogate) in {key!r}") from None
     return value
-
-
-def _problem(row: dict) -> str:
-    return _text(row, "problem", "question")
 
 
 def _solution(row: dict) -> str:
@@ -266,7 +252,7 @@ def task_of(row: dict) -> str:
         value = row.get(key)
         if isinstance(value, str) and value.strip() and "choice" not in value:
             return value[:40]
-    video = next((row[k] for k in ("video", "path") if isinstance(row.get(k), str)), "")
+    video = next((row[k] for k in CLIP_KEYS[:2] if isinstance(row.get(k), str)), "")
     return os.path.basename(os.path.dirname(video[:MAX_PATH]))[:40]
 
 
@@ -281,10 +267,7 @@ def join_video(root: Path, name: str, real_root: str | None = None) -> Path:
     """
     if "\0" in name or len(name) > MAX_PATH:
         raise ValueError("has a video path that no file can have")
-    stripped = name.strip()
-    while stripped.startswith(("/", "./")):
-        stripped = stripped.lstrip("/")
-        stripped = stripped[2:] if stripped.startswith("./") else stripped
+    stripped = re.sub(r"^(\./|/)+", "", name.strip())
     if not stripped or stripped == ".":
         raise ValueError(f"has the video path {short(name)}, which names no file")
     if os.path.normpath(stripped).split(os.sep)[0] == "..":
@@ -301,11 +284,12 @@ def join_video(root: Path, name: str, real_root: str | None = None) -> Path:
 
 def printable(text: str) -> str:
     """Text from a file, safe to print: control characters, which a terminal would obey, become
-    blanks. Line breaks stay."""
+    spaces. Line breaks stay."""
     return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
 
 
 def short(value: object, length: int = 80) -> str:
-    """A value for a message: its repr, cut to `length` characters, on one line."""
-    text = value if isinstance(value, str) else str(type(value).__name__)
+    """A value for a message: the repr of a string, cut to `length` characters, or of the name of
+    any other value's type."""
+    text = value if isinstance(value, str) else type(value).__name__
     return repr(text if len(text) <= length else text[:length] + "...")

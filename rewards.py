@@ -5,10 +5,10 @@
     accuracy_reward, origin_accuracy_reward, format_reward     training's rewards
     strict_format_reward          the evaluators' form
 
-Each reward takes one completion and one solution and returns a float in [0, 1]; none raises on
-any string, and each takes time linear in its length (the official regular expressions do not: they
-are restated here with string search, and tests compare the two). Source: the official code at
-aa529ff, src/open_r1/grpo.py, and src/eval/*.py for the evaluators' two.
+Each reward takes one completion and one solution and returns a float in [0, 1]. None raises on any
+string, and each takes linear time; the official regular expressions do not, so they are restated
+here with string search, and tests compare the two. Source: the official code at aa529ff,
+src/open_r1/grpo.py, and src/eval/*.py for the evaluators' two.
 Equations by number: docs/equations.md.
 """
 
@@ -19,15 +19,21 @@ from decimal import Decimal
 _NUMBER = re.compile(r"[+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+|(?=\.[0-9]))(?:\.[0-9]*)?")
 _LONGEST_NUMBER = 64  # characters; a longer one is text
 
-# Linear: neither "answer" nor a letter can be read as a blank, so no two parts of it compete.
+# Linear: neither "answer" nor a letter matches \s, so no two parts compete for the same text.
 _NAMED_ANSWER = re.compile(r"(?:answer|Answer|ANSWER)[:\s]+([A-Z](?:\s*,\s*[A-Z])*)")
+
+
+def _inside_tags(text: str) -> str | None:
+    """The text inside the first <answer>...</answer>, None if there is none."""
+    _, opening, rest = text.partition("<answer>")
+    inside, closing, _ = rest.partition("</answer>")
+    return inside.strip() if opening and closing else None
 
 
 def tagged_answer(text: str) -> str:
     """The text inside the first <answer>...</answer>, else the whole text; outer blanks removed."""
-    _, opening, rest = text.partition("<answer>")
-    inside, closing, _ = rest.partition("</answer>")
-    return (inside if opening and closing else text).strip()
+    inside = _inside_tags(text)
+    return text.strip() if inside is None else inside
 
 
 def extract_answer(text: str) -> str:
@@ -36,12 +42,10 @@ def extract_answer(text: str) -> str:
 
     An untagged bare letter therefore earns credit in training (`tagged_answer`) and none here.
     """
-    _, opening, rest = text.partition("<answer>")
-    inside, closing, _ = rest.partition("</answer>")
-    if opening and closing:
-        return inside.strip()
-    named = _NAMED_ANSWER.search(text)
-    return named.group(1) if named else ""
+    inside, named = _inside_tags(text), _NAMED_ANSWER.search(text)
+    if inside is not None:
+        return inside
+    return named[1] if named else ""
 
 
 def letter_set(answer: str) -> set[str]:
@@ -63,14 +67,14 @@ def number(text: str) -> Decimal | None:
 
 
 def compare_answers(answer: str, truth: str) -> float:
-    """How right an answer is, both without tags: the share of the true letters that were found, 0
-    if anything wrong is among them; numbers are right if they are equal.
+    """How right an answer is, both without tags: the share of the true letters it names, 0 if it
+    names a wrong one; numbers are right if they are equal.
 
     |answer| / |truth| if answer is a subset of truth, else 0. "A" against "A,C" earns 0.5; "A,B"
     earns 0. "3.0" against "3" earns 1.
-    OFFICIAL: a symbolic check (math-verify) runs first, and the sets decide where it fails.
-    OURS: on letters that check never fired, and is left out; on plain numbers it comes down to
-    equal values, which is what is done here. The same set of letters is right in any case.
+    OFFICIAL: a symbolic check (math-verify) runs first; if it fails, the sets are compared.
+    OURS: no symbolic check. On letters it never fired, and on plain numbers it means equal values,
+    which are compared here.
     """
     answers, truths = letter_set(answer), letter_set(truth)
     value = number(truth)
@@ -90,10 +94,10 @@ def origin_accuracy_reward(completion: str, solution: str) -> float:
 
 
 def format_reward(completion: str, solution: str = "") -> float:
-    """Eq. 3: 1 if the text ends in <think>...</think> <answer>...</answer>, else 0; the solution
-    plays no part.
+    """Eq. 3: 1 if the text ends in <think>...</think> <answer>...</answer>, else 0, whatever the
+    solution.
 
-    Text may stand before <think>, blanks and "!" after </answer>; a second <think> or <answer>
+    Text may come before <think>, blanks and "!" after </answer>; a second <think> or <answer>
     anywhere fails.
     """
     if completion.count("<think>") != 1 or completion.count("<answer>") != 1:
@@ -110,7 +114,7 @@ def strict_format_reward(completion: str, solution: str = "") -> float:
     """The evaluators' form: 1 if the whole text, outer blanks aside, is <think>...</think> blanks
     <answer>...</answer>, else 0.
 
-    Unlike `format_reward`, nothing may stand before <think> and no "!" after </answer>.
+    Unlike with `format_reward`, nothing may come before <think> and no "!" after </answer>.
     """
     text = completion.strip()
     if not (text.startswith("<think>") and text.endswith("</answer>")):

@@ -1,8 +1,8 @@
 """The embedded default: moving coloured shapes, and a tiny Qwen2.5-VL that half understands them.
 
-`python twgrpo.py` without a model comes here first. Everything made here is of the ordinary kind,
-H.264 files, records in JSONL and a Hugging Face checkpoint directory, so from then on the run takes
-the same path as one of Qwen2.5-VL-7B-Instruct on CLEVRER.
+`python twgrpo.py` without a model starts here. What is made here has the usual formats (H.264
+files, records in JSONL, a Hugging Face checkpoint directory), so everything after it is the same
+code path as training Qwen2.5-VL-7B-Instruct on CLEVRER.
 
     write_clips       mp4 files, and train.jsonl / test.jsonl with questions about them
     build_tokenizer   a byte-level BPE with Qwen's special tokens and chat form
@@ -11,9 +11,8 @@ the same path as one of Qwen2.5-VL-7B-Instruct on CLEVRER.
                       an answer and to see colours, but its targets name a true option only with
                       p = 0.6 and a false one with p = 0.25
 
-The warm start leaves room on purpose: sampled answers are right about a third of the time, which is
-where a policy gradient has something to select from. A toy shows that the loop works, not that
-TW-GRPO beats GRPO.
+The warm start leaves room to learn: about a third of the sampled answers are right, so the members
+of a group differ in reward. The toy shows that the loop works, not that TW-GRPO beats GRPO.
 """
 
 import json
@@ -38,8 +37,7 @@ from model.packing import Group
 from model.policy import Policy
 from records import Record, load_records
 
-# Where the toy's training differs from the recipe of a 7B model (the defaults of config.Config),
-# and nowhere else.
+# All settings in which the toy differs from the recipe of a 7B model (the defaults of Config).
 CLIP = dict(max_frames=4, min_pixels=56 * 56, max_pixels=56 * 56)
 DEFAULTS = dict(
     **CLIP,
@@ -55,8 +53,14 @@ DEFAULTS = dict(
     save_steps=100,
 )
 
-COLOURS = dict(red=(220, 40, 40), green=(40, 170, 60), blue=(50, 80, 230), yellow=(235, 215, 50),
-               purple=(150, 60, 190), white=(240, 240, 240))  # fmt: skip
+COLOURS = dict(
+    red=(220, 40, 40),
+    green=(40, 170, 60),
+    blue=(50, 80, 230),
+    yellow=(235, 215, 50),
+    purple=(150, 60, 190),
+    white=(240, 240, 240),
+)
 SIDE, FRAMES, RATE = 56, 8, 4  # pixels, frames, frames a second: a clip of 2 s
 TRAIN_CLIPS, TEST_CLIPS = 1024, 128
 
@@ -84,7 +88,7 @@ VOCABULARY = 512  # at most; the toy's text has merges for about 408, one token 
 
 
 def draw_clip(colours: list[str], rng: np.random.Generator) -> np.ndarray:
-    """Discs and squares, each drifting about its own quarter of the picture: (F, H, W, 3) uint8."""
+    """Discs and squares, each drifting in its own quarter of the picture: (F, H, W, 3) uint8."""
     frames = np.full((FRAMES, SIDE, SIDE, 3), rng.integers(20, 70), dtype=np.uint8)
     y, x = np.mgrid[:SIDE, :SIDE]
     quarters = rng.permutation(4)
@@ -99,26 +103,16 @@ def draw_clip(colours: list[str], rng: np.random.Generator) -> np.ndarray:
 
 
 def write_mp4(path: Path, frames_FHW3: np.ndarray, rate: int) -> None:
-    """H.264 in an mp4, as any camera or dataset has it."""
+    """H.264 in an mp4, as any camera or dataset has it; `rate` is in frames a second."""
     import av
 
     with av.open(str(path), "w") as container:
-        height, width = frames_FHW3.shape[1:3]
-        stream = container.add_stream(
-            "libx264", rate=rate, options={"crf": "18", "preset": "ultrafast"}
-        )
-        stream.width, stream.height, stream.pix_fmt, stream.thread_count = (
-            width,
-            height,
-            "yuv420p",
-            1,
-        )
-        for frame in frames_FHW3:
-            container.mux(
-                stream.encode(
-                    av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-                )
-            )
+        options = {"crf": "18", "preset": "ultrafast"}
+        stream = container.add_stream("libx264", rate=rate, options=options)
+        stream.height, stream.width = frames_FHW3.shape[1:3]
+        stream.pix_fmt, stream.thread_count = "yuv420p", 1
+        for picture in frames_FHW3:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
 
 
@@ -127,33 +121,26 @@ def write_clips(
 ) -> tuple[Path, Path]:
     """root/clips/*.mp4 and the records about them: (train.jsonl, test.jsonl)."""
     (root / "clips").mkdir(parents=True)
-    rng = np.random.default_rng([seed, 0])
+    rng, names = np.random.default_rng([seed, 0]), list(COLOURS)
     for split, count in (("train", train), ("test", test)):
-        with open(root / f"{split}.jsonl", "w", encoding="utf-8") as file:
-            for k in tqdm(range(count), desc=f"writing {split} clips", leave=False):
-                shown = [
-                    str(c) for c in rng.choice(list(COLOURS), rng.integers(1, 5), replace=False)
-                ]
-                options = shown[:0]
-                while not set(options) & set(shown):
-                    options = [str(c) for c in rng.choice(list(COLOURS), 4, replace=False)]
-                name = f"clips/{split}_{k:03d}.mp4"
-                write_mp4(root / name, draw_clip(shown, rng), RATE)
-                letters = [
-                    letter
-                    for letter, option in zip("ABCD", options, strict=True)
-                    if option in shown
-                ]
-                lines = [
-                    f"{letter}. {option}" for letter, option in zip("ABCD", options, strict=True)
-                ]
-                row = dict(
-                    id=f"{split}-{k}",
-                    problem="\n".join(["Which colours appear?", *lines]),
-                    solution=f"<answer>{','.join(letters)}</answer>",
-                    video=name,
-                )
-                file.write(json.dumps(row) + "\n")
+        rows = []
+        for k in tqdm(range(count), desc=f"writing {split} clips", leave=False):
+            shown = rng.choice(names, rng.integers(1, 5), replace=False).tolist()
+            options = []
+            while not set(options) & set(shown):
+                options = rng.choice(names, 4, replace=False).tolist()
+            lettered = dict(zip("ABCD", options, strict=True))
+            right = [letter for letter, option in lettered.items() if option in shown]
+            lines = [f"{letter}. {option}" for letter, option in lettered.items()]
+            row = dict(
+                id=f"{split}-{k}",
+                problem="\n".join(["Which colours appear?", *lines]),
+                solution=f"<answer>{','.join(right)}</answer>",
+                video=f"clips/{split}_{k:03d}.mp4",
+            )
+            write_mp4(root / row["video"], draw_clip(shown, rng), RATE)
+            rows.append(json.dumps(row) + "\n")
+        (root / f"{split}.jsonl").write_text("".join(rows), encoding="utf-8")
     return root / "train.jsonl", root / "test.jsonl"
 
 
@@ -162,40 +149,32 @@ def write_clips(
 
 def build_tokenizer(corpus: list[str], vocabulary: int = VOCABULARY) -> Qwen2Tokenizer:
     """A byte-level BPE of Qwen's form and special tokens, its merges learned from `corpus`."""
-    form = (
-        Qwen2Tokenizer()._tokenizer
-    )  # the pre-tokenizer and normalizer of Qwen, whose merges we replace
-    learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer, learner.normalizer, learner.decoder = (
-        form.pre_tokenizer,
-        form.normalizer,
-        form.decoder,
+    qwen, learner = Qwen2Tokenizer()._tokenizer, Tokenizer(models.BPE())
+    for part in ("pre_tokenizer", "normalizer", "decoder"):
+        setattr(learner, part, getattr(qwen, part))
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary - len(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
-    learner.train_from_iterator(
-        corpus,
-        trainers.BpeTrainer(
-            vocab_size=vocabulary - len(SPECIAL_TOKENS),
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
+    learner.train_from_iterator(corpus, trainer)
     learned = json.loads(learner.to_str())["model"]
-    tokenizer = Qwen2Tokenizer(
-        vocab=learned["vocab"], merges=[tuple(m) for m in learned["merges"]],
+    return Qwen2Tokenizer(
+        vocab=learned["vocab"],
+        merges=[tuple(pair) for pair in learned["merges"]],
         eos_token="<|im_end|>",
-        pad_token="<|endoftext|>", extra_special_tokens=SPECIAL_TOKENS, chat_template=CHAT_TEMPLATE,
-    )  # fmt: skip
-    return tokenizer
+        pad_token="<|endoftext|>",
+        extra_special_tokens=SPECIAL_TOKENS,
+        chat_template=CHAT_TEMPLATE,
+    )
 
 
 def toy_tokenizer(records: list[Record], seed: int) -> Qwen2Tokenizer:
     """The tokenizer of the toy's own text, in which every word is one token."""
     rng = np.random.default_rng([seed, 2])
+    template = TEMPLATES["mixed"]
     texts = [
-        TEMPLATES["mixed"].replace("{problem}", record.problem)
-        + "\n"
-        + imperfect_target(record, rng)
-        for record in records
+        f"{template.replace('{problem}', r.problem)}\n{imperfect_target(r, rng)}" for r in records
     ]
     return build_tokenizer([*texts, "system\nYou are a helpful assistant.\nuser\nassistant\n"])
 
@@ -210,17 +189,14 @@ def build_model(
     0.02 the warm start did not learn to see within its steps.
     """
     ids = {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL_TOKENS}
-    quarter = (
-        hidden_size // heads // 2
-    )  # rotary pairs of a head, shared out over time, height and width
-    sections = [quarter - 2 * (quarter * 3 // 8), quarter * 3 // 8, quarter * 3 // 8]
+    pairs = hidden_size // heads // 2  # rotary pairs of a head: for time, height and width
+    sections = [pairs - 2 * (pairs * 3 // 8), pairs * 3 // 8, pairs * 3 // 8]
     config = Qwen2_5_VLConfig(
         text_config=dict(
             vocab_size=vocab_size or len(tokenizer), hidden_size=hidden_size,
-            num_hidden_layers=layers,
-            num_attention_heads=heads, num_key_value_heads=kv_heads,
-            intermediate_size=intermediate_size,
-            initializer_range=0.05, max_position_embeddings=32768, tie_word_embeddings=False,
+            num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+            intermediate_size=intermediate_size, initializer_range=0.05,
+            max_position_embeddings=32768, tie_word_embeddings=False,
             rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=sections),
             bos_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"],
         ),
@@ -243,7 +219,8 @@ def build_model(
 
 
 def imperfect_target(record: Record, rng: np.random.Generator) -> str:
-    """Perfect form, poor content: true options with p = 0.6, false with p = 0.25, never none."""
+    """An answer in perfect format that names each true option with p = 0.6, each false one with
+    p = 0.25, and at least one."""
     options = dict(line.split(". ") for line in record.problem.split("\n")[1:])
     while True:
         named = [o for o in options if rng.random() < (0.6 if o in record.solution else 0.25)]
@@ -264,11 +241,10 @@ def warm_start(policy: Policy, questions: list[Question], seed: int, steps: int)
     losses = []
     bar = tqdm(range(steps), desc="warm start")
     for _ in bar:
-        groups = []
-        for k in rng.choice(len(questions), 16, replace=False):
-            texts = [imperfect_target(questions[k].record, rng) + "<|im_end|>" for _ in range(4)]
-            targets = [torch.tensor(policy.tokenizer(t)["input_ids"]) for t in texts]
-            groups.append(Group(questions[k], targets, [True] * 4, texts))
+        chosen = [questions[k] for k in rng.choice(len(questions), 16, replace=False)]
+        texts = [imperfect_target(q.record, rng) + "<|im_end|>" for q in chosen for _ in range(4)]
+        targets = [torch.tensor(ids) for ids in policy.tokenizer(texts)["input_ids"]]
+        groups = [Group(q, targets[4 * k : 4 * k + 4]) for k, q in enumerate(chosen)]
         hidden = policy.hidden_states(groups, policy.encode_videos([g.question for g in groups]))
         targets_N = torch.cat([g.targets_N for g in groups])
         loss = -reference.token_logps(torch.cat(hidden), policy.head_VD, targets_N).mean()
@@ -285,10 +261,10 @@ def warm_start(policy: Policy, questions: list[Question], seed: int, steps: int)
 def prepare(
     root: Path, seed: int, train: int = TRAIN_CLIPS, test: int = TEST_CLIPS, steps: int = 900
 ) -> Policy:
-    """All that a run needs, made under `root`: clips, train.jsonl, test.jsonl, and in `model` the
+    """Makes all that a run needs under `root`: clips, train.jsonl, test.jsonl, and in `model` the
     checkpoint of the policy that is returned, warm-started for `steps` steps.
 
-    It is made beside `root` and renamed when it is whole, so a kill leaves nothing half made.
+    It is written beside `root` and renamed when complete, so a kill leaves nothing half made.
     """
     unfinished = beside(root)
     shutil.rmtree(unfinished, ignore_errors=True)  # of a start that was killed
@@ -303,7 +279,7 @@ def prepare(
 
 
 def beside(root: Path) -> Path:
-    """Where a toy world is made before it is whole."""
+    """Where a toy world is written until it is complete."""
     return root.with_name(f".{root.name}.partial")
 
 

@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from data import Prompter, Question, check_prompts
 from files import UserError
-from kernels import HeadOutput, tw_grpo_head
+from kernels import KEPT_BYTES, HeadOutput, tw_grpo_head
 from model import ranks
 from model.packing import Group
 from model.policy import Policy
@@ -232,6 +232,7 @@ def score_groups(
             token_weights="divergence" if cfg.token_weights == "entropy" else cfg.token_weights,
             normalize_token_weights=cfg.normalize_token_weights,
             shuffle_seed=(*group.seed[:3], 6),  # 6: no other stream ends so
+            kept_bytes=KEPT_BYTES / len(scored),
         )
         for group, hidden_ND in zip(scored, hidden, strict=True)
     ]

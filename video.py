@@ -42,12 +42,9 @@ CONTAINERS = {  # by FFmpeg's names: what such a file begins with
     "ogg": rb"OggS",
     "asf": rb"0&\xb2u\x8ef\xcf\x11",  # wmv
 }
-CLIP_MEAN = (
-    0.48145466,
-    0.4578275,
-    0.40821073,
-)  # of the image statistics both vision towers were trained with
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# Of red, green and blue in 0..1, for Qwen2-VL's and Qwen2.5-VL's vision towers.
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class VideoError(Exception):
@@ -76,8 +73,8 @@ class Geometry:
     tokens_per_second: float | None = 2.0
     # Qwen3-VL: each temporal patch is a block of its own, after its time in words.
     timestamps: bool = False
-    mean: tuple[float, float, float] = CLIP_MEAN  # of red, green, blue in 0..1
-    std: tuple[float, float, float] = CLIP_STD
+    mean: tuple[float, float, float] = IMAGE_MEAN  # of red, green, blue in 0..1
+    std: tuple[float, float, float] = IMAGE_STD
 
     @property
     def factor(self) -> int:
@@ -112,11 +109,11 @@ def read_clip(path: str | os.PathLike, fps: float = FPS, max_frames: int = MAX_F
         with _open(path) as container:
             stream = container.streams.video[0]
             # Headers often lie about the number of frames, so count the packets.
-            packets = [(p.pts, p.is_keyframe) for p in container.demux(stream)
-                       if p.size and not p.is_discard]  # fmt: skip
+            packets = (p for p in container.demux(stream) if p.size and not p.is_discard)
+            packets = [(p.pts, p.is_keyframe) for p in packets]  # their data need not stay
             rate, unit = float(stream.average_rate or 0), float(stream.time_base)
             can_jump = container.format.name.startswith(("mov", "matroska"))  # both have an index
-        packets.sort(key=lambda packet: (packet[0] is not None, packet[0]))  # as shown, not as sent
+        packets.sort(key=lambda packet: (packet[0] is not None, packet[0]))  # in display order
         pts = [time for time, _ in packets]
         indices, seconds, times = choose_frames(np.array(pts, float) * unit, rate, fps, max_frames)
         keyframes = [k for k, (_, is_keyframe) in enumerate(packets) if is_keyframe and can_jump]
@@ -143,10 +140,11 @@ def check_file(path: str | os.PathLike) -> str:
 
 
 def repeat_frames(clip: Clip, count: int) -> Clip:
-    """Exactly `count` frames, evenly taken from those sampled, hence with repeats or gaps.
+    """Exactly `count` frames, evenly taken from those sampled, hence with repeats or gaps; the
+    seconds between frames are those of the new spacing, on average.
 
-    The official evaluators show 16 this way, because they set their variables after the reader has
-    read them. The seconds between frames become those of the new spacing, on average.
+    The official evaluators show 16 this way: the variables that should set the number of frames are
+    set after the reader has read them.
     """
     sampled = len(clip.frames)
     indices = torch.linspace(0, sampled - 1, count).long()
@@ -182,8 +180,8 @@ def choose_frames(
 def _open(path: str):
     """The file as an open av container with a video stream that is not too large to decode.
 
-    FFmpeg opens whatever files and addresses a playlist lists, and playlists may pose as clips. So
-    the container is the one that the first bytes show, and it may open nothing but files.
+    FFmpeg opens whatever files and addresses a playlist lists, and a playlist may be named like a
+    clip. So the first bytes decide the container format, and FFmpeg may open nothing but files.
     """
     try:
         import av
@@ -211,8 +209,8 @@ def _open(path: str):
 
 
 def _decode(path: str, indices: list[int], pts: list[int | None], keyframes: list[int]) -> Tensor:
-    """The frames of those numbers, in order: (F, 3, H, W) uint8. `pts` are the times of all frames
-    in the container's units, `keyframes` the numbers of those to which we can jump, if any."""
+    """The frames with the numbers `indices`, which ascend: (F, 3, H, W) uint8. `pts` are the times
+    of all frames in the container's units, `keyframes` the numbers of those we can jump to."""
     from av.video.reformatter import VideoReformatter
 
     # After a jump a frame is known by its time; without jumps frames are counted.
@@ -249,9 +247,7 @@ def resized_shape(
     """Eq. 28: (height, width) in multiples of `factor`, about the same aspect, holding min_pixels
     to max_pixels unless the sides are too unequal for that."""
     if max(height, width) > MAX_ASPECT * min(height, width):
-        raise ValueError(
-            f"is {width} x {height} pixels; more than {MAX_ASPECT} times longer than wide"
-        )
+        raise ValueError(f"is {width} x {height} pixels, more than {MAX_ASPECT} to 1")
     h, w = (max(factor, round(side / factor) * factor) for side in (height, width))
     if h * w > max_pixels:
         scale = math.sqrt(height * width / max_pixels)
@@ -267,9 +263,7 @@ def resize(frames_F3HW: Tensor, height: int, width: int) -> Tensor:
     frames = frames_F3HW.float()
     if frames.shape[-2:] == (height, width):
         return frames
-    frames = F.interpolate(
-        frames, (height, width), mode="bicubic", antialias=True, align_corners=False
-    )
+    frames = F.interpolate(frames, (height, width), mode="bicubic", antialias=True)
     return frames.round().clamp(0, 255)
 
 
@@ -299,9 +293,8 @@ def patchify(frames_F3HW: Tensor, geometry: Geometry) -> tuple[Tensor, tuple[int
     The rows run over time, then over tokens in reading order, then over the 2 x 2 patches of a
     token; within a row over colour, frame, height, width.
     """
-    frames_F3HW = frames_F3HW.float()
     mean, std = (torch.tensor(c).view(3, 1, 1) for c in (geometry.mean, geometry.std))
-    pixels = (frames_F3HW / 255 - mean) / std
+    pixels = (frames_F3HW.float() / 255 - mean) / std
     p, q, m = geometry.patch_size, geometry.temporal_patch_size, geometry.merge_size
     t, h, w = pixels.shape[0] // q, pixels.shape[2] // p, pixels.shape[3] // p
     #                        0  1  2  3       4  5  6       7  8
@@ -342,11 +335,8 @@ def mrope_positions(
             f"the prompt has blocks of {lengths[is_video].tolist()} video tokens where {blocks} of "
             f"{t} x {h} x {w} are expected"
         )
-    step = (
-        1.0
-        if geometry.tokens_per_second is None
-        else seconds_per_patch * geometry.tokens_per_second
-    )
+    rate = geometry.tokens_per_second
+    step = 1.0 if rate is None else seconds_per_patch * rate
     time = torch.tensor([math.floor(k * step) for k in range(t)])
     axes = torch.meshgrid(time, torch.arange(h), torch.arange(w), indexing="ij")
     block = torch.stack([axis.flatten() for axis in axes])  # (3, t * h * w)

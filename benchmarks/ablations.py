@@ -25,7 +25,7 @@ from pathlib import Path
 from statistics import fmean
 
 import toy
-from benchmarks.origin import source, surroundings
+from benchmarks.origin import provenance, source
 from files import replacing
 from tools import curves
 
@@ -358,7 +358,7 @@ def main() -> None:
     if not finished:
         raise SystemExit("error: no run was finished")
     flags = {name: getattr(args, name) for name in ("seeds", "settings", "max_steps", "jobs")}
-    data = dict(**source(), **surroundings(), flags=flags, missing=failed, runs=finished)
+    data = dict(**provenance(), flags=flags, missing=failed, runs=finished)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     Path(f"{args.out}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     Path(f"{args.out}.md").write_text(markdown(data, args.out), encoding="utf-8")

@@ -29,7 +29,6 @@ from model.packing import ATTENTION
 
 TESTS = ["test_kernels_cuda.py", "test_packing.py", "test_policy.py", "test_kernels.py",
          "test_ranks.py::test_two_gpus_train_like_one"]  # fmt: skip
-SHAPES = [(N, 3584, 152064) for N in (8192, 1024, 32768)]
 PROMPT, COMPLETIONS = 1100, (170, 400)  # tokens
 OUTCOMES = dict(test="", outcome="", seconds=".1f")
 
@@ -78,7 +77,7 @@ def correctness(args: argparse.Namespace, results: Results) -> None:
 
 
 def kernels(args: argparse.Namespace, results: Results) -> None:
-    head.run(SHAPES, results)
+    head.run(head.SHAPES, results)
 
 
 def one_step(args: argparse.Namespace, results: Results) -> None:
@@ -90,9 +89,10 @@ def one_step(args: argparse.Namespace, results: Results) -> None:
 
 
 PARTS = dict(
-    correctness=(correctness, OUTCOMES), kernels=(kernels, head.COLUMNS),
+    correctness=(correctness, OUTCOMES),
+    kernels=(kernels, head.COLUMNS),
     step=(one_step, step.COLUMNS),
-)  # fmt: skip
+)
 
 
 def table(out: Path) -> str:

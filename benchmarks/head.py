@@ -1,33 +1,26 @@
 """Speed and memory of the head beside the matmuls it cannot avoid and the alternatives installed.
 
-    python -m benchmarks.head                               # the whole table, on a CUDA device
-    python -m benchmarks.head --shapes 8192x3584x152064 --json out.json
-    python -m benchmarks.head --table out.json              # a results file as a Markdown table
+    python -m benchmarks.gpu --part kernels --out runs/h200
 
 Groups of G = 8 equally long completions, bf16, on-policy, forward and backward with D_t and w_t.
-Ours are timed without the checks of their arguments, which wait for the GPU. The file is written
-after every row, and the same command goes on where it was interrupted.
+Ours are timed without the checks of their arguments, which wait for the GPU.
 The ceiling is three bare cuBLAS products of the same shape: H Wᵀ, its gradient times W, times H.
-Without CUDA: says so, compares the reference with the chunked algorithm in plain torch, exits 0.
+Without CUDA it says so and measures nothing.
 """
 
-import argparse
 import functools
-import math
 import statistics
-import time
+from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 
-from benchmarks.origin import Results, markdown
+from benchmarks.origin import Results
 from kernels import reference, tw_grpo_head
 from kernels.head import kernel_head, lay_out
 
 G = 8
-SHAPES = [(N, 3584, 152064) for N in (1024, 2048, 4096, 8192, 16384, 32768)]
-SHAPES += [(8192, 2048, 151936), (8192, 4096, 128256), (8192, 8192, 152064)]
+SHAPES = [(N, 3584, 152064) for N in (8192, 1024, 32768)]
 # What an alternative leaves out, printed with its numbers.
 NOTES = {
     "frozen head": "no gradient of lm_head",
@@ -44,7 +37,8 @@ COLUMNS = dict(
 )  # fmt: skip
 
 
-def make_group(N, D, V, device, dtype, lengths=None, frozen=False):
+def make_group(N: int, D: int, V: int, device, dtype, lengths=None, frozen=False) -> dict:
+    """A group of N tokens in G completions of equal or the given lengths."""
     torch.manual_seed(0)
     lengths = lengths or [N // G] * G
     group = dict(
@@ -74,8 +68,8 @@ def official(hidden_ND, weight_VD, targets_N, lengths_G, advantages_G, alpha=1.7
     return -(weights_T[position_N] * gain_N).mean()
 
 
-def ours(impl: str):
-    """Lays the rows out and is ready to run: what is left never waits for the GPU."""
+def ours(impl: str) -> Callable:
+    """Lays the rows out beforehand: what is timed never waits for the GPU."""
 
     def prepare(**group):
         rows = lay_out(group["lengths_G"].tolist(), group["hidden_ND"].device)
@@ -89,13 +83,10 @@ def liger(hidden_ND, weight_VD, targets_N, lengths_G, advantages_G):
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     shape = len(lengths_G), int(lengths_G[0])
-    head = LigerFusedLinearGRPOLoss(
-        beta=0.0, epsilon_high=0.28, loss_type="bnpo", use_ref_model=False
-    )
-    mask = torch.ones(shape, device=hidden_ND.device)
-    return lambda: head(
-        hidden_ND.view(*shape, -1), weight_VD, targets_N.view(shape), mask, advantages_G
-    )[0]
+    options = dict(beta=0.0, epsilon_high=0.28, loss_type="bnpo", use_ref_model=False)
+    head, mask = LigerFusedLinearGRPOLoss(**options), hidden_ND.new_ones(shape).float()
+    hidden_GTD, targets_GT = hidden_ND.view(*shape, -1), targets_N.view(shape)
+    return lambda: head(hidden_GTD, weight_VD, targets_GT, mask, advantages_G)[0]
 
 
 def trl(hidden_ND, weight_VD, targets_N, lengths_G, advantages_G):
@@ -103,11 +94,10 @@ def trl(hidden_ND, weight_VD, targets_N, lengths_G, advantages_G):
     from trl.kernels import ChunkedLogProbFunction
 
     advantages_N = advantages_G.repeat_interleave(lengths_G)
+    arguments = hidden_ND, weight_VD, None, targets_N, 1.0, 8192, None, 1.0, ()
 
     def forward():
-        logps_N = ChunkedLogProbFunction.apply(
-            hidden_ND, weight_VD, None, targets_N, 1.0, 8192, None, 1.0, ()
-        )[0]
+        logps_N = ChunkedLogProbFunction.apply(*arguments)[0]
         return -((logps_N - logps_N.detach()).exp() * advantages_N).mean()
 
     return forward
@@ -117,17 +107,17 @@ def quack(hidden_ND, weight_VD, targets_N, **_):
     """quack-kernels 0.6.5."""
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
-    return lambda: chunked_linear_cross_entropy(hidden_ND, weight_VD, targets_N)
+    return functools.partial(chunked_linear_cross_entropy, hidden_ND, weight_VD, targets_N)
 
 
 def cce(hidden_ND, weight_VD, targets_N, **_):
     """cut-cross-entropy 25.1.1."""
     from cut_cross_entropy import linear_cross_entropy
 
-    return lambda: linear_cross_entropy(hidden_ND, weight_VD, targets_N)
+    return functools.partial(linear_cross_entropy, hidden_ND, weight_VD, targets_N)
 
 
-def variants():
+def variants() -> dict[str, Callable]:
     """{name: function of a group that returns the forward to time} of everything that can run."""
     plain = torch.compile(lambda **group: tw_grpo_head(**group, impl="reference").loss)
     found = {
@@ -137,9 +127,11 @@ def variants():
         "compiled reference": lambda **group: functools.partial(plain, **group),
     }
     for name, package, prepare in (
-        ("Liger", "liger_kernel", liger), ("TRL", "trl", trl),
-        ("QuACK", "quack", quack), ("CCE", "cut_cross_entropy", cce),
-    ):  # fmt: skip
+        ("Liger", "liger_kernel", liger),
+        ("TRL", "trl", trl),
+        ("QuACK", "quack", quack),
+        ("CCE", "cut_cross_entropy", cce),
+    ):
         if find_spec(package):
             found[name] = prepare
         else:
@@ -147,7 +139,7 @@ def variants():
     return found
 
 
-def milliseconds(work, repeats=7):
+def milliseconds(work: list[Callable], repeats: int = 7) -> list[tuple[float, float]]:
     """(median, spread) of each function in the list `work`, run one after another."""
     work_times = [[] for _ in work]
     for repeat in range(repeats + 2):
@@ -163,7 +155,7 @@ def milliseconds(work, repeats=7):
     return [(statistics.median(t), max(t) - min(t)) for t in work_times]
 
 
-def bare_matmuls(N, D, V):
+def bare_matmuls(N: int, D: int, V: int) -> dict:
     """The row of the three bare products: the ceiling."""
     hidden, weight = (torch.randn(n, D, device="cuda", dtype=torch.bfloat16) for n in (N, V))
     logits = hidden @ weight.T
@@ -177,7 +169,7 @@ def bare_matmuls(N, D, V):
     return dict(forward_ms=times[0], total_ms=total, tflops=6 * N * D * V / total / 1e9, ratio=1.0)
 
 
-def measure(prepare, ceiling, N, D, V, **options):
+def measure(prepare: Callable, ceiling: dict, N: int, D: int, V: int, **options) -> dict:
     """What the row of a variant holds. "peak_mb" is memory beyond the inputs and the gradients.
 
     ceiling  what `bare_matmuls` measured;  options  of `make_group`
@@ -204,19 +196,22 @@ def measure(prepare, ceiling, N, D, V, **options):
     gradients = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
     total = forward_ms + backward_ms
     return dict(
-        forward_ms=forward_ms, backward_ms=backward_ms, total_ms=total,
+        forward_ms=forward_ms,
+        backward_ms=backward_ms,
+        total_ms=total,
         spread_ms=forward_spread + spread,
         tflops=6 * len(group["hidden_ND"]) * D * V / total / 1e9,
         peak_mb=(torch.cuda.max_memory_allocated() - before - gradients) / 1e6,
-        forward_ratio=forward_ms / ceiling["forward_ms"], ratio=total / ceiling["total_ms"],
-    )  # fmt: skip
+        forward_ratio=forward_ms / ceiling["forward_ms"],
+        ratio=total / ceiling["total_ms"],
+    )
 
 
-def run(shapes, results: Results) -> None:
+def run(shapes: list[tuple[int, int, int]], results: Results) -> None:
     """Every variant at every shape, and the frozen and the ragged head at N = 8,192; our own at all
     shapes first."""
     if not torch.cuda.is_available():
-        return on_cpu()
+        return print("left out: No CUDA device; the head is measured on a GPU only")
     found = variants()
     mine = {name: found.pop(name) for name in ("chunked", "fused")}
     for these in (mine, found):
@@ -236,63 +231,3 @@ def run(shapes, results: Results) -> None:
                 note = NOTES.get(name.removeprefix("chunked, "), "")
                 results.measure(work, impl=name, **shape, note=note)
                 torch.cuda.empty_cache()
-
-
-def chunked_in_torch(hidden_ND, weight_VD, targets_N, lengths_G, chunk_positions=8):
-    """The forward of `kernels.chunked` in plain torch, for reading and for machines without GPU."""
-    completion_N, position_N = reference.positions_of_tokens(lengths_G)
-    logps_N, divergence_T = torch.empty(len(targets_N)), torch.empty(int(lengths_G.max()))
-    for t in range(0, len(divergence_T), chunk_positions):
-        here = (position_N >= t) & (position_N < t + chunk_positions)
-        logps_CV = reference.vocab_logps(hidden_ND[here], weight_VD)
-        logps_N[here] = logps_CV.gather(1, targets_N[here][:, None])[:, 0]
-        positions = min(chunk_positions, len(divergence_T) - t)
-        rows = logps_CV.new_zeros(len(lengths_G), positions, logps_CV.shape[1])
-        rows[completion_N[here], position_N[here] - t] = logps_CV
-        divergence_T[t : t + positions] = reference.group_divergence(rows, lengths_G - t)
-    return logps_N, divergence_T
-
-
-@torch.no_grad()
-def on_cpu():
-    print(
-        "No CUDA device: nothing is measured here. The two algorithms in plain torch on this CPU:"
-    )
-    group = make_group(256, 64, 8191, "cpu", torch.float32, [11, 53, 32, 47, 20, 41, 29, 23])
-    advantages = group.pop("advantages_G")
-    chunked_in_torch(**group)  # first calls pay for what is set up once
-    tw_grpo_head(**group, advantages_G=advantages, impl="reference")
-    start = time.perf_counter()
-    whole = tw_grpo_head(**group, advantages_G=advantages, impl="reference")
-    middle = time.perf_counter()
-    logps_N, divergence_T = chunked_in_torch(**group)
-    end = time.perf_counter()
-    N, V = len(group["hidden_ND"]), len(group["weight_VD"])
-    print(
-        f"  reference, forward: {1e3 * (middle - start):6.0f} ms, {N * V * 4e-6:.1f} MB of logits"
-    )
-    print(
-        f"  chunked, forward:   {1e3 * (end - middle):6.0f} ms, {8 * G * V * 4e-6:.1f} MB of logits"
-    )
-    difference = (divergence_T - whole.divergence_T).abs().max() / whole.divergence_T.max()
-    print(f"  largest difference: {(logps_N - whole.logps_N).abs().max():.1e} nats, "
-          f"{difference:.1e} of the largest D_t")  # fmt: skip
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    shape = lambda text: tuple(map(int, text.split("x")))  # noqa: E731
-    parser.add_argument("--shapes", nargs="*", type=shape, default=SHAPES, metavar="NxDxV")
-    parser.add_argument("--json", type=Path, help="write the results to this file, row by row")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="then begin nothing new")
-    parser.add_argument("--table", metavar="JSON", help="print a results file as Markdown and stop")
-    arguments = parser.parse_args()
-    if arguments.table:
-        return print(markdown(arguments.table, COLUMNS))
-    results = Results(arguments.json, COLUMNS, arguments.minutes)
-    run(arguments.shapes, results)
-    print(results.json())
-
-
-if __name__ == "__main__":
-    main()

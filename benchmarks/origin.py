@@ -39,21 +39,24 @@ def source() -> dict:
     return dict(commit=commit, dirty=dirty)
 
 
-def machine() -> dict:
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):  # elsewhere than on Linux
+def processor() -> str:
+    with contextlib.suppress(OSError, StopIteration):  # elsewhere than on Linux
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        cpu = names[0] if names else cpu
-    return dict(cpu=cpu, cores=os.cpu_count())
+        name = next(line for line in lines if line.startswith("model name"))
+        return name.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
-def surroundings() -> dict:
+def provenance() -> dict:
+    """Where a measurement comes from: commit, date, versions and machine."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-    return dict(date=datetime.now(UTC).date().isoformat(), versions=versions, machine=machine())
+    date = datetime.now(UTC).date().isoformat()
+    return source() | dict(
+        date=date, versions=versions, machine=dict(cpu=processor(), cores=os.cpu_count())
+    )
 
 
 def device() -> str:
@@ -72,7 +75,7 @@ class Results:
 
     def __init__(self, path: Path | None, columns: dict[str, str], minutes: float = math.inf):
         self.path, self.columns, self.end = path, columns, time.monotonic() + 60 * minutes
-        self.about = dict(device=device()) | source() | surroundings()
+        self.about = dict(device=device()) | provenance()
         self.rows = []
         if path and path.exists():
             earlier = read(path)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tools import score
 
-OUT = Path(__file__).resolve().parent / "rescored.json"
+OUT = Path(__file__).with_name("rescored.json")
 
 
 def row(name: str, path: str) -> dict:
@@ -32,22 +32,16 @@ def row(name: str, path: str) -> dict:
     )
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    top.add_argument("logs", nargs="+", metavar="NAME=LOG")
-    top.add_argument("--json", default=str(OUT))
-    return top
-
-
 def main() -> None:
-    args = parser().parse_args()
-    for argument in args.logs:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("logs", nargs="+", metavar="NAME=LOG")
+    logs = parser.parse_args().logs
+    for argument in logs:
         if "=" not in argument:
-            raise SystemExit(f"error: {argument}: give it a name, as in 'MMVU={argument}'")
-    rows = [row(*argument.split("=", 1)) for argument in args.logs]
-    Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    for line in rows:
-        print(line)
+            parser.error(f"{argument}: give it a name, as in 'MMVU={argument}'")
+    rows = [row(*argument.split("=", 1)) for argument in logs]
+    OUT.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    print(OUT.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

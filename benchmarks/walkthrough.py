@@ -49,7 +49,7 @@ def collect(run: Path) -> dict:
         words_V=[policy.tokenizer.decode([v]) for v in range(len(head_VD))],
         lengths_G=group.lengths_G.numpy(), targets_N=group.targets_N.numpy(), seed=SEED,
         banned_V=policy.banned_V.numpy(), max_completion_length=T, hidden_ND=hidden_ND.numpy(),
-        head_VD=head_VD, origin=json.dumps(origin.source() | origin.surroundings()),
+        head_VD=head_VD, origin=json.dumps(origin.provenance()),
     )  # fmt: skip
 
 

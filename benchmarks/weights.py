@@ -11,28 +11,28 @@ have in common is drawn anew for each position, from nearly all to nearly nothin
 is the row they all share, the prompt's last. These are not a language model's logits; the sweep
 over scales is there to show what does not hang on their shape.
 
-Toy: `twgrpo.py` itself, one untrained step at a time (the learning rate is too small to move a
-float32 weight), once per form. Seeds fix the questions and the samples, so the runs look at the
-same groups, and what differs in completions.jsonl is the weight alone.
+Toy: G = 8 completions of each of its first questions, sampled from the model before training, and
+weighed by every form.
 
 The figure and docs/equations.md's table come from the JSON this writes (benchmarks/weights.json).
 """
 
 import argparse
 import json
-import os
-import subprocess
-import sys
-import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor
 
-from benchmarks.origin import source
+import toy
+from benchmarks.origin import provenance
+from data import Prompter
+from kernels import tw_grpo_head
 from kernels.reference import group_divergence, token_weights
+from model.policy import Policy
+from records import load_records
 
 HERE = Path(__file__).resolve().parent
 FORMS = {  # name: (divergence, ended_rows)
@@ -81,73 +81,69 @@ def synthetic_group(V: int, scale: float, seed: int, lengths: list[int]) -> dict
     return dict(scale=scale, seed=seed, alive=alive, divergence=divergence, weights=weights)
 
 
-def toy_groups(run: Path, steps: int, tmp: Path) -> list[dict]:
-    """The first group of each step, weighed by every form, of the toy model before its training."""
-    toy = run / "toy"
-    rows = {}
-    for name, (form, ended_rows) in FORMS.items():
-        out = tmp / f"{form}-{ended_rows}"
-        subprocess.run(
-            [sys.executable, str(HERE.parent / "twgrpo.py"), "--output_dir", str(out),
-             "--model_name_or_path", str(toy / "model"), "--jsonl_path", str(toy / "train.jsonl"),
-             "--video_root", str(toy), "--divergence", form, "--ended_rows", ended_rows,
-             "--alpha", str(ALPHA), "--max_steps", str(steps), "--learning_rate", "1e-30",
-             *"--max_frames 4 --min_pixels 3136 --max_pixels 3136 --max_completion_length 20 "
-             "--dataloader_num_workers 0 --gradient_checkpointing false".split()],
-            check=True, env=dict(os.environ, TQDM_DISABLE="1"), stdout=subprocess.DEVNULL,
-        )  # fmt: skip
-        lines = (out / "completions.jsonl").read_text(encoding="utf-8").splitlines()
-        rows[name] = [json.loads(line) for line in lines]
+def toy_groups(run: Path, steps: int) -> list[dict]:
+    """A group of each of the first questions, from the toy model before its training, weighed by
+    every form."""
+    policy = Policy.load(run / "toy" / "model")
+    prompter = Prompter(policy.tokenizer, policy.chat_template, policy.geometry, **toy.CLIP)
     groups = []
-    for same in zip(*rows.values(), strict=True):
-        lengths = [[len(c["token_ids"]) for c in row["completions"]] for row in same]
-        tokens = [[c["token_ids"] for c in row["completions"]] for row in same]
-        if any(other != tokens[0] for other in tokens):
-            raise RuntimeError(f"step {same[0]['step']}: the runs sampled different completions")
+    for step, row in enumerate(load_records(run / "toy" / "train.jsonl", run / "toy")[:steps], 1):
+        question = prompter(row)
+        with torch.no_grad():
+            features = policy.encode_videos([question])
+            (group,) = policy.rollout(
+                [question],
+                features,
+                8,
+                toy.DEFAULTS["max_completion_length"],
+                1.0,
+                [(0, step, 0, 1)],
+            )
+            (hidden_ND,) = policy.hidden_states([group], features)
+        alive = [int((group.lengths_G > t).sum()) for t in range(group.lengths_G.max())]
+        heads = {
+            name: tw_grpo_head(
+                hidden_ND, policy.head_VD, group.targets_N, group.lengths_G, torch.zeros(8),
+                divergence=form, ended_rows=ended_rows, alpha=ALPHA,
+            )
+            for name, (form, ended_rows) in FORMS.items()
+        }  # fmt: skip
         groups.append(
             dict(
-                step=same[0]["step"],
-                alive=[sum(t < n for n in lengths[0]) for t in range(max(lengths[0]))],
-                divergence={n: r["divergence"] for n, r in zip(rows, same, strict=True)},
-                weights={n: r["weights"] for n, r in zip(rows, same, strict=True)},
+                step=step,
+                alive=alive,
+                divergence={name: head.divergence_T.tolist() for name, head in heads.items()},
+                weights={name: head.weights_T.tolist() for name, head in heads.items()},
             )
         )
     return groups
 
 
 def summary(groups: list[dict]) -> dict:
-    """By form, of several groups: w_t where all are alive (from t = 1 on: position 0 is one shared
-    row), where one to half of them are, and where most of the weight's range is spent."""
+    """By form, over several groups: w_t where all are alive (from t = 1 on: position 0 is one
+    shared row), where one to half of them are, and the ratio of the mean D_t of the two."""
     out = {}
     for name in FORMS:
-        all_alive, half, last, ratios, peaks = [], [], [], [], []
+        weights, tails, last, ratios = [], [], [], []
         for group in groups:
             G, w, D = group["alive"][0], group["weights"][name], group["divergence"][name]
-            alive = [x for x, a in zip(w, group["alive"], strict=True) if a == G][1:]
-            tail = [x for x, a in zip(w, group["alive"], strict=True) if a <= G / 2]
-            if not alive or not tail:
+            full = [t for t, alive in enumerate(group["alive"]) if alive == G][1:]
+            late = [t for t, alive in enumerate(group["alive"]) if alive <= G / 2]
+            if not full or not late:
                 continue
-            all_alive += alive
-            half += tail
+            weights += [w[t] for t in full]
+            tails += [w[t] for t in late]
             last.append(w[-1])
-            peaks.append(max(range(len(w)), key=w.__getitem__) / max(1, len(w) - 1))
-            means = [
-                [d for d, a in zip(D, group["alive"], strict=True) if test(a)][from_:]
-                for test, from_ in ((lambda a, G=G: a == G, 1), (lambda a, G=G: a <= G / 2, 0))
-            ]
-            live, dead = (sum(x) / len(x) for x in means)
+            live, dead = (fmean(D[t] for t in positions) for positions in (full, late))
             ratios.append(dead / live if live > 0 else float("inf"))
-        count = max(1, len(last))
         out[name] = dict(
             groups=len(last),
-            all_alive_min=min(all_alive, default=None),
-            all_alive_mean=sum(all_alive) / max(1, len(all_alive)),
-            all_alive_max=max(all_alive, default=None),
-            half_or_fewer_mean=sum(half) / max(1, len(half)),
-            half_or_fewer_max=max(half, default=None),
-            last_position_mean=sum(last) / count,
-            divergence_ratio=sum(ratios) / count,
-            peak_at_fraction_of_length=sum(peaks) / count,
+            all_alive_mean=fmean(weights),
+            all_alive_max=max(weights),
+            half_or_fewer_mean=fmean(tails),
+            half_or_fewer_max=max(tails),
+            last_position_mean=fmean(last),
+            divergence_ratio=fmean(ratios),
         )
     return out
 
@@ -159,7 +155,7 @@ def plot(result: dict, path: Path) -> None:
               for g in result["synthetic"]["groups"] if g["seed"] == 0]  # fmt: skip
     if "toy" in result:
         shown = max(result["toy"]["groups"], key=lambda g: len(g["alive"]) - g["alive"].count(8))
-        panels.append((f"toy completions, V = {result['toy']['V']}, step {shown['step']}", shown))
+        panels.append((f"toy completions, step {shown['step']}", shown))
     figure = Figure(figsize=(3.4 * len(panels), 5.2), layout="constrained")
     axes = figure.subplots(2, len(panels), sharex="col", height_ratios=[3, 1], squeeze=False)
     for (title, group), (upper, lower) in zip(panels, axes.T, strict=True):
@@ -227,24 +223,18 @@ def main() -> None:
             for scale in SCALES
             for seed in range(args.seeds)
         ]
-        result = dict(
-            date=datetime.now(UTC).date().isoformat(), torch=torch.__version__,
-            commit=source()["commit"],
-            device=f"CPU, {torch.get_num_threads()} thread(s)", alpha=ALPHA,
-            V=args.vocabulary, lengths=LENGTHS,
+        result = provenance() | dict(
+            alpha=ALPHA,
+            V=args.vocabulary,
+            lengths=LENGTHS,
             synthetic=dict(
-                summary={
-                    f"{s:g}": summary([g for g in groups if g["scale"] == s]) for s in SCALES
-                },
+                summary={f"{s:g}": summary([g for g in groups if g["scale"] == s]) for s in SCALES},
                 groups=groups,
             ),
-        )  # fmt: skip
+        )
         if args.toy:
-            with tempfile.TemporaryDirectory() as tmp:
-                toy = toy_groups(Path(args.toy), args.steps, Path(tmp))
-            config = json.loads((Path(args.toy) / "toy/model/config.json").read_text())
-            V = config.get("text_config", config)["vocab_size"]
-            result["toy"] = dict(V=V, summary=summary(toy), groups=toy)
+            groups = toy_groups(Path(args.toy), args.steps)
+            result["toy"] = dict(summary=summary(groups), groups=groups)
         result["seconds"] = time.perf_counter() - start
         Path(args.json).write_text(json.dumps(rounded(result)) + "\n", encoding="utf-8")
     result = json.loads(Path(args.json).read_text(encoding="utf-8"))

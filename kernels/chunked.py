@@ -34,11 +34,13 @@ def chunks_of_positions(starts: Sequence[int], rows: int) -> Iterator[tuple[int,
 
 
 def forward(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, layout, options: LossOptions, steps
-) -> tuple[Tensor, Tensor]:
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, layout, options: LossOptions, steps,
+    kept_KV: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(statistics_3N, divergence_T), in float32 or wider, see `logits.statistics`.
 
-    steps  the module `logits` (Triton) or `plain` (torch)
+    steps    the module `logits` (Triton) or `plain` (torch)
+    kept_KV  is filled with P' = 1[v=y] - p of the first K rows in position-major order
 
     Memory beyond outputs: one chunk of logits, 2048 x 152064 x 4 = 1.25 GB, whatever N is; in plain
     torch 41 rows and about 7 copies of them, 0.2 GB.
@@ -51,9 +53,21 @@ def forward(
     widest = max(starts[last] - starts[first] for first, last in chunks)
     buffer = hidden_ND.new_empty(widest, V, dtype=wide)
     for first, last in chunks:
-        order_R = layout.order_N[starts[first] : starts[last]]
+        rows = slice(starts[first], starts[last])
+        order_R = layout.order_N[rows]
         logits_RV = matmul_float32(hidden_ND[order_R], weight_VD.T, out=buffer[: len(order_R)])
-        statistics_3N[:, order_R], divergence_T[first:last] = steps.statistics(
-            logits_RV, targets_N[order_R], layout, first, last, options
+        targets_R, kept_V = targets_N[order_R], kept_KV[rows]
+        statistics_3R, divergence_T[first:last] = steps.statistics(
+            logits_RV, targets_R, layout, first, last, options
         )
+        statistics_3N[:, order_R] = statistics_3R
+        if K := len(kept_V):
+            # One more read of the chunk, a thirtieth of the time of three matmuls. The group kernel
+            # could write it too, but bf16 stores suit another layout of its tile than float32
+            # loads, and changing it costs 12 barriers for every tile.
+            no_scale_K = torch.full_like(statistics_3R[0, :K], options.temperature)
+            steps.softmax_gradient(
+                logits_RV[:K], kept_V, targets_R[:K], statistics_3R[:, :K], no_scale_K, 0,
+                options.temperature,
+            )  # fmt: skip
     return statistics_3N, divergence_T

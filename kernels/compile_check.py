@@ -91,11 +91,7 @@ def launch_everything(arch: int) -> None:
         ("official", "textbook", "entropy"),
     ):  # fmt: skip
         launch_head(arch, [300] * G, impl, dtype, divergence=divergence)
-    for divergence in (
-        "official",
-        "textbook",
-        "entropy",
-    ):  # where one completion outlives the others
+    for divergence in ("official", "textbook", "entropy"):  # one completion outlives the other
         launch_head(arch, [300, 100], "fused", divergence=divergence)
 
 

@@ -220,7 +220,7 @@ def buckets_of_positions(starts: list[int]) -> Iterator[tuple[int, int, int]]:
 
 
 def forward(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, layout, options: LossOptions, _
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, layout, options: LossOptions, *_
 ) -> tuple[Tensor, Tensor]:
     """(statistics_3N, divergence_T), as `chunked.forward`.
 

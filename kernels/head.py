@@ -15,6 +15,9 @@ from kernels import reference
 from kernels.checks import KERNEL_DTYPES, check_group, check_inputs, check_kernels
 from kernels.reference import HeadOutput, LossOptions
 
+# For what the forward keeps: 4,110 rows in bf16 at V = 152064. Plain torch keeps less, so that on a
+# CPU too the head's memory stays near one copy of 512 rows of logits.
+KEPT_BYTES, KEPT_BYTES_PLAIN = 1.25e9, 0.05e9
 IMPLS = ("auto", "chunked", "fused", "plain", "reference")
 
 
@@ -59,11 +62,14 @@ class Statistics(torch.autograd.Function):
     """Eqs. 8 and 12 to 15 by the kernels: (logps_N, divergence_T), the second without gradient."""
 
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, targets_N, layout, impl, options):
+    def forward(ctx, hidden_ND, weight_VD, targets_N, layout, impl, options, kept_bytes):
         design, steps = modules(impl)
         inputs = hidden_ND, weight_VD, targets_N
-        statistics_3N, divergence_T = design.forward(*inputs, layout, options, steps)
-        ctx.save_for_backward(*inputs, statistics_3N)
+        N, V = len(hidden_ND), len(weight_VD)
+        K = min(N, int(kept_bytes / hidden_ND.element_size() / V))
+        kept_KV = hidden_ND.new_empty(K, V)
+        statistics_3N, divergence_T = design.forward(*inputs, layout, options, steps, kept_KV)
+        ctx.save_for_backward(*inputs, statistics_3N, layout.order_N, kept_KV)
         ctx.impl, ctx.temperature = impl, options.temperature
         ctx.mark_non_differentiable(divergence_T)
         return statistics_3N[0].clone(), divergence_T
@@ -73,11 +79,14 @@ class Statistics(torch.autograd.Function):
     def backward(ctx, coefficients_N, _):
         from kernels.backward import backward, words_of_slice
 
+        hidden_ND, *_, kept_KV = ctx.saved_tensors
+        N, K = len(hidden_ND), len(kept_KV)
+        words = words_of_slice(ctx.impl, max(1, N - K), hidden_ND.shape[1] if K else 0)
         dH, dW = backward(
             coefficients_N.contiguous(), *ctx.saved_tensors, *ctx.needs_input_grad[:2],
-            ctx.temperature, words_of_slice(ctx.impl, len(coefficients_N)), modules(ctx.impl)[1],
+            ctx.temperature, words, modules(ctx.impl)[1],
         )  # fmt: skip
-        return dH, dW, None, None, None, None
+        return dH, dW, None, None, None, None, None
 
 
 def tw_grpo_head(
@@ -90,6 +99,7 @@ def tw_grpo_head(
     old_logps_N: Tensor | None = None,
     ref_logps_N: Tensor | None = None,
     impl: str = "auto",
+    kept_bytes: float = KEPT_BYTES,
     **options: float | str | bool,
 ) -> HeadOutput:
     """The clipped, token-weighted loss of one question and everything measured on the way.
@@ -108,6 +118,9 @@ def tw_grpo_head(
                   "fused"      Triton only, logits in registers: the small one
                   "plain"      chunked in plain torch; "chunked" is this where Triton cannot run
                   "auto"       chunked on CUDA if Triton is installed, else plain
+    kept_bytes    budget for the rows of logits that `chunked` and `plain` keep for the backward, as
+                  1[v=y] - p, and need not compute again; 0: none. Questions whose losses are
+                  differentiated together share it.
     options       alpha, beta, temperature, loss_type, divergence, ...: `LossOptions`
 
     `chunked` and `fused` take float32 or bfloat16 on CUDA, or float32 on a CPU under
@@ -125,17 +138,24 @@ def tw_grpo_head(
         return reference.tw_grpo(hidden_ND, weight_VD, targets_N, *group, settings)
     check_kernels(impl, hidden_ND, settings)
     layout = lay_out(lengths, hidden_ND.device)
-    return kernel_head(layout, hidden_ND, weight_VD, targets_N, *group, impl=impl, **options)
+    inputs = hidden_ND, weight_VD, targets_N
+    return kernel_head(layout, *inputs, *group, impl=impl, kept_bytes=kept_bytes, **options)
 
 
 def kernel_head(
     layout: Layout, hidden_ND, weight_VD, targets_N, lengths_G, advantages_G,
-    old_logps_N=None, ref_logps_N=None, impl="chunked", **options,
+    old_logps_N=None, ref_logps_N=None, impl="chunked", kept_bytes=KEPT_BYTES,
+    **options,
 ) -> HeadOutput:  # fmt: skip
     """`tw_grpo_head` by the kernels without its checks, so that nothing waits for the GPU."""
     settings = LossOptions(**options)
     inputs = (x.contiguous() for x in (hidden_ND, weight_VD, targets_N))
-    statistics = Statistics.apply(*inputs, layout, impl, settings)
+    wants_gradient = hidden_ND.requires_grad or weight_VD.requires_grad
+    if impl == "fused" or not (wants_gradient and torch.is_grad_enabled()):
+        kept_bytes = 0  # "fused" has no logits in memory to keep
+    elif impl == "plain":
+        kept_bytes = min(kept_bytes, KEPT_BYTES_PLAIN)
+    statistics = Statistics.apply(*inputs, layout, impl, settings, kept_bytes)
     group = (lengths_G, advantages_G, old_logps_N, ref_logps_N)
     return reference.weighted_loss(*statistics, *group, settings)
 
@@ -161,7 +181,8 @@ def token_logps(
     layout = lay_out([len(hidden_ND)], hidden_ND.device)  # one completion: no divergence
     inputs = (x.contiguous() for x in (hidden_ND, weight_VD, targets_N))
     design, steps = modules(impl)
-    return design.forward(*inputs, layout, options, steps)[0][0]
+    nothing = hidden_ND.new_empty(0, len(weight_VD))
+    return design.forward(*inputs, layout, options, steps, nothing)[0][0]
 
 
 def choose_impl(impl: str, hidden_ND: Tensor, options: LossOptions) -> str:

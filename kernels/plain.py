@@ -26,9 +26,10 @@ def chunks(layout, V: int) -> Iterator[tuple[int, int]]:
 def statistics(
     logits_RV: Tensor, targets_R: Tensor, layout, first: int, last: int, options: LossOptions
 ) -> tuple[Tensor, Tensor]:
-    """As `logits.statistics`; divides the logits by the temperature in place."""
-    peak_R = logits_RV.div_(options.temperature).amax(1)
-    logps_RV = F.log_softmax(logits_RV, dim=-1)
+    """As `logits.statistics`."""
+    logps_RV = logits_RV / options.temperature
+    peak_R = logps_RV.amax(1)
+    logps_RV = F.log_softmax(logps_RV, dim=-1)
     log_sum_R = -logps_RV.amax(1)  # at the peak, log p = -log Σ e^(x-m)
     statistics_3R = torch.stack([logps_RV.gather(1, targets_R[:, None])[:, 0], peak_R, log_sum_R])
     if layout.G == 1 and options.divergence != "entropy":  # one alone has no spread
@@ -57,5 +58,5 @@ def softmax_gradient(
     here_N = (targets_N >= first_word) & (targets_N < first_word + logits_NS.shape[1])
     n = here_N.nonzero()[:, 0]
     gradient_NS[n, targets_N[n] - first_word] += scale_N[n]
-    if out_NS.dtype != logits_NS.dtype:
+    if out_NS.data_ptr() != logits_NS.data_ptr():
         out_NS.copy_(gradient_NS)

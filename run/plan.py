@@ -115,7 +115,9 @@ def memory(cfg: Config, policy: Policy, prompt: int) -> dict[str, float]:
         in_bf16 = 2 * (layers + B * V * D)  # the head is cast for each question
         in_backward = 2 * layer
     gradients = 4 * trained / world
-    head = 1.3e9 + 4 * D * B * G * T
+    freed = 2 * layers if world == 1 and cfg.gradient_checkpointing else 0  # before the head works
+    # A chunk of logits in float32, what is kept of them in bf16, and hidden states.
+    head = 4 * V * min(2048, G * T) + min(1.25e9, 2 * V * B * G * T) + 4 * D * B * G * T
     parts = {
         "always: parameters, float32": 4 * everything / world,
         "always: AdamW moments, float32": 8 * trained / world,
@@ -127,7 +129,7 @@ def memory(cfg: Config, policy: Policy, prompt: int) -> dict[str, float]:
         "rollout: keys and values, bf16": cached * B * accumulates * length,
         "score: kept activations": kept,
         "score: weights in bf16": in_bf16,
-        "score: one layer or the head at work": max(forward, head),
+        "score: one layer or the head at work": max(forward, head - freed),
     }
     if accumulates > 1:
         parts["score: gradients of earlier micro-batches"] = gradients

@@ -12,6 +12,8 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = (
@@ -20,15 +22,16 @@ FLAGS = (
     "--remote-debugging-pipe"
 ).split()
 SILENCE = 60  # seconds without a message after which chromium is given up
+KEYS = dict(ArrowLeft=37, ArrowUp=38, ArrowRight=39, ArrowDown=40, Escape=27)
 
 
 def unusable() -> str | None:
-    """Why there is no chromium to test with; None if there is one."""
+    """Why there is no chromium to test with; None if there is one. Distributions install a script
+    of this name that only says where to get it, so its exit status counts."""
     if CHROMIUM is None:
         return "it is not installed"
-    quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     try:
-        subprocess.run([CHROMIUM, "--version"], **quiet, timeout=20, check=True)
+        subprocess.run([CHROMIUM, "--version"], capture_output=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError) as error:
         return str(error)
     return None
@@ -37,18 +40,14 @@ def unusable() -> str | None:
 class Browser:
     """One page at a time, opened by `open`; `problems` and `requests` are those since then."""
 
-    def __init__(self, profile):
+    def __init__(self, profile: Path):
         to_child, self.out = os.pipe()
         self.inn, from_child = os.pipe()
         # Chromium reads messages from descriptor 3 and writes them to 4.
-        devnull = (os.POSIX_SPAWN_OPEN, os.devnull, os.O_RDWR, 0)
+        quiet = [(os.POSIX_SPAWN_OPEN, k, os.devnull, os.O_RDWR, 0) for k in (1, 2)]
         pipes = [(os.POSIX_SPAWN_DUP2, to_child, 3), (os.POSIX_SPAWN_DUP2, from_child, 4)]
-        self.pid = os.posix_spawn(
-            CHROMIUM,
-            [CHROMIUM, *FLAGS, f"--user-data-dir={profile}"],
-            os.environ,
-            file_actions=[(devnull[0], k, *devnull[1:]) for k in (1, 2)] + pipes,
-        )
+        command = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}"]
+        self.pid = os.posix_spawn(CHROMIUM, command, os.environ, file_actions=quiet + pipes)
         os.close(to_child), os.close(from_child)
         self.buffer, self.count, self.session = b"", 0, None
         self.problems, self.requests, self.loaded = [], [], False
@@ -59,7 +58,6 @@ class Browser:
         self.session = attached["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network", "Inspector"):
             self.call(f"{domain}.enable")
-        self.size(900, 1000)
 
     def close(self):
         os.kill(self.pid, signal.SIGKILL)
@@ -76,8 +74,7 @@ class Browser:
         text, _, self.buffer = self.buffer.partition(b"\0")
         message = json.loads(text)
         kind, values = message.get("method"), message.get("params", {})
-        crashed = kind in ("Inspector.targetCrashed", "Target.targetCrashed")
-        assert not crashed, f"the page has crashed: {values}"
+        assert kind not in ("Inspector.targetCrashed", "Target.targetCrashed"), values
         if kind == "Runtime.exceptionThrown":
             self.problems.append(values["exceptionDetails"])
         elif kind in ("Log.entryAdded", "Runtime.consoleAPICalled", "Page.javascriptDialogOpening"):
@@ -107,13 +104,16 @@ class Browser:
         while not self.loaded:
             self._message()
 
-    def open(self, path) -> float:
+    def timed(self, action: Callable) -> float:
+        start = time.perf_counter()
+        action()
+        return time.perf_counter() - start
+
+    def open(self, path: Path) -> float:
         """Loads the file; returns the seconds until its load event."""
         self._navigate("about:blank")
         self.problems, self.requests = [], []
-        start = time.perf_counter()
-        self._navigate(path.as_uri())
-        return time.perf_counter() - start
+        return self.timed(lambda: self._navigate(path.as_uri()))
 
     def js(self, expression: str):
         values = dict(expression=expression, returnByValue=True, awaitPromise=True)
@@ -122,8 +122,7 @@ class Browser:
         return answer["result"].get("value")
 
     def key(self, key: str, shift: bool = False):
-        codes = dict(ArrowLeft=37, ArrowUp=38, ArrowRight=39, ArrowDown=40, Escape=27, Tab=9)
-        values = dict(key=key, code=key, windowsVirtualKeyCode=codes[key], modifiers=8 * shift)
+        values = dict(key=key, code=key, windowsVirtualKeyCode=KEYS[key], modifiers=8 * shift)
         for kind in ("keyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, **values)
         self.settle()
@@ -133,7 +132,7 @@ class Browser:
         self.js("new Promise(done => requestAnimationFrame(() => setTimeout(done)))")
 
     def _middle(self, element: str) -> dict:
-        """Where the element is, an expression of the page's language, after scrolling to it."""
+        """Where the element, a JavaScript expression, is after scrolling to it."""
         return self.js(
             f"(async () => {{ const it = {element}; it.scrollIntoView({{block: 'center'}});"
             "await new Promise(requestAnimationFrame);"
@@ -163,7 +162,7 @@ class Browser:
 
 
 @contextlib.contextmanager
-def browser(profile):
+def browser(profile: Path) -> Iterator[Browser]:
     chromium = Browser(profile)
     try:
         chromium.begin()

@@ -1,12 +1,14 @@
-"""The questions whose rendered prompts stand in tests/golden, one file a style.
+"""The questions whose rendered prompts are in tests/golden, one file a style.
 
-python tests/prompt_cases.py      writes the files anew; read the diff before it is committed
+python -m tests.prompt_cases      writes the files anew; read the diff before it is committed
 """
 
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import toy
+from data import STYLES, Prompter
+from records import as_record
+from video import Geometry
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 ROWS = {
@@ -43,27 +45,25 @@ ROWS = {
 }
 
 
-def rendered(style: str) -> str:
-    """Every case in the chat form of Qwen2.5-VL, under a line that names it."""
-    import toy
-    from data import Prompter
-    from records import as_record
-    from video import Geometry
+TOKENIZER = toy.build_tokenizer(["a"])
 
-    tokenizer = toy.build_tokenizer(["a"])
+
+def rendered(style: str) -> dict[str, tuple[str, list[int]]]:
+    """Title of each case -> its prompt in the chat form of Qwen2.5-VL, and its ids."""
     types = ("mixed", "single", "multiple") if style == "think" else ("mixed",)
-    parts = []
+    prompts = {}
     for kind in types:
-        prompter = Prompter(tokenizer, toy.CHAT_TEMPLATE, Geometry(), kind, style=style)
+        prompter = Prompter(TOKENIZER, toy.CHAT_TEMPLATE, Geometry(), kind, style=style)
         for name, row in ROWS.items():
             title = name + (f", --question_type {kind}" if len(types) > 1 else "")
-            text = prompter.tokenize(as_record(row, "row 1", Path("videos")))[0]
-            parts.append(f"===== {title}\n{text}\n")
-    return "".join(parts)
+            prompts[title] = prompter.tokenize(as_record(row, "row 1", Path("videos")))
+    return prompts
+
+
+def as_file(prompts: dict[str, tuple[str, list[int]]]) -> str:
+    return "".join(f"===== {title}\n{prompt}\n" for title, (prompt, _) in prompts.items())
 
 
 if __name__ == "__main__":
-    from data import STYLES
-
     for style in STYLES:
-        (GOLDEN / f"{style}.txt").write_text(rendered(style), encoding="utf-8")
+        (GOLDEN / f"{style}.txt").write_text(as_file(rendered(style)), encoding="utf-8")

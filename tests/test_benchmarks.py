@@ -10,38 +10,16 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from benchmarks import gpu, head, step
-from benchmarks.origin import OUT_OF_MEMORY, Results
+from benchmarks import gpu, head, peers, step
+from benchmarks.origin import OUT_OF_MEMORY, Results, markdown
 from kernels import tw_grpo_head
 
 PROJECT, DEVICE = conftest.PROJECT, "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU")
-def test_without_cuda_it_says_so_and_exits_0():
-    command = [sys.executable, "-m", "benchmarks.head"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    assert "No CUDA device" in result.stdout
-    assert "chunked" in result.stdout and "reference" in result.stdout
-
-
-def small_group(lengths, dtype=torch.float64):
-    group = head.make_group(sum(lengths), 8, 31, "cpu", dtype, lengths)
-    return group | {"advantages_G": group["advantages_G"].to(dtype)}
-
-
-def test_chunked_in_torch_is_the_reference():
-    group = {k: v.detach() for k, v in small_group([5, 9, 2], torch.float32).items()}
-    exact = tw_grpo_head(**group)
-    del group["advantages_G"]
-    logps, divergence = head.chunked_in_torch(**group, chunk_positions=2)
-    assert_close(logps, exact.logps_N, rtol=0, atol=1e-5)
-    assert_close(divergence, exact.divergence_T, rtol=1e-5, atol=1e-6)
-
-
 def test_the_official_computation_is_restated_faithfully():
-    group = small_group([5, 9, 2])
+    group = head.make_group(16, 8, 31, "cpu", torch.float64, [5, 9, 2])
+    group["advantages_G"] = group["advantages_G"].double()
     assert_close(head.official(**group), tw_grpo_head(**group).loss)
 
 
@@ -137,6 +115,7 @@ def small(monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
 
 
+@pytest.mark.slow
 def test_the_step_is_measured_without_a_codec_and_ours_first(small, tmp_path, monkeypatch):
     """And the official way, which needs more memory, cannot end it."""
 
@@ -171,13 +150,38 @@ def test_a_token_reads_the_language_model_once_and_the_keys_and_values():
     assert step.bytes_of_a_token(policy, 100, cfg) == expected
 
 
+def test_peers_are_measured_in_processes_of_their_own_and_the_missing_named(
+    tmp_path, monkeypatch, capsys
+):
+    path, seconds = tmp_path / "peers.json", {"ours": [2.0, 1.0, 3.0], "official": [8.0, 6.0, 7.0]}
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)  # neither TRL nor Liger
+    monkeypatch.setattr(
+        peers, "one_round", lambda way, args: dict(step_s=seconds[way].pop(0), peak_gb=1.5)
+    )
+    monkeypatch.setattr(sys, "argv", ["peers", "--rounds", "3", "--json", str(path)])
+    peers.main()
+    assert "left out, not installed: TRL (trl)" in capsys.readouterr().out
+    rows = {row["way"]: row for row in json.loads(path.read_text())["rows"]}
+    assert rows.keys() == {"ours", "official"} and rows["official"]["rounds"] == 3
+    shown = [rows["official"][k] for k in ("step_s", "fastest_s", "slowest_s", "times_ours")]
+    assert shown == [7.0, 6.0, 8.0, 3.5]
+
+
+@pytest.mark.slow
+def test_a_round_of_ours_measures_time_and_memory(monkeypatch):
+    flags = "--prompt 120 --completion 3 --num_generations 2 --repeats 1".split()
+    row = peers.one_round("ours", peers.parser().parse_args(flags))
+    assert row["step_s"] > 0 and 0.1 < row["peak_gb"] < 20
+
+
 # ------------------------------------------------------------------------------- the one command
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU")
 def test_without_a_gpu_the_one_command_says_what_it_leaves_out(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.gpu", "--out", tmp_path, "--minutes", "1"]
-    result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "benchmarks.gpu", "--out", tmp_path, "--minutes", "9"]
+    result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
     for part in ("left out: `python -m pytest`", "No CUDA device", "left out: 7b needs a CUDA"):
         assert part in result.stdout
@@ -191,6 +195,7 @@ def test_minutes_that_are_none_are_refused_in_a_sentence(minutes, tmp_path, monk
     assert "--minutes must be above 0" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_step_of_the_one_command_and_its_table(small, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu.faulthandler, "dump_traceback_later", lambda *a, **k: None)
     flags = ["gpu", "--out", str(tmp_path), "--part", "step", "--size", "tiny"]
@@ -206,6 +211,7 @@ def test_the_step_of_the_one_command_and_its_table(small, tmp_path, monkeypatch,
     assert "| ours | sdpa |" in printed and "| times faster |" in printed
 
 
+@pytest.mark.slow
 def test_outcomes_of_tests_are_rows_and_only_failures_run_again(tmp_path):
     file, count = tmp_path / "test_it.py", tmp_path / "count"
     file.write_text(f"""
@@ -232,6 +238,7 @@ def test_skipped():
     assert "test_it.py::test_bad: assert 1 == 2" in shown
 
 
+@pytest.mark.slow
 def test_a_part_that_hangs_is_ended_with_its_minutes(tmp_path):
     code = """
 import sys, time
@@ -249,7 +256,7 @@ gpu.main()
     assert json.loads((tmp_path / "step.json").read_text())["rows"] == [dict(way="ours")]
 
 
-def test_the_table_comes_from_the_file(tmp_path, capsys, monkeypatch):
+def test_the_table_comes_from_the_file(tmp_path):
     shape = dict(N=8192, D=3584, V=152064)
     done = dict(forward_ms=1.0, backward_ms=2.0, total_ms=3.0, spread_ms=0.1, tflops=4.0,
                 peak_mb=5.0, forward_ratio=1.5, ratio=1.25)  # fmt: skip
@@ -261,9 +268,7 @@ def test_the_table_comes_from_the_file(tmp_path, capsys, monkeypatch):
     results = origin | dict(versions={"torch": "9"}, rows=rows)
     file = tmp_path / "results.json"
     file.write_text(json.dumps(results))
-    monkeypatch.setattr(sys, "argv", ["bench", "--table", str(file)])
-    head.main()
-    printed = capsys.readouterr().out
+    printed = markdown(file, head.COLUMNS)
     assert "a device, a date, commit a commit" in printed
     assert "| chunked | 8192 | 3584 | 152064 | 1.0 | 2.0 | 3.0 |" in printed
     assert OUT_OF_MEMORY in printed and "no group weights" in printed

@@ -10,9 +10,10 @@ import pytest
 from conftest import PROJECT, twgrpo_command
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from prompt_cases import GOLDEN, ROWS, rendered
+from prompt_cases import GOLDEN, ROWS, TOKENIZER, as_file, rendered
 
 import toy
+import video
 from data import STYLES, Prompter, check_prompts, question_text, select_records, step_records
 from files import UserError
 from records import (
@@ -36,6 +37,7 @@ ROW = {
     "solution": "<answer>A,B</answer>",
     "video": "clips/1.mp4",
 }
+MANY_FIXTURES = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def write(tmp_path, text, name="q.json"):
@@ -53,25 +55,6 @@ def test_json_list_and_jsonl_are_read_alike(tmp_path):
     assert [r.id for r in listed] == ["row 1", "x7"] and [r.id for r in lines] == ["line 1", "x7"]
     assert str(listed[0].video) == "root/clips/1.mp4"
     assert listed[1] == lines[1]
-
-
-@pytest.mark.parametrize(
-    "row, reason",
-    [
-        ({**ROW, "solution": "<answer>C</answer>"}, "'C' names no option; the options are A, B"),
-        ({**ROW, "solution": "<answer></answer>"}, "names no option"),
-        ({**ROW, "solution": 7}, "needs 'solution'"),
-        ({**ROW, "video": " "}, "needs 'video'"),
-        ({"problem": "?"}, "needs 'solution'"),
-        ([1], "is list, not an object"),
-        (None, "is NoneType, not an object"),
-    ],
-)
-def test_a_bad_row_is_named_with_its_file_and_number(row, reason, tmp_path):
-    path = write(tmp_path, json.dumps([ROW, row]))
-    with pytest.raises(UserError, match=r"(?s)q.json: 1 bad row.*row 2: ") as error:
-        load_records(path)
-    assert reason in str(error.value)
 
 
 def test_every_bad_row_is_reported_not_just_the_first(tmp_path):
@@ -98,18 +81,19 @@ def test_missing_and_unreadable_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "problem, letters",
+    "problem, options, letters",
     [
-        ("Why?\nA. x\nB. y", "AB"), ("Why?\nA x\nB y\nC z", "ABC"), ("Why?\n(A) x\n(B) y", "AB"),
-        ("How many?", ""), ("A man walks.\nWhy?", ""), ("B. y\nA. x", ""),
+        ("Why?\nA. x\nB. y", None, "AB"),
+        ("Why?\nA x\nB y\nC z", None, "ABC"),
+        ("Why?\n(A) x\n(B) y", None, "AB"),
+        ("How many?", None, ""),
+        ("A man walks.\nWhy?", None, ""),
+        ("B. y\nA. x", None, ""),
+        ("Why?", ["x", "y", "z"], "ABC"),
     ],
-)  # fmt: skip
-def test_option_letters(problem, letters):
-    assert option_letters(problem) == set(letters)
-
-
-def test_options_list_tells_the_letters():
-    assert option_letters("Why?", ["x", "y", "z"]) == {"A", "B", "C"}
+)
+def test_option_letters(problem, options, letters):
+    assert option_letters(problem, options) == set(letters)
 
 
 # Each format with what must come out of it: (row, problem, options, solution, kind, source).
@@ -153,11 +137,6 @@ def test_every_format_is_told_by_its_keys(name, tmp_path):
     assert found == expected and str(record.video) == "root/1.mp4" and record.row == row
 
 
-def test_a_raw_clevrer_file_is_sent_to_its_conversion(tmp_path):
-    with pytest.raises(UserError, match="python -m tools.convert clevrer"):
-        load_records(write(tmp_path, '[{"video_filename": "1.mp4", "questions": []}]'))
-
-
 @pytest.mark.parametrize(
     "options, texts",
     [
@@ -173,6 +152,14 @@ def test_option_texts_lose_their_letters_and_nothing_else(options, texts):
 @pytest.mark.parametrize(
     "change, reason",
     [
+        ([1], "is list, not an object"),
+        (None, "is NoneType, not an object"),
+        ({"solution": "<answer>C</answer>"}, "'C' names no option; the options are A, B"),
+        ({"solution": "<answer></answer>"}, "names no option"),
+        ({"solution": 7}, "needs 'solution'"),
+        ({"solution": None}, "needs 'solution'"),
+        ({"video": " "}, "needs 'video'"),
+        ({"questions": []}, "first run: python -m tools.convert clevrer"),
         ({"options": "A. x"}, "'options' that are not a list"),
         ({"options": ["A. x", 5]}, "needs 'options', a text"),
         ({"options": [f"o{k}" for k in range(27)]}, "at most 26"),
@@ -193,11 +180,11 @@ def test_option_texts_lose_their_letters_and_nothing_else(options, texts):
         ({"video": "./"}, "names no file"),
     ],
 )
-def test_untrusted_rows_get_a_short_sentence(change, reason, tmp_path):
-    with pytest.raises(UserError) as error:
-        load_records(write(tmp_path, json.dumps([ROW, {**ROW, **change}])))
-    message = str(error.value)
-    assert "row 2: " in message and reason in message and len(message) < 400 + len(str(tmp_path))
+def test_a_bad_row_gets_a_short_sentence_with_its_file_and_number(change, reason, tmp_path):
+    row = ROW | change if isinstance(change, dict) else change
+    with pytest.raises(UserError, match=r"(?s)q.json: 1 bad row.*row 2: ") as error:
+        load_records(write(tmp_path, json.dumps([ROW, row])))
+    assert reason in str(error.value) and len(str(error.value)) < 400 + len(str(tmp_path))
 
 
 def test_broken_json_is_named_by_line_and_column(tmp_path):
@@ -258,23 +245,29 @@ def test_four_thousand_rows_load_in_two_seconds(name, tmp_path):
     assert time.perf_counter() - start < 2
 
 
-KEYS = ("problem question solution answer options video path video_filename problem_type "
-        "data_type id questions").split()  # fmt: skip
+KEYS = (
+    "problem question solution answer options video path video_filename problem_type data_type id "
+    "questions"
+).split()
+TEXTS = ["A. x", "(B) y", "<answer>A</answer>", "/a.mp4", "../b", "multiple choice"]
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
-    | st.sampled_from(["A. x", "(B) y", "<answer>A</answer>", "/a.mp4", "../b", "multiple choice"]),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=20)
+    | st.sampled_from(TEXTS),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(KEYS), inner),
     max_leaves=4,
-)  # fmt: skip
+)
 GOOD = st.sampled_from([row for row, _ in FORMATS.values()])
 NOISE = st.sampled_from([b""] * 12 + [b"\xff", b"{", b"\x00", b"]"])
 MUTATED = st.builds(lambda row, key, value: {**row, key: value}, GOOD, st.sampled_from(KEYS), JSON)
 
 
-@settings(max_examples=2000, deadline=None, derandomize=True,
-          suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
+@MANY_FIXTURES
 @given(rows=st.lists(GOOD | MUTATED | JSON, max_size=3), as_list=st.booleans(), noise=NOISE)
-def test_any_file_gives_records_or_a_data_error(rows, as_list, noise, tmp_path):
+def test_any_file_gives_records_or_a_user_error(rows, as_list, noise, tmp_path):
     text = json.dumps(rows) if as_list else "\n".join(map(json.dumps, rows))
     path = tmp_path / "fuzz.json"
     path.write_bytes(text.encode() + noise)
@@ -311,20 +304,23 @@ def test_check_names_every_fault(world, tmp_path, capsys):
         (tmp_path / name).write_bytes(made)
     toy.write_mp4(tmp_path / "short.mp4", toy.np.zeros((1, 56, 56, 3), toy.np.uint8), 4)
     (tmp_path / "ok.mp4").write_bytes((world / "clips" / good).read_bytes())
-    names = ["ok.mp4", "./ok.mp4", "text.mp4", "empty.mp4", "gone.mp4", "short.mp4", "../x.mp4",
-             f"clips/{good}"]  # fmt: skip
-    rows = [{**ROW, "video": name} for name in names] + [
-        {**ROW, "solution": "E", "video": "ok.mp4"}
-    ]
+    names = "ok.mp4 ./ok.mp4 text.mp4 empty.mp4 gone.mp4 short.mp4 ../x.mp4".split()
+    names.append(f"clips/{good}")
+    rows = [{**ROW, "video": name} for name in names]
+    rows.append({**ROW, "solution": "E", "video": "ok.mp4"})
     path = write(tmp_path, json.dumps(rows))
     assert check.check(str(path), str(tmp_path), decode=True, timeout=60) is False
     out = capsys.readouterr().out
-    for fault in ("ok.mp4: known under 2 names: ./ok.mp4, ok.mp4", "text.mp4: is not a video",
-                  "empty.mp4: the file is empty", "gone.mp4: no such video file",
-                  "short.mp4: ", "at least 2 are needed",
-                  "row 7: has the video path '../x.mp4'",
-                  "row 8: has the video path",
-                  "row 9: the answer 'E' names no option"):  # fmt: skip
+    for fault in (
+        "ok.mp4: known under 2 names: ./ok.mp4, ok.mp4",
+        "text.mp4: is not a video",
+        "empty.mp4: the file is empty",
+        "gone.mp4: no such video file",
+        "short.mp4: has 1 frame(s); at least 2 are needed",
+        "row 7: has the video path '../x.mp4'",
+        "row 8: has the video path",
+        "row 9: the answer 'E' names no option",
+    ):
         assert fault in out, fault
     assert "6 records, 3 bad row(s)" in out and "by right answers: 2 6" in out
 
@@ -374,22 +370,14 @@ def test_each_epoch_shows_every_record_once_in_a_fresh_order():
     assert step_records(records, 7, 2, seed=1) == step_records(records, 7, 2, seed=1)
 
 
-def test_the_rendered_prompt_to_the_letter(prompter, records):
-    """The form of Qwen2.5-VL: system line, the clip first, then the official training template."""
-    record = Record("1", "Why?\nA. x\nB. y", "<answer>A</answer>", records[0].video)
-    assert prompter.tokenize(record)[0] == (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-        "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>Why?\nA. x\nB. y"
-        "  Output the thinking process in <think> </think> and final answer "
-        "(letters separated by , if multiple) in <answer> </answer> tags."
-        "<|im_end|>\n<|im_start|>assistant\n"
-    )
-
-
 @pytest.mark.parametrize("style", STYLES)
 def test_prompts_equal_the_golden_files(style):
-    """Read tests/golden: they were compared with the official templates, blank for blank."""
-    assert rendered(style) == (GOLDEN / f"{style}.txt").read_text(encoding="utf-8")
+    """tests/golden was compared with the official templates, blank for blank. The ids are those of
+    tokenizing the prompt as a whole."""
+    prompts = rendered(style)
+    assert as_file(prompts) == (GOLDEN / f"{style}.txt").read_text(encoding="utf-8")
+    for prompt, ids in prompts.values():
+        assert ids == TOKENIZER(prompt, add_special_tokens=False)["input_ids"]
 
 
 def test_options_are_shown_exactly_once_in_every_style():
@@ -402,28 +390,28 @@ def test_options_are_shown_exactly_once_in_every_style():
             assert ("Options:" in text) == bool(row.get("options"))
 
 
+def prompter_of(policy, **changes) -> Prompter:
+    common = dict(tokenizer=policy.tokenizer, chat_template=policy.chat_template, **toy.CLIP)
+    return Prompter(geometry=policy.geometry, **(common | changes))
+
+
 def test_fixed_timing_tells_one_second_per_patch(policy, records):
-    common = dict(tokenizer=policy.tokenizer, chat_template=policy.chat_template,
-                  geometry=policy.geometry, **toy.CLIP)  # fmt: skip
-    true, fixed = (Prompter(**common, seconds_per_patch=s)(records[0]) for s in (None, 1.0))
-    assert true.ids_P.tolist() == fixed.ids_P.tolist()
-    video_id = policy.model.config.video_token_id
-    times = [sorted(set(q.positions_3P[0][q.ids_P == video_id].tolist())) for q in (true, fixed)]
+    video_id, ids = policy.model.config.video_token_id, []
     # 4 frames of 2 s: 7 / 12 s apart, 7 / 6 s a patch; two positions a second
-    assert times[0][1] - times[0][0] == 2 and times[1][1] - times[1][0] == 2
-    halved = Prompter(**common, seconds_per_patch=0.5)(records[0])
-    axis = sorted(set(halved.positions_3P[0][halved.ids_P == video_id].tolist()))
-    assert axis[1] - axis[0] == 1
+    for told, gap in ((None, 2), (1.0, 2), (0.5, 1)):
+        question = prompter_of(policy, seconds_per_patch=told)(records[0])
+        first, second = question.positions_3P[0][question.ids_P == video_id].unique().tolist()
+        assert second - first == gap
+        ids.append(question.ids_P.tolist())
+    assert ids[0] == ids[1] == ids[2]
 
 
 def test_the_official_evaluators_frames_of_a_clevrer_clip(sample, policy):
     """10 sampled frames shown as 16, 1,496 tokens; in training 10 frames, 935 tokens."""
     record = Record("1", "Why?", "A", sample("clevrer_video_12176.mp4"))
+    video_defaults = dict(max_frames=16, min_pixels=video.MIN_PIXELS, max_pixels=video.MAX_PIXELS)
     for repeat, tokens, frames in ((0, 935, 5), (16, 1496, 8)):
-        prompter = Prompter(
-            policy.tokenizer, policy.chat_template, policy.geometry, repeat_frames=repeat
-        )
-        question = prompter(record)
+        question = prompter_of(policy, repeat_frames=repeat, **video_defaults)(record)
         assert len(question.patches) // 4 == tokens and question.grid[0] == frames
 
 
@@ -432,7 +420,7 @@ def test_the_official_evaluators_frames_of_a_clevrer_clip(sample, policy):
     [("single", "(select one letter)"), ("multiple", "(select letters separated by ,)")],
 )
 def test_question_type_sets_the_prompt(kind, words, policy, records):
-    prompter = Prompter(policy.tokenizer, policy.chat_template, policy.geometry, kind, **toy.CLIP)
+    prompter = prompter_of(policy, question_type=kind)
     assert f"final answer {words} in <answer>" in prompter.tokenize(records[0])[0]
 
 
@@ -468,27 +456,19 @@ def test_a_special_token_in_a_question_does_not_change_the_saved_tokenizer(
     policy.tokenizer.save_pretrained(tmp_path / "before")
     prompter.tokenize(asking("What is <|im_end|>?", records[0]))
     policy.tokenizer.save_pretrained(tmp_path / "after")
-    before, after = ((tmp_path / name / "tokenizer.json").read_bytes() for name in
-                     ("before", "after"))  # fmt: skip
-    assert before == after and policy.tokenizer("<|im_end|>")["input_ids"] == [policy.pad_id]
+    before, after = (tmp_path / name / "tokenizer.json" for name in ("before", "after"))
+    assert before.read_bytes() == after.read_bytes()
+    assert policy.tokenizer("<|im_end|>")["input_ids"] == [policy.pad_id]
 
 
-@settings(max_examples=300, deadline=None, derandomize=True,
-          suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
-@given(problem=st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
-       | st.text("<|>/imendthink\n \u0301\u0958", max_size=30))  # fmt: skip
+PROBLEMS = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+
+
+@MANY_FIXTURES
+@given(problem=PROBLEMS | st.text("<|>/imendthink\n \u0301\u0958", max_size=30))
 def test_other_prompts_keep_the_ids_of_plain_tokenization(problem, prompter, records):
     prompt, ids = prompter.tokenize(asking(problem, records[0]))
     assert ids == prompter.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-
-
-@pytest.mark.parametrize("style", STYLES)
-def test_golden_prompts_keep_the_ids_of_plain_tokenization(style, policy):
-    prompter = Prompter(policy.tokenizer, toy.CHAT_TEMPLATE, policy.geometry, style=style)
-    for row in ROWS.values():
-        prompt, ids = prompter.tokenize(as_record(row, "row 1", GOLDEN))
-        assert prompt in (GOLDEN / f"{style}.txt").read_text(encoding="utf-8")
-        assert ids == policy.tokenizer(prompt, add_special_tokens=False)["input_ids"]
 
 
 def test_questions_that_cannot_become_a_prompt_are_all_named_before_a_run(prompter, records):
@@ -512,7 +492,7 @@ def test_questions_that_cannot_become_a_prompt_are_all_named_before_a_run(prompt
     ],
 )
 def test_a_broken_chat_template_is_a_sentence(template, reason, policy, records):
-    prompter = Prompter(policy.tokenizer, template, policy.geometry, **toy.CLIP)
+    prompter = prompter_of(policy, chat_template=template)
     with pytest.raises(UserError, match=reason):
         check_prompts(prompter, records[:1], "q.json")
 
@@ -541,8 +521,10 @@ ESCAPES = "\x1b]0;owned\x07\x1b[31mred\x9b2J\u202e"
 
 
 def test_check_prints_no_control_characters_of_a_file(world, tmp_path, capsys):
-    rows = [{**ROW, "data_source": ESCAPES, "video": f"clips/{ESCAPES}.mp4"},
-            {**ROW, "data_source": "\ud800", "id": ESCAPES, "solution": ESCAPES}]  # fmt: skip
+    rows = [
+        {**ROW, "data_source": ESCAPES, "video": f"clips/{ESCAPES}.mp4"},
+        {**ROW, "data_source": "\ud800", "id": ESCAPES, "solution": ESCAPES},
+    ]
     check.check(str(write(tmp_path, json.dumps(rows))), str(tmp_path), False, 60)
     out = capsys.readouterr().out
     assert "owned" in out and all(c.isprintable() or c == "\n" for c in out)

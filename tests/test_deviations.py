@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import json
 
+import pytest
 from doc_checks import PROJECT
 
 import video
@@ -11,6 +12,7 @@ from data import select_records
 from tools import score
 
 
+@pytest.mark.slow
 def test_a_prompt_longer_than_4096_tokens_is_kept_whole(prompter, records, policy):
     # OFFICIAL: cut from the left, video tokens included.  OURS: never cut; refused by default.
     short = prompter(records[0])

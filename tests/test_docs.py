@@ -62,7 +62,9 @@ def names_in(path: Path) -> frozenset[str]:
 
 @cache
 def names_of_tests() -> dict[str, frozenset[str]]:
-    return {f"tests/{path.name}": names_in(path) for path in CODE if path.parent.name == "tests"}
+    tests = [path for path in CODE if path.parent.name == "tests"]
+    found = {path: re.findall(r"^ *def (test_\w+)", text_of(path), re.MULTILINE) for path in tests}
+    return {f"tests/{path.name}": frozenset(names) for path, names in found.items()}
 
 
 def anchors(text: str) -> set[str]:
@@ -147,6 +149,32 @@ def test_a_wrong_figure_is_noticed():
         "51.4 is not in docs/published.json"
     ]
     assert doc_checks.unfounded_figures("| a | b |\n|---|---|\n| x | 50.4 |\n")
+
+
+def test_published_figures_name_their_source_and_the_differences_follow():
+    published = json.loads(text_of(PROJECT / "docs/published.json"))
+    for part in (published, *(value for value in published.values() if "rows" in value)):
+        assert all(part[name] for name in ("repository", "file", "version"))
+    score = {row["setting"]: row for row in published["ablation"]["rows"]}
+    seeds = published["ablation"]["TW-GRPO over seeds 42, 123, 2026"]["sample standard deviation"]
+    names = ("GRPO", "TW-GRPO (alpha=0)", "TW-GRPO")
+    grpo, unweighted, weighted = (score[f"{name}, soft reward"] for name in names)
+    without, with_weights = (row["all exact"] - grpo["all exact"] for row in (unweighted, weighted))
+    by_weights = {name: weighted[name] - unweighted[name] for name in seeds}
+    noise = 2**0.5 * seeds["all exact"]  # of the difference of two runs
+    t = by_weights["all exact"] / noise
+    p = 1 - t / (t * t + 2) ** 0.5  # two-sided, Student's t with 2 degrees of freedom
+    page = " ".join(text_of(PROJECT / "docs/evidence.md").split())
+    for sentence in (
+        f"{without:.1f} of the {with_weights:.1f} points are there without any weighting",
+        f"the remaining {by_weights['all exact']:.1f} points of exact accuracy "
+        f"and {by_weights['all soft']:.1f} of soft",
+        f"{by_weights['multi exact']:.1f} points more where several answers are right, "
+        f"{-by_weights['single exact']:.1f} points less",
+        f"standard deviation of {noise:.1f}, and {by_weights['all exact']:.1f} points are {t:.1f}",
+        f"(p = {p:.2f})",
+    ):
+        assert sentence in page, sentence
 
 
 def test_every_equation_has_a_function_a_kernel_line_a_test_and_notes():

@@ -25,7 +25,8 @@ from model import ranks
 from model.policy import NonFiniteLogits, Policy
 from model.rollout import sample as sample_tokens
 from rewards import number
-from run import answers, decoder
+from run import answers, decoder, held_out
+from run.config import Config
 from tools import score
 
 
@@ -185,6 +186,24 @@ def test_unreadable_clips_are_skipped_counted_and_tried_again(world, tmp_path, m
     (tmp_path / "q.json").write_text(json.dumps(rows[1:2]))
     with pytest.raises(SystemExit, match="none of its 1 questions has a readable clip"):
         eval_py(monkeypatch, run_flags(world, tmp_path / "other.jsonl", *places))
+
+
+def test_held_out_questions_are_shown_the_clip_of_another_as_a_control(
+    world, policy, prompter, records
+):
+    shown = []
+
+    def spy(record, clip_of):
+        shown.append((record.id, clip_of.id))
+        return prompter(record, clip_of)
+
+    cfg = Config(str(world / "model"), "-", max_completion_length=4, num_generations=2)
+    for wrong_video in (True, False):
+        held_out.evaluate(cfg, policy, spy, records[:5], wrong_video=wrong_video, batch_size=2)
+        asked, clips = zip(*shown, strict=True)
+        assert sorted(asked) == sorted(clips) == sorted(r.id for r in records[:5])
+        assert all((a != b) == wrong_video for a, b in shown)
+        shown.clear()
 
 
 def test_out_of_memory_halves_the_batch_and_loses_nothing(capfd):

@@ -25,7 +25,7 @@ from kernel_cases import DEVICE, error, forward_backward, make_group, small_cuts
 
 from kernels import chunked, fused, logits, plain, reference, tiles, token_logps, tw_grpo_head
 from kernels.backward import backward, words_of_slice
-from kernels.head import lay_out
+from kernels.head import KEPT_BYTES, lay_out
 
 # NumPy, on which the interpreter runs, warns of the NaN and the overflows that these tests provoke.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
@@ -56,12 +56,15 @@ def check_against_float64(group, impl, slack=1.0, cuts=small_cuts, **options):
     assert (ours.logps_N - exact.logps_N).abs().max() <= 1e-4
     D, D64 = ours.divergence_T.double(), exact.divergence_T
     tolerance_T = 1e-5 * D64 + 1e-8 * V
+    if options.get("divergence") == "entropy":  # no difference, so a logit's rounding remains in it
+        tolerance_T += 1e-5
     assert ((D - D64).abs() <= tolerance_T).all(), (D, D64)
-    if D64.max() - D64.min() > 100 * tolerance_T.max():
-        assert (ours.weights_T - exact.weights_T).abs().max() <= 1e-5
-    assert error(dH, exact_dH) <= slack * error(plain_dH, exact_dH) + 1e-5
-    assert error(dW, exact_dW) <= slack * error(plain_dW, exact_dW) + 1e-5
-    assert_close(ours.loss.double(), exact.loss, rtol=1e-5, atol=1e-5)
+    # Where D_t hardly varies, a rounding of it is a large part of its range, and of the weights'.
+    weight_error = (ours.weights_T - exact.weights_T).abs().max().item()
+    assert weight_error <= 3 * (D - D64).abs().max() / (D64.max() - D64.min() + 1e-8) + 1e-5
+    assert error(dH, exact_dH) <= slack * error(plain_dH, exact_dH) + 1e-5 + weight_error
+    assert error(dW, exact_dW) <= slack * error(plain_dW, exact_dW) + 1e-5 + weight_error
+    assert_close(ours.loss.double(), exact.loss, rtol=1e-5, atol=1e-5 + weight_error)
     assert_close(ours.kl.double(), exact.kl, rtol=1e-4, atol=1e-6)
     assert_close(ours.clip_ratio.double(), exact.clip_ratio.double())
 
@@ -79,6 +82,7 @@ def check_against_float64(group, impl, slack=1.0, cuts=small_cuts, **options):
     loss_type=st.sampled_from(["tw_grpo", "tw_grpo", "grpo"]),
     off_policy=st.booleans(),
     temperature=st.sampled_from([1.0, 1.0, 0.7]),
+    kept_bytes=st.sampled_from([0, 4000, 1e9]),  # no row, some (about five), all
 )
 def test_kernels_agree_with_float64(impl, lengths, V, D, scale, seed, off_policy, **options):
     group = make_group(lengths, V, D, *scale, seed, off_policy)
@@ -202,7 +206,8 @@ def test_bits_repeat(impl):
 
 @KERNELS
 @pytest.mark.parametrize("frozen", ["hidden_ND", "weight_VD"])
-def test_a_frozen_side_costs_no_matmul(impl, frozen, monkeypatch):
+@pytest.mark.parametrize("kept_bytes", [0, 1e9])
+def test_a_frozen_side_costs_no_matmul(impl, frozen, kept_bytes, monkeypatch):
     group = make_group([3, 1, 4])
     _, dH, dW = forward_backward(group, impl)
     products = []
@@ -211,10 +216,36 @@ def test_a_frozen_side_costs_no_matmul(impl, frozen, monkeypatch):
     other = {"hidden_ND": "weight_VD", "weight_VD": "hidden_ND"}[frozen]
     leaf = group[other].clone().requires_grad_()
     with small_cuts():
-        tw_grpo_head(**{**group, other: leaf}, impl=impl).loss.backward()
+        output = tw_grpo_head(**{**group, other: leaf}, impl=impl, kept_bytes=kept_bytes)
+        output.loss.backward()
     assert_close(leaf.grad, dH if other == "hidden_ND" else dW)
     transposed = [a for a, _ in products if a.shape[1] == len(group["targets_N"])]  # gᵀ H
     assert bool(transposed) == (other == "weight_VD")
+
+
+@pytest.mark.parametrize("impl, steps", [("chunked", logits), ("plain", plain)])
+def test_kept_rows_make_the_backward_two_products(impl, steps, monkeypatch):
+    """And nothing is kept where no gradient is wanted, or without a budget."""
+    group, rows = make_group([3, 1, 4]), []
+    gradient = steps.softmax_gradient
+    spy = lambda *a: rows.append(len(a[0])) or gradient(*a)  # noqa: E731
+    monkeypatch.setattr(steps, "softmax_gradient", spy)
+    with small_cuts():
+        tw_grpo_head(**group, impl=impl)
+        leaves = {k: group[k].clone().requires_grad_() for k in ("hidden_ND", "weight_VD")}
+        with torch.no_grad():
+            tw_grpo_head(**group | leaves, impl=impl)
+        tw_grpo_head(**group | leaves, impl=impl, kept_bytes=0)
+        assert not rows
+        output = tw_grpo_head(**group | leaves, impl=impl)
+    assert sum(rows) == 8
+    products = []
+    for name in ("mm", "addmm"):
+        spied = getattr(torch, name)
+        spy = lambda *a, _f=spied, **k: products.append(1) or _f(*a, **k)  # noqa: E731
+        monkeypatch.setattr(torch, name, spy)
+    output.loss.backward()
+    assert len(products) == 2 and sum(rows) == 8
 
 
 @KERNELS
@@ -239,13 +270,15 @@ def test_token_logps(impl):
     assert not ours.requires_grad
 
 
-def test_bfloat16_through_the_chunked_head():
+@pytest.mark.parametrize("kept_bytes", [0, 1500, 1e9])
+def test_bfloat16_through_the_chunked_head(kept_bytes):
     """The interpreter's bf16 dot is wrong, but this design multiplies in torch.
 
     Storing bf16 it truncates where a GPU rounds, so it may be twice as far off.
     """
     group = make_group([4, 2, 5], V=131, D=64, off_policy=True, dtype=torch.bfloat16)
-    check_against_float64(group, "chunked", slack=1.0 if DEVICE == "cuda" else 2.0, beta=0.04)
+    slack = 1.0 if DEVICE == "cuda" else 2.0
+    check_against_float64(group, "chunked", slack, beta=0.04, kept_bytes=kept_bytes)
 
 
 # --------------------------------------------------------------------------------- part by part
@@ -315,11 +348,13 @@ def test_chunked_multiplies_alive_rows_only(impl, monkeypatch):
 @pytest.mark.parametrize("steps", [logits, plain])
 @few
 @given(
-    N=st.integers(1, 6), V=st.integers(2, 70), slice_words=st.integers(1, 80),
-    seed=st.integers(0, 9),
+    N=st.integers(1, 6), K=st.integers(0, 6), V=st.integers(2, 70),
+    slice_words=st.integers(1, 80), seed=st.integers(0, 9),
 )  # fmt: skip
-def test_backward_is_the_gradient_of_the_log_probs(steps, N, V, slice_words, seed):
+def test_backward_is_the_gradient_of_the_log_probs(steps, N, K, V, slice_words, seed):
+    """Whichever K of the rows were kept, in the order that says which."""
     group = make_group([N], V=V, D=9, seed=seed)
+    order = torch.arange(N, device=DEVICE).flip(0)
     inputs = [group[k] for k in ("hidden_ND", "weight_VD", "targets_N")]
     hidden, weight = (x.double().requires_grad_() for x in inputs[:2])
     coefficients = torch.linspace(-1, 2, N, device=DEVICE)
@@ -328,8 +363,12 @@ def test_backward_is_the_gradient_of_the_log_probs(steps, N, V, slice_words, see
     z = (hidden.detach() @ weight.detach().T) / 0.7
     peak = z.amax(1)
     statistics = torch.stack([logps.detach(), peak, z.logsumexp(1) - peak]).float()
+    hits = torch.nn.functional.one_hot(inputs[2], V)
+    kept = (hits - z.softmax(1)).float()[order[:K]]
     with small_cuts():
-        dH, dW = backward(coefficients, *inputs, statistics, True, True, 0.7, slice_words, steps)
+        dH, dW = backward(
+            coefficients, *inputs, statistics, order, kept, True, True, 0.7, slice_words, steps
+        )
     assert_close(dH.double(), dH64, rtol=1e-4, atol=1e-5)
     assert_close(dW.double(), dW64, rtol=1e-4, atol=1e-5)
 
@@ -340,7 +379,12 @@ def test_memory_of_the_backward_is_bounded():
         for N, limit in zip((8192, 32768), limits, strict=True):
             assert N * (words_of_slice(impl, N) * 6 + 3584 * 4) < limit
         assert words_of_slice(impl, 5001) % 256 == 0
-    assert logits.CHUNK_ROWS * (152064 * 4 + 3584 * 2) < 1.3e9
+    chunk, kept = logits.CHUNK_ROWS * (152064 * 4 + 3584 * 2), KEPT_BYTES
+    assert chunk < 1.3e9 and chunk + kept < 2.6e9
+    K = int(kept / 152064 / 2)
+    rest = 8192 - K
+    slices = words_of_slice("chunked", rest, 3584) * (6 * rest + 4 * 3584)
+    assert K == 4110 and kept + slices + 3584 * (8192 * 4 + K * 6 + rest * 6) < 2.6e9
 
 
 # ------------------------------------------------------ bad input, and machines that lack something

@@ -49,7 +49,7 @@ def measured(impl, N, **options):
     return row
 
 
-MEMORY_MB = dict(chunked={8192: 1300, 32768: 1500}, fused={8192: 250, 32768: 750})
+MEMORY_MB = dict(chunked={8192: 2700, 32768: 3400}, fused={8192: 250, 32768: 750})
 
 
 @KERNELS

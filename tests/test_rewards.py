@@ -5,7 +5,7 @@ import re
 import time
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rewards import (
@@ -19,24 +19,9 @@ from rewards import (
     strict_format_reward,
 )
 
-PIECES = [
-    "<think>",
-    "</think>",
-    "<answer>",
-    "</answer>",
-    " ",
-    "!",
-    "\n",
-    "A",
-    "A,C",
-    "B, ",
-    "x",
-    "\u2003",
-    "<",
-    "\x1c",
-    "Answer",
-    "answer:",
-]
+PIECES = (
+    "<think>|</think>|<answer>|</answer>| |!|\n|A|A,C|B, |x|\u2003|<|\x1c|Answer|answer:".split("|")
+)
 COMPLETIONS = st.lists(st.sampled_from(PIECES), max_size=12).map("".join)
 
 
@@ -51,38 +36,42 @@ COMPLETIONS = st.lists(st.sampled_from(PIECES), max_size=12).map("".join)
 )  # fmt: skip
 def test_soft_and_binary_accuracy(answer, truth, soft):
     """A subset of the truth earns its share, anything wrong among the answers earns nothing."""
-    completion, solution = (
-        f"<think>..</think><answer>{answer}</answer>",
-        f"<answer>{truth}</answer>",
-    )
+    completion, solution = f"<think/><answer>{answer}</answer>", f"<answer>{truth}</answer>"
     assert accuracy_reward(completion, solution) == pytest.approx(soft)
     assert origin_accuracy_reward(completion, solution) == (1.0 if soft == 1 else 0.0)
 
 
-def test_an_untagged_bare_letter_earns_credit_in_training():
-    assert accuracy_reward("A", "<answer>A</answer>") == 1.0
-    assert accuracy_reward("The answer is A", "<answer>A</answer>") == 0.0
-
-
-def test_only_the_first_answer_counts_and_an_unclosed_one_is_no_answer():
-    assert answer_set("<answer>A</answer> <answer>B</answer>") == {"A"}
-    assert answer_set("<answer>A") == {"<answer>A"}
+@pytest.mark.parametrize(
+    "text, answers",
+    [
+        ("A", {"A"}), ("The answer is A", {"TheanswerisA"}), ("<answer>A", {"<answer>A"}),
+        ("<answer>A</answer> <answer>B</answer>", {"A"}),
+    ],
+)  # fmt: skip
+def test_what_training_takes_for_the_answer(text, answers):
+    """The first closed tag, else all of the text: a bare letter earns credit."""
+    assert answer_set(text) == answers
 
 
 @pytest.mark.parametrize(
-    "text, reward",
+    "text, reward, strict",
     [
-        ("<think>a</think><answer>A</answer>", 1),
-        ("so: <think>a</think>\n <answer>A</answer> !! ", 1),
-        ("<think>a</think><answer>A</answer> and", 0),
-        ("<think>a</think> so <answer>A</answer>", 0),
-        ("<think>a</think><think>b</think><answer>A</answer>", 0),
-        ("<answer>A</answer>", 0), ("", 0),
-        ("<think>a<answer>A</answer>", 0), ("<think></think><answer></answer>", 1),
+        ("<think>a</think><answer>A</answer>", 1, 1),
+        (" <think>a</think>\n<answer>A</answer>\n", 1, 1),
+        ("<think></think><answer></answer>", 1, 1),
+        ("so: <think>a</think>\n <answer>A</answer>", 1, 0),
+        ("<think>a</think><answer>A</answer> !! ", 1, 0),
+        ("<think>a</think><answer>A</answer> and", 0, 0),
+        ("<think>a</think> so <answer>A</answer>", 0, 0),
+        ("<think>a</think><think>b</think><answer>A</answer>", 0, 0),
+        ("<think>a<answer>A</answer>", 0, 0),
+        ("<answer>A</answer>", 0, 0),
+        ("", 0, 0),
     ],
-)  # fmt: skip
-def test_format(text, reward):
-    assert format_reward(text) == reward
+)
+def test_format(text, reward, strict):
+    """Training's form, and the evaluators', who allow nothing before or after."""
+    assert (format_reward(text), strict_format_reward(text)) == (reward, strict)
 
 
 @pytest.mark.parametrize(
@@ -120,18 +109,6 @@ def test_what_the_evaluators_take_for_the_answer(text, answer):
     assert extract_answer(text) == answer
 
 
-@pytest.mark.parametrize(
-    "text, reward",
-    [
-        ("<think>a</think><answer>A</answer>", 1), (" <think>a</think>\n<answer>A</answer>\n", 1),
-        ("so: <think>a</think><answer>A</answer>", 0), ("<think>a</think><answer>A</answer>!", 0),
-        ("<think>a</think>b<answer>A</answer>", 0), ("<answer>A</answer>", 0), ("", 0),
-    ],
-)  # fmt: skip
-def test_strict_format(text, reward):
-    assert strict_format_reward(text) == reward
-
-
 def official_strict_format(text: str) -> float:
     """aa529ff src/eval/*.py, check_format."""
     pattern = (
@@ -149,7 +126,6 @@ def official_extraction(text: str) -> str:
     return named.group(1).strip() if named else ""
 
 
-@settings(max_examples=2000, deadline=None, derandomize=True)
 @given(COMPLETIONS)
 @example("<think></think><answer></answer></answer>")
 @example("<think><answer></think><answer></answer>")
@@ -162,7 +138,6 @@ NASTY = st.text() | st.binary().map(lambda b: b.decode("utf-8", "surrogateescape
 NUMBERS = st.from_regex(r"[-+]?[0-9,]{0,6}\.?[0-9]{0,3}", fullmatch=True)
 
 
-@settings(max_examples=2000, deadline=None, derandomize=True)
 @given(NASTY | COMPLETIONS | NUMBERS, NASTY | COMPLETIONS | NUMBERS)
 def test_any_two_strings_get_a_reward_between_0_and_1(text, solution):
     for reward in (accuracy_reward, origin_accuracy_reward, format_reward, strict_format_reward):
@@ -191,7 +166,6 @@ def official_accuracy(text: str, solution: str) -> float:
     return len(student) / len(truth) if student.issubset(truth) else 0.0
 
 
-@settings(max_examples=2000, deadline=None, derandomize=True)
 @given(COMPLETIONS)
 @example("<think>a</think><answer>b</answer></answer>!")
 @example("<think></think></think> <answer></answer>")
@@ -199,7 +173,6 @@ def test_format_equals_the_official_expression(text):
     assert format_reward(text) == official_format(text)
 
 
-@settings(max_examples=2000, deadline=None, derandomize=True)
 @given(COMPLETIONS, COMPLETIONS)
 def test_accuracy_equals_the_official_rule(text, solution):
     assert accuracy_reward(text, solution) == official_accuracy(text, solution)

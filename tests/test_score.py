@@ -185,6 +185,7 @@ def read_rows(path):
     [
         *((text, "line 1 is not a row of eval.py run; choose another file") for text in NO_LOGS),
         (f"{OURS}\n{OURS}\nnot a row", "line 3 is not a row"),
+        (f"{OURS}\nnot a row\n{OURS[:20]}", "line 2 is not a row"),
         (f"{OURS}\n{OTHER}\n", "line 2 was made with another prompt; choose another file"),
         (OTHER, "line 1 was made with another prompt; choose another file"),
     ],

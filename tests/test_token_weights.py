@@ -61,9 +61,9 @@ def test_each_form_reaches_the_loss_of_a_step(world, policy, questions):
     outputs = {}
     for form in (*FORMS, "entropy"):
         cfg = Config(str(world / "model"), "-", token_weights=form, max_completion_length=20)
-        groups = twgrpo.sample(cfg, policy, questions[:1], [(42, 7, 0, 1)])
+        groups = twgrpo.sample_groups(cfg, policy, questions[:1], [(42, 7, 0, 1)])
         groups[0].advantages_G = torch.linspace(-1, 1, 8)
-        outputs[form] = twgrpo.score(cfg, policy, groups)[1][0]
+        outputs[form] = twgrpo.score_groups(cfg, policy, groups)[1][0]
     w = {form: output.weights_T for form, output in outputs.items()}
     assert (w["none"] == 1).all()
     assert_close(w["position"], torch.linspace(1, 1.7, len(w["none"])))

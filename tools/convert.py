@@ -12,10 +12,10 @@ Question-answer inversion (paper, "QAI"): "What did she take?" with one right op
 didn't she take?", where every wrong option is right and the right one wrong. Only 1 to k of the now
 right options are kept, drawn anew for each question, so that "all but one" is no strategy.
 
-OFFICIAL (data/question_answer_inverse/*.py): what cannot be negated keeps its question but has its
-answers inverted all the same (22 of 1,668 NExT-GQA rows); no seed; everything is lower-cased; STAR
-rows get paths of NExT-QA.
-OURS: what cannot be negated is kept whole and counted; one seed, one result; case and paths stay.
+OFFICIAL (data/question_answer_inverse/*.py): a question that cannot be negated stays, but its
+answers are inverted (22 of 1,668 NExT-GQA rows); no seed; everything is lower-cased; STAR rows get
+paths of NExT-QA.
+OURS: such a row is kept unchanged and counted; one seed, one result; case and paths stay.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from files import UserError, replacing
-from records import LETTERS, as_record, option_texts, printable, read_rows, refuse
+from records import LETTERS, Record, as_record, load_records, option_texts, printable, read_rows
 from rewards import answer_set
 
 # ------------------------------------------------------------------------------------------ clevrer
@@ -46,28 +46,30 @@ def clevrer_rows(scenes: object) -> tuple[list[dict], Counter]:
                 if question["question_type"] != "counterfactual":
                     counts["of another type"] += 1
                     continue
-                choices = [(c["choice"], c["answer"]) for c in question["choices"]]
-                right = [a for a, (_, answer) in zip(LETTERS, choices, strict=False)
-                         if answer == "correct"]  # fmt: skip
-                if not right:
+                row = _clevrer_row(scene, question)
+                if row["solution"] == "<answer></answer>":
                     counts["left out, without a correct choice"] += 1
                     continue
-                lines = [f"{a}. {text}" for a, (text, _) in zip(LETTERS, choices, strict=False)]
-                rows.append(
-                    {
-                        "id": f"{scene['scene_index']}-{question['question_id']}",
-                        "problem": "\n".join([question["question"], *lines]),
-                        "solution": f"<answer>{','.join(right)}</answer>",
-                        "video": scene["video_filename"],
-                        "question_type": "counterfactual",
-                    }
-                )
-                as_record(rows[-1], "", Path())
+                as_record(row, "", Path())
+                rows.append(row)
         except (KeyError, TypeError, ValueError) as error:
             reason = f"needs {error}" if isinstance(error, KeyError) else str(error)
             raise ValueError(f"scene {k}: {reason[:200]}") from None
     counts["written"] = len(rows)
     return rows, counts
+
+
+def _clevrer_row(scene: dict, question: dict) -> dict:
+    choices = dict(zip(LETTERS, question["choices"], strict=False))
+    right = [letter for letter, choice in choices.items() if choice["answer"] == "correct"]
+    lines = [f"{letter}. {choice['choice']}" for letter, choice in choices.items()]
+    return {
+        "id": f"{scene['scene_index']}-{question['question_id']}",
+        "problem": "\n".join([question["question"], *lines]),
+        "solution": f"<answer>{','.join(right)}</answer>",
+        "video": scene["video_filename"],
+        "question_type": "counterfactual",
+    }
 
 
 def clevrer_file(raw: str, out: str) -> Counter:
@@ -79,9 +81,8 @@ def clevrer_file(raw: str, out: str) -> Counter:
             raise ValueError(errors[0])
         rows, counts = clevrer_rows(scenes)
     except ValueError as error:
-        raise UserError(
-            f"{raw}: {error}; this wants CLEVRER's own question file, a list of scenes"
-        ) from None
+        message = f"{raw}: {error}; expected CLEVRER's own question file, a list of scenes"
+        raise UserError(message) from None
     write_rows(rows, out)
     return counts
 
@@ -100,13 +101,13 @@ _NEGATION = re.compile(r"\b(?:not|never|cannot|unable|no|nobody|nothing|none)\b|
 
 
 def negate(question: str) -> str | None:
-    """The question with its first auxiliary negated, every other letter as it was; None where this
-    does not give a question that means the opposite.
+    """The question with its first auxiliary negated, every other letter as it was; None if the
+    result would not mean the opposite.
 
     "what did" -> "what didn't", "What will" -> "What won't", "What happened" -> "What didn't
     happen", "is the person able to" -> "is the person unable to". None for yes/no questions, for
-    questions without one of these words in place ("why the man bend down"), and for questions that
-    hold a negation already ("why did the boy not jump").
+    questions without one of these words in place ("why the man bend down"), and for questions with
+    a negation ("why did the boy not jump").
     """
     found = _QUESTION.match(question)
     if not found or _NEGATION.search(question):
@@ -125,26 +126,31 @@ def negate(question: str) -> str | None:
 
 
 def invert(
-    question: str, options: list[str], right: int, rng: np.random.Generator
-) -> tuple[str, list[str], list[int]]:
-    """(negated question, kept options, places of the right ones among them).
+    question: str, options: list[str], right: set[str], rng: np.random.Generator
+) -> tuple[str, list[str], list[str]]:
+    """(negated question, kept options, letters of the right ones among them).
 
     The formerly right option stays and is wrong; of the others, which are right now, a random
     number of at least one stays; their order is random. An option that occurs twice is kept once.
     Raises ValueError with the reason if there is nothing to invert.
     """
+    offered = LETTERS[: len(options)]
+    if len(right) != 1 or not right <= set(offered):
+        raise ValueError("not a single-choice question with options")
+    answer = offered.index(*right)
     negated = negate(question)
     if negated is None:
         raise ValueError("cannot be negated")
     same = [_plain(o) for o in options]
-    if same.count(same[right]) > 1:
+    if same.count(same[answer]) > 1:
         raise ValueError("right option occurs twice")
-    others = [k for k in range(len(options)) if k != right and same.index(same[k]) == k]
+    others = [k for k in range(len(options)) if k != answer and same.index(same[k]) == k]
     if not others:
         raise ValueError("no other option")
     kept = rng.permutation(others)[: rng.integers(1, len(others) + 1)]
-    order = [int(k) for k in rng.permutation([right, *kept])]
-    return negated, [options[k] for k in order], [i for i, k in enumerate(order) if k != right]
+    order = rng.permutation([answer, *kept]).tolist()
+    letters = [a for a, k in zip(LETTERS, order, strict=False) if k != answer]
+    return negated, [options[k] for k in order], letters
 
 
 def _plain(option: str) -> str:
@@ -161,48 +167,36 @@ def qai_rows(rows: list[dict], seed: int, p: float = 0.5) -> tuple[list[dict], C
     for k, row in enumerate(rows):
         record = as_record(row, f"row {k + 1}", Path())
         question = row["question"] if isinstance(row.get("question"), str) else record.problem
-        options = option_texts(row.get("options"))
-        right = sorted(LETTERS.index(a) for a in answer_set(record.solution) if a in LETTERS)
+        options, right = option_texts(row.get("options")), None  # None: as in the row
         rng = np.random.default_rng([seed, k])
-        inverted = bool(rng.random() < p)
-        if inverted:
+        if rng.random() < p:
             try:
-                if len(right) != 1 or right[0] >= len(options):
-                    raise ValueError("not a single-choice question with options")
-                question, options, right = invert(question, options, right[0], rng)
+                question, options, right = invert(
+                    question, options, answer_set(record.solution), rng
+                )
             except ValueError as reason:
                 counts[f"kept ({reason})"] += 1
-                inverted = False
-        counts["inverted"] += inverted
-        out.append(_qai_row(row, record.solution, question, options, right, inverted))
+        counts["inverted"] += right is not None
+        out.append(_qai_row(record, question, options, right))
     return out, counts
 
 
-def _qai_row(row: dict, solution: str, question, options, right, inverted: bool) -> dict:
+def _qai_row(record: Record, question: str, options: list[str], right: list[str] | None) -> dict:
     """The row in the official converter's form: problem with lines "A unwrap it", solution,
     options "(A) unwrap it", and answer "(A),(C)" where the row had one."""
-    letters = [LETTERS[i] for i in right]
-    lines = [f"{a} {text}" for a, text in zip(LETTERS, options, strict=False)]
-    new = dict(row, question=question, problem="\n".join([question, *lines]))
-    new["options"] = [f"({a}) {text}" for a, text in zip(LETTERS, options, strict=False)]
-    new["solution"] = f"<answer>{','.join(letters)}</answer>" if inverted else solution
-    if inverted and "answer" in row:
-        new["answer"] = ",".join(f"({a})" for a in letters)
-    return dict(new, is_negated=inverted)
+    lettered = list(zip(LETTERS, options, strict=False))
+    problem = "\n".join([question, *(f"{letter} {text}" for letter, text in lettered)])
+    new = dict(record.row, question=question, problem=problem)
+    new["options"] = [f"({letter}) {text}" for letter, text in lettered]
+    new["solution"] = record.solution if right is None else f"<answer>{','.join(right)}</answer>"
+    if right is not None and "answer" in new:
+        new["answer"] = ",".join(f"({letter})" for letter in right)
+    return dict(new, is_negated=right is not None)
 
 
 def qai_file(path: str, out: str, seed: int, p: float = 0.5) -> Counter:
     """A file of NExT-GQA or STAR rows -> OUT. Raises UserError naming every bad row of it."""
-    errors: list[str] = []
-    rows = []
-    for where, row in read_rows(Path(path), errors):
-        try:
-            as_record(row, where, Path())
-            rows.append(row)
-        except ValueError as error:
-            errors.append(f"{where}: {error}")
-    refuse(path, "bad row(s)", errors or ([] if rows else ["holds no records"]))
-    made, counts = qai_rows(rows, seed, p)
+    made, counts = qai_rows([record.row for record in load_records(path)], seed, p)
     write_rows(made, out)
     return counts
 

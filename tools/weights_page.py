@@ -5,14 +5,13 @@
 It puts the groups of completions.jsonl, and the frames the model was shown, into the template
 weights_page.html. The page is one file that loads nothing else.
 
-What is read here may come from anywhere: text is only ever shown as text, and a line that is not
-what it should be is left out, and counted.
+The logs and clips may come from anyone: their text is only ever shown as text, and a line that
+does not hold a group is left out and counted.
 """
 
 import argparse
 import base64
 import contextlib
-import hashlib
 import io
 import json
 import math
@@ -24,47 +23,56 @@ from pathlib import Path
 
 import numpy as np
 
-from files import UserError, replacing
+from files import UserError, json_lines, read_json, replacing
 
 TEMPLATE = Path(__file__).resolve().parent / "weights_page.html"
 FRAME_PIXELS = 168  # the longer side of a frame on the page, at most
+FLAGS = ("token_weights", "normalize_token_weights", "divergence", "ended_rows", "loss_type")
+CLIP_SETTINGS = ("fps", "max_frames", "min_pixels", "max_pixels")
 
 
-def json_lines(path: Path) -> list[bytes]:
-    """The lines of a JSONL file, without what a kill, or a run that still goes on, cut off at the
-    end. Raises UserError if the file cannot be read."""
+# -------------------------------------------------------------------- also used by the curves
+
+
+def read_log(
+    path: Path, keep: Callable[[dict], dict | None], limit: int = sys.maxsize
+) -> tuple[list[dict], int]:
+    """(rows, count): `keep` applied to at most `limit` lines of a run's JSONL file, evenly spaced
+    and including the first and the last, and the number of lines.
+
+    Ignores a last line that was cut off, by a kill or because the run goes on. Other lines that are
+    not JSON objects, and lines for which `keep` returns None, are left out with a note. Raises
+    UserError if the file cannot be read.
+    """
     try:
-        lines = path.read_bytes().split(b"\n")
+        *lines, last = path.read_bytes().split(b"\n")
     except OSError as error:
         reason = f"cannot be read ({error.strerror})"
         raise UserError(f"{path} {reason}; is {path.parent} the --output_dir of a run?") from None
-    if json_object(lines[-1]) is None:
-        lines.pop()
-    return [line for line in lines if line.strip()]
+    lines = [line for line in lines if line.strip()]
+    if parsed(last) is not None:
+        lines.append(last)
+    chosen = np.linspace(0, len(lines) - 1, min(limit, len(lines))).round().astype(int)
+    rows = [row for row in (keep(parsed(lines[k]) or {}) for k in chosen) if row]
+    if len(rows) < len(chosen):
+        left_out = f"{len(chosen) - len(rows)} line(s) that make no sense are left out"
+        print(f"note: {path}: {left_out}", file=sys.stderr)
+    return rows, len(lines)
 
 
-def json_object(text: bytes) -> dict | None:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested without end
-        return None
+def parsed(line: bytes) -> dict | None:
+    _, value = next(json_lines(line), (0, None))
     return value if isinstance(value, dict) else None
 
 
-def note_left_out(path: Path, count: int) -> None:
-    if count:
-        print(f"note: {path}: {count} line(s) that make no sense are left out", file=sys.stderr)
-
-
 def number(value) -> float:
-    """A measurement; NaN for null, true, text, and what is beyond float32, in which all are
-    taken."""
+    """A measurement, within float32; NaN for everything else, such as null, true and text."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return float(value) if is_number and abs(value) < 3e38 else math.nan
 
 
 @contextlib.contextmanager
-def output(path: Path):
+def output(path: Path) -> Iterator[Path]:
     """A path to write a picture to, which then replaces `path`. Raises UserError if `path` cannot
     be written, or is something that must not be replaced, such as a device."""
     if os.path.exists(path) and not os.path.isfile(path):
@@ -77,47 +85,21 @@ def output(path: Path):
         raise UserError(f"{path} cannot be written ({reason}); name another file with -o") from None
 
 
-def positive(kind):
-    def parse(text: str):
-        value = kind(text)
-        if not 0 < value < math.inf:
-            raise ValueError
-        return value
-
-    parse.__name__ = f"positive {kind.__name__}"  # argparse: "invalid positive int value: '0'"
-    return parse
-
-
 # ----------------------------------------------------------------------------------------- the page
 
 
 def read_config(run: Path) -> dict:
     """The flags of a run. Raises UserError unless those that the page needs are usable."""
-    path = run / "config.json"
-    try:
-        config = json_object(path.read_bytes())
-    except OSError as error:
-        reason = f"cannot be read ({error.strerror})"
-        raise UserError(f"{path} {reason}; is {run} the --output_dir of a run?") from None
-    for name in ("alpha", "fps", "max_frames", "min_pixels", "max_pixels"):
-        if config is None or not number(config.get(name)) > 0:
-            raise UserError(f"{path} has no number above 0 for {name}; is it that of a run?")
+    config = read_json(run / "config.json", f"is {run} the --output_dir of a run?")
+    for name in ("alpha", *CLIP_SETTINGS):
+        if not number(config.get(name)) > 0:
+            raise UserError(f"{run}/config.json has no number above 0 for {name}")
     return config
 
 
-def evenly(items: list, count: int) -> list:
-    """At most `count` of them, the first and the last included."""
-    if len(items) <= count:
-        return items
-    return [items[k] for k in np.linspace(0, len(items) - 1, count).round().astype(int)]
-
-
-def shown_group(row: dict | None) -> dict | None:
-    """What the page needs of a line of completions.jsonl; None if the line is no group: something
-    is missing, or there is not one weight per position and one log-prob per token.
-
-    Runs of before `tokens` was logged show token ids, and the text apart.
-    """
+def shown_group(row: dict) -> dict | None:
+    """What the page needs of a line of completions.jsonl; None if something is missing, or there is
+    not one weight for each position and one log-prob for each token."""
     try:
         group = dict(
             step=shown_number(row["step"]),
@@ -126,8 +108,7 @@ def shown_group(row: dict | None) -> dict | None:
             weights=[shown_number(w) for w in row["weights"]],
             completions=[
                 dict(
-                    tokens=[str(token) for token in c.get("tokens", c["token_ids"])],
-                    text="" if "tokens" in c else str(c["text"]),
+                    tokens=[str(token) for token in c["tokens"]],
                     logps=[shown_number(logp) for logp in c["logps"]],
                     advantage=shown_number(c["advantage"]),
                     rewards={name: shown_number(r) for name, r in c["rewards"].items()},
@@ -149,15 +130,16 @@ def shown_number(value) -> float | None:
 
 
 def shown_clip(path: str, config: dict, load_clip: Callable) -> dict:
-    """The frames that the model was shown, as small JPEGs in base64; or in words why not."""
+    """The frames that the model was shown, as small JPEGs in base64; or a sentence that says why
+    there are none."""
     from PIL import Image
 
     if not os.path.exists(path):
-        return dict(missing=True, error=f"clip not found: {path}")
-    settings = [config[name] for name in ("fps", "max_frames", "min_pixels", "max_pixels")]
+        where = "relative paths start from the directory the run was started in"
+        return dict(error=f"clip not found: {path} ({where})")
     frames = []
     try:
-        clip = load_clip(path, *settings)
+        clip = load_clip(path, *(config[name] for name in CLIP_SETTINGS))
         for frame_3HW in clip.frames:
             image, jpeg = Image.fromarray(frame_3HW.permute(1, 2, 0).numpy()), io.BytesIO()
             image.thumbnail((FRAME_PIXELS, FRAME_PIXELS))
@@ -165,62 +147,44 @@ def shown_clip(path: str, config: dict, load_clip: Callable) -> dict:
             frames.append(base64.b64encode(jpeg.getvalue()).decode())
     except Exception as error:  # say, no memory: a picture must not fail a run that is done
         reason = str(error) or type(error).__name__
-        return dict(missing=False, error=f"clip cannot be shown: {reason}")
+        return dict(error=f"clip cannot be shown: {reason}")
     height, width = clip.frames.shape[-2:]
     return dict(frames=frames, seconds=clip.seconds, width=width, height=height)
 
 
 def data_block(name: str, value) -> str:
-    """JSON that a script finds by its name. No text in it can end the block, or begin another:
-    escaped are `<`, and by json.dumps whatever is not ASCII."""
+    """JSON that the page's script finds by its name. No text in it can end the block or begin
+    another one: `<` is escaped here, and everything beyond ASCII by json.dumps."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     return f'<script type="application/json" id="{name}">{text}</script>\n'
 
 
-def template_halves() -> list[str]:
-    """The page before and after its data. Its policy lets run the template's one script and style,
-    known by their hashes, and nothing that anybody might smuggle in."""
-    page = TEMPLATE.read_text(encoding="utf-8")
-    for tag in ("style", "script"):
-        source = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
-        digest = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
-        page = page.replace(f"{tag.upper()}_HASH", f"sha256-{digest}")
-    return page.split("<!-- DATA -->")
-
-
 def page_data(run: Path, max_groups: int) -> Iterator[tuple[str, object]]:
-    """What the page is told, by the names its script knows: at most `max_groups` groups, evenly
-    spaced over the run; every clip once; and what they have in common. Raises UserError."""
-    from run.decoder import ClipReader  # here, because it brings torch, and curves should not wait
+    """The data blocks of the page: at most `max_groups` groups, evenly spaced over the run; every
+    clip once; and what all have in common. Raises UserError."""
+    from run.decoder import ClipReader  # imports torch, which the curves do not need
 
-    config, path = read_config(run), run / "completions.jsonl"
-    lines = json_lines(path)
-    chosen = evenly(lines, max_groups)
-    groups = [g for g in map(shown_group, map(json_object, chosen)) if g]
-    note_left_out(path, len(chosen) - len(groups))
+    config = read_config(run)
+    groups, total = read_log(run / "completions.jsonl", shown_group, max_groups)
     if not groups:
+        path = run / "completions.jsonl"
         raise UserError(f"{path} holds no group yet; a run writes one every --logging_steps")
     for k, group in enumerate(groups):
         yield f"group-{k}", group
-    clips, missing = {group["video"]: 0 for group in groups}, 0
+    clips = {group["video"]: 0 for group in groups}
     with ClipReader() as reader:
         for k, name in enumerate(clips):
-            clip = shown_clip(name, config, reader.load_clip)
-            clips[name], missing = k, missing + clip.get("missing", 0)
-            yield f"clip-{k}", clip
-    if missing:
-        where = "their paths start from the directory the run was started in"
-        print(f"note: {missing} of {len(clips)} clips not found; {where}", file=sys.stderr)
+            clips[name] = k
+            yield f"clip-{k}", shown_clip(name, config, reader.load_clip)
     index = [[group["step"], group["id"], clips[group["video"]]] for group in groups]
-    flags = {name: str(config.get(name)) for name in ("divergence", "ended_rows", "loss_type")}
-    flags = dict(alpha=config["alpha"], **flags)  # alpha is a number: read_config
-    yield "about", dict(run=run.resolve().name, total=len(lines), groups=index, flags=flags)
+    flags = {name: str(config[name]) for name in FLAGS if name in config}
+    flags = dict(alpha=config["alpha"], **flags)
+    yield "about", dict(run=run.resolve().name, total=total, groups=index, flags=flags)
 
 
 def write_page(run: Path, out: Path, max_groups: int) -> None:
-    """One page that needs nothing else; the browser parses a group only when it is shown. Raises
-    UserError."""
-    before, after = template_halves()
+    """Writes the page, one file that needs nothing else. Raises UserError."""
+    before, after = TEMPLATE.read_text(encoding="utf-8").split("<!-- DATA -->")
     with output(out) as beside, open(beside, "w", encoding="utf-8", newline="\n") as page:
         page.write(before)
         page.writelines(starmap(data_block, page_data(run, max_groups)))
@@ -231,11 +195,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", metavar="RUN", type=Path, help="an --output_dir")
     parser.add_argument("-o", "--out", type=Path, default=Path("weights.html"))
-    parser.add_argument(
-        "--max_groups", metavar="N", type=positive(int), default=200,
-        help="show at most this many groups, evenly spaced over the run (200)",
-    )  # fmt: skip
+    help = "show at most this many groups, evenly spaced over the run (200)"
+    parser.add_argument("--max_groups", metavar="N", type=int, default=200, help=help)
     args = parser.parse_args()
+    if args.max_groups < 1:
+        parser.error("--max_groups must be at least 1")
     try:
         write_page(args.run, args.out, args.max_groups)
     except UserError as error:
