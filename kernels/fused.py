@@ -157,14 +157,14 @@ def tile_for(hidden_ND: Tensor) -> Tile:
     return TILES.get(torch.cuda.get_device_capability(hidden_ND.device)[0], TILES[8])
 
 
-def divergence_tile(tile: Tile, rows: int, textbook: bool) -> Tile:
+def divergence_tile(tile: Tile, rows: int, official: bool) -> Tile:
     """The tile for groups of `rows` rows, changed until nothing spills.
 
     As many positions as `tile` would hold of eight rows, so that what a thread keeps for each
     position stays the same; fewer for more rows. Half the words where there is more to keep.
     """
     tokens = rows * tile.tokens // 8 if rows <= 8 else max(tile.tokens, rows)
-    words = tile.words // 2 if textbook or rows > 8 else tile.words
+    words = tile.words if official and rows <= 8 else tile.words // 2
     return replace(tile, words=words, tokens=max(16, tokens))  # 16: the narrowest product
 
 
@@ -230,10 +230,10 @@ def forward(
     statistics_3N = row_statistics(hidden_ND, weight_VD, targets_N, options.temperature, tile)
     V, D, T = *weight_VD.shape, len(layout.starts) - 1
     divergence_T = hidden_ND.new_zeros(T, dtype=torch.float32)
-    textbook = options.divergence == "textbook"
+    official = options.divergence == "official"
     has_spread = layout.G > 1 or options.divergence == "entropy"
     for first, last, rows in buckets_of_positions(layout.starts) if has_spread else ():
-        narrow = divergence_tile(tile, rows, textbook)
+        narrow = divergence_tile(tile, rows, official)
         token_tiles = triton.cdiv(last - first, narrow.tokens // rows)
         slices, slice_tiles = slices_of_words(V, narrow.words, token_tiles)
         partial_ST = hidden_ND.new_empty(slices, T, dtype=torch.float32)
