@@ -500,7 +500,7 @@ def test_a_mistyped_directory_loses_nothing(flags, tmp_path):
     if cfg.dry_run:
         assert twgrpo.train_and_evaluate(cfg) is None
     else:
-        with pytest.raises(UserError, match="is not empty|holds files, but no run"):
+        with pytest.raises(UserError, match="is not empty|holds files but no run"):
             twgrpo.train_and_evaluate(cfg)
     assert snapshot(tmp_path) == before
 
