@@ -8,10 +8,9 @@ There are two ways to compute that, which give the same numbers; neither makes a
     flash_attention_2   flash-attn's variable-length call: the prompt is one sequence, each
                         completion another, over [prompt, own]; no padding; CUDA, its own package
 
-Letters in shapes: B questions, b of them with prompts of one length P, G completions of each, T
-tokens of the longest, L tokens of the longest row, N completion tokens of a question, H query
-heads, d their size, S sequences in a variable-length call, Q tokens that ask in it, K tokens they
-may see.
+Letters in shapes: B questions, G completions of each, T tokens of the longest, L tokens of the
+longest row, N completion tokens of a question, H query heads, d their size, S sequences in a
+variable-length call, Q tokens that ask in it, K tokens they may see.
 """
 
 from dataclasses import dataclass, field
@@ -19,7 +18,6 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -92,75 +90,53 @@ def pack(groups: list[Group], pad_id: int) -> tuple[Tensor, Tensor, Tensor, list
 
 
 @dataclass
-class SamePrompts:
-    """Questions of a batch whose prompts have one length, and where their completions stand."""
+class Row:
+    """Where the prompt and the completions of one question stand in its packed row."""
 
-    rows: Tensor  # (b,) int64: which of the B questions
-    prompt_length: int
-    places_bGT: Tensor  # in the B L tokens of the flattened rows, right-padded with 0
-    real_n: Tensor  # which of the b G T are completion tokens, not padding
+    prompt: slice
+    own: slice  # the completions, N tokens in all
+    grid: tuple[int, int]  # (G, T), of the completions that have tokens here
+    slots_N: Tensor  # the place of each of these tokens in a flattened (G, T) grid
+
+    def to_grid(self, x: Tensor) -> Tensor:
+        """(1, H, N, ...) -> (G, H, T, ...): one completion a row, right-padded with zeros."""
+        grid = x.new_zeros(x.shape[1], self.grid[0] * self.grid[1], *x.shape[3:])
+        grid[:, self.slots_N] = x[0]
+        return grid.unflatten(1, self.grid).transpose(0, 1)
+
+    def from_grid(self, x: Tensor) -> Tensor:
+        """The inverse of `to_grid`."""
+        return x.transpose(0, 1).flatten(1, 2)[None, :, self.slots_N]
 
 
-def packed_layout(segments_BL: Tensor, device: torch.device | str = "cpu") -> list[SamePrompts]:
-    """Eq. 7 as `packed_attention` wants it: no mask, because padding comes last in each sequence,
+def packed_layout(segments_BL: Tensor, device: torch.device | str = "cpu") -> list[Row]:
+    """Eq. 7 as `packed_attention` takes it: no mask, because padding comes last in each sequence,
     where causal attention never looks."""
-    lengths = (segments_BL == 0).sum(1)
-    places_BL = torch.arange(segments_BL.numel()).view(segments_BL.shape)
-    parts = []
-    for length in lengths.unique().tolist():
-        rows = (lengths == length).nonzero()[:, 0]
-        G = int(segments_BL[rows].max())
-        own = [places_BL[b][segments_BL[b] == i] for b in rows for i in range(1, G + 1)]
-        if any(map(len, own)):
-            padded = pad_sequence(own, batch_first=True, padding_value=-1)
-            real_n = (padded.flatten() >= 0).nonzero()[:, 0].to(device)
-            places = padded.clamp(min=0).view(len(rows), G, -1).to(device)
-        else:  # every completion has one token, and nothing follows it
-            places, real_n = torch.zeros(len(rows), G, 0, dtype=torch.long, device=device), None
-        parts.append(SamePrompts(rows.to(device), length, places, real_n))
-    return parts
+    rows = []
+    for segments_L in segments_BL:
+        P, own_N = int((segments_L == 0).sum()), segments_L[segments_L > 0]
+        lengths_G = own_N.unique_consecutive(return_counts=True)[1]
+        T = max(lengths_G.tolist(), default=0)
+        slots_N = (torch.arange(T) < lengths_G[:, None]).flatten().nonzero()[:, 0]
+        own = slice(P, P + len(own_N))
+        rows.append(Row(slice(P), own, (len(lengths_G), T), slots_N.to(device)))
+    return rows
 
 
 def packed_attention(module, query, key, value, attention_mask, *, scaling, packed=None, **_):
     """Attention over packed rows, as transformers calls it: query (B, H, L, d), key and value with
     fewer heads; returns (B, L, H, d). `packed` is the layout; without one, as in a prefill of
-    prompts alone, this is transformers' own causal attention.
-
-    The prompt attends to itself once. The completions of a question attend to the prompt, whose
-    keys they share, and each to itself; `Joined` makes one softmax of the two. Time and memory grow
-    with the number of completions, not with its square.
-    """
+    prompts alone, this is transformers' own causal attention."""
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast they are float32
     if packed is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
-    (B, H, L, d), heads = query.shape, key.shape[1]
-    flat_q, flat_k, flat_v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    out = query.new_zeros(B, L, H, d)
-    for part in packed:
-        P, (b, G, T) = part.prompt_length, part.places_bGT.shape
-        prompt = [x if b == B else x[part.rows] for x in (query, key, value)]
-        prompt = [x[:, :, :P] for x in prompt]
-        prompt_out = F.scaled_dot_product_attention(
-            *prompt, is_causal=True, scale=scaling, enable_gqa=True
-        ).transpose(1, 2)
-        out = out.index_put((part.rows[:, None], torch.arange(P, device=out.device)), prompt_out)
-        if T:
-            q, k, v = (
-                x.index_select(0, part.places_bGT.flatten()) for x in (flat_q, flat_k, flat_v)
-            )
-            q = q.view(b, G, T, heads, H // heads, d)
-            k, v = (x.view(b, G, T, heads, d) for x in (k, v))
-            own_out = Joined.apply(q, prompt[1], prompt[2], k, v, scaling).reshape(b * G * T, H, d)
-            places = part.places_bGT.flatten()[part.real_n]
-            out = out.flatten(0, 1).index_copy(0, places, own_out[part.real_n]).view(B, L, H, d)
-    return out, None
+    return Joined.apply(query, key, value, packed, scaling).transpose(1, 2), None
 
 
 class Joined(torch.autograd.Function):
-    """Attention of completion tokens over [prompt, own], in two parts with one softmax.
-
-    q (b, G, T, heads, shared, d) of G completions; the prompt's k and v (b, heads, P, d); the
-    completions' own (b, G, T, heads, d). Returns the shape of q.
+    """The prompt attends to itself once. The completions of a question attend to the prompt, whose
+    keys they share, and each to itself; the two parts have one softmax. Time and memory grow with
+    the number of completions, not with its square.
 
     With o_1, o_2 the parts' outputs and L_1, L_2 their log-sum-exps, L = log(e^L_1 + e^L_2) and
     o = e^(L_1 - L) o_1 + e^(L_2 - L) o_2. The probabilities of each part are e^(score - L), so its
@@ -168,80 +144,77 @@ class Joined(torch.autograd.Function):
     """
 
     @staticmethod
-    def to_prompt(x: Tensor) -> Tensor:
-        """(b, G, T, heads, shared, n) -> (b, heads, shared G T, n): queries of one key head."""
-        b, G, T, heads, shared, n = x.shape
-        return x.permute(0, 3, 4, 1, 2, 5).reshape(b, heads, shared * G * T, n)
-
-    @staticmethod
-    def to_own(x: Tensor) -> Tensor:
-        """(b, G, T, heads, shared, n) -> (b G, heads shared, T, n): each completion by itself."""
-        return x.flatten(0, 1).flatten(2, 3).transpose(1, 2)
-
-    @staticmethod
-    def from_prompt(x: Tensor, shape: torch.Size) -> Tensor:
-        b, G, T, heads, shared, _ = shape
-        return x.view(b, heads, shared, G, T, -1).permute(0, 3, 4, 1, 2, 5)
-
-    @staticmethod
-    def from_own(x: Tensor, shape: torch.Size) -> Tensor:
-        return x.transpose(1, 2).reshape(*shape[:-1], -1)
-
-    @staticmethod
-    def forward(ctx, q, prompt_k, prompt_v, k, v, scale):
-        shared = q.shape[4]
-        own = [x[:, :, :, :, None].expand(-1, -1, -1, -1, shared, -1) for x in (k, v)]
-        prompt_k, prompt_v = prompt_k.contiguous(), prompt_v.contiguous()
-        out_1, L_1, state_1 = flash(Joined.to_prompt(q), prompt_k, prompt_v, False, scale)
-        own = (Joined.to_own(x).contiguous() for x in (q, *own))
-        out_2, L_2, state_2 = flash(*own, True, scale)
-        out_1, L_1 = (Joined.from_prompt(x, q.shape) for x in (out_1, L_1[..., None]))
-        out_2, L_2 = (Joined.from_own(x, q.shape) for x in (out_2, L_2[..., None]))
-        L = torch.logaddexp(L_1, L_2)
-        out = ((L_1 - L).exp() * out_1 + (L_2 - L).exp() * out_2).to(q.dtype)
-        ctx.save_for_backward(q, prompt_k, prompt_v, k, v, out, L)
-        ctx.scale, ctx.states = scale, (state_1, state_2)
+    def forward(ctx, query, key, value, rows: list[Row], scale: float) -> Tensor:
+        """query (B, H, L, d), key and value with fewer heads; returns (B, H, L, d)."""
+        out = torch.zeros_like(query)
+        accurate = torch.promote_types(query.dtype, torch.float32)
+        lse = torch.zeros(query.shape[:3], dtype=accurate, device=query.device)
+        for b, row in enumerate(rows):
+            q, k, v = (x[b : b + 1, :, row.prompt] for x in (query, key, value))
+            out_0, lse_0, state = flash(q, k, v, True, scale)
+            out[b, :, row.prompt], lse[b, :, row.prompt] = out_0[0], lse_0[0]
+            if not len(row.slots_N):  # every completion has one token, which predicts nothing
+                continue
+            own = [x[b : b + 1, :, row.own] for x in (query, key, value)]
+            out_1, lse_1, _ = flash(own[0], k, v, False, scale)
+            out_2, lse_2, _ = flash(*map(row.to_grid, own), True, scale)
+            out_2, lse_2 = row.from_grid(out_2), row.from_grid(lse_2)
+            joined = torch.logaddexp(lse_1, lse_2)
+            share_1, share_2 = ((x - joined).exp()[..., None] for x in (lse_1, lse_2))
+            out[b, :, row.own] = (share_1 * out_1 + share_2 * out_2)[0]
+            lse[b, :, row.own] = joined[0]
+        ctx.save_for_backward(query, key, value, out, lse, *state)
+        ctx.rows, ctx.scale = rows, scale
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        q, prompt_k, prompt_v, k, v, out, L = ctx.saved_tensors
-        g, o, l_, q_1 = (Joined.to_prompt(x) for x in (grad, out, L, q))
-        dq_1, dprompt_k, dprompt_v = flash_backward(
-            g, q_1, prompt_k, prompt_v, o, l_[..., 0], False, ctx.scale, ctx.states[0]
-        )
-        own = [x[:, :, :, :, None].expand_as(q) for x in (k, v)]
-        g, o, l_, q_2, k_2, v_2 = (Joined.to_own(x).contiguous() for x in (grad, out, L, q, *own))
-        dq_2, dk_2, dv_2 = flash_backward(
-            g, q_2, k_2, v_2, o, l_[..., 0], True, ctx.scale, ctx.states[1]
-        )
-        dq_2, dk, dv = (Joined.from_own(x, q.shape) for x in (dq_2, dk_2, dv_2))
-        dq = Joined.from_prompt(dq_1, q.shape) + dq_2
-        return dq, dprompt_k, dprompt_v, dk.sum(4), dv.sum(4), None
+        query, key, value, out, lse, *state = ctx.saved_tensors
+        totals = [torch.zeros_like(x) for x in (query, key, value)]
+        for b, row in enumerate(ctx.rows):
+            prompt, own = (
+                [x[b : b + 1, :, part] for x in (grad, query, key, value, out, lse)]
+                for part in (row.prompt, row.own)
+            )
+            parts = flash_backward(*prompt, True, ctx.scale, state)
+            for total, part in zip(totals, parts, strict=True):
+                total[b, :, row.prompt] = part[0]
+            if not len(row.slots_N):
+                continue
+            parts = flash_backward(*map(row.to_grid, own), True, ctx.scale, state)
+            for total, part in zip(totals, parts, strict=True):
+                total[b, :, row.own] = row.from_grid(part)[0]
+            own[2:4] = prompt[2:4]  # the completions over the prompt
+            parts = flash_backward(*own, False, ctx.scale, state)
+            for total, part, place in zip(
+                totals, parts, (row.own, row.prompt, row.prompt), strict=True
+            ):
+                total[b, :, place] += part[0]
+        return *totals, None, None
 
 
 def flash(q, k, v, is_causal: bool, scale: float) -> tuple[Tensor, Tensor, tuple]:
-    """Torch's fused attention: output (b, H, n, d), log-sum-exp (b, H, n) in float32, and what its
-    backward pass on CUDA wants besides. On CUDA for bf16 and float16 only."""
+    """Torch's fused attention: output (b, H, n, d), log-sum-exp (b, H, n) in float32, and the state
+    of the random numbers (of a dropout that is 0) which its backward pass on CUDA asks for. k and v
+    may have fewer heads. On CUDA for bf16 and float16 only."""
     if q.is_cuda:
-        out, L, *rest = torch.ops.aten._scaled_dot_product_flash_attention(
-            q, k, v, 0.0, is_causal, scale=scale
-        )
-        return out, L, tuple(rest[:6])
+        attend = torch.ops.aten._scaled_dot_product_flash_attention
+        out, lse, *rest = attend(q, k, v, 0.0, is_causal, scale=scale)
+        return out, lse, tuple(rest[4:6])
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return *attend(q, k, v, 0.0, is_causal, scale=scale), ()
 
 
-def flash_backward(grad, q, k, v, out, L, is_causal: bool, scale: float, state: tuple):
+def flash_backward(grad, q, k, v, out, lse, is_causal: bool, scale: float, state: list[Tensor]):
     """The gradients of q, k and v, for an output and log-sum-exp that may be of more keys."""
+    # CUDA reads the log-sum-exp without looking at its strides.
+    tensors, lse = (grad, q, k, v, out), lse.contiguous()
     if q.is_cuda:
-        starts, seeds = state[:4], state[4:]
-        return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            grad, q, k, v, out, L, *starts, 0.0, is_causal, *seeds, scale=scale
-        )
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, q, k, v, out, L, 0.0, is_causal, scale=scale
-    )
+        lengths = None, None, q.shape[2], k.shape[2]  # None: not a variable-length call
+        differentiate = torch.ops.aten._scaled_dot_product_flash_attention_backward
+        return differentiate(*tensors, lse, *lengths, 0.0, is_causal, *state, scale=scale)
+    differentiate = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return differentiate(*tensors, lse, 0.0, is_causal, scale=scale)
 
 
 # ----------------------------------------------------- flash_attention_2: one variable-length call

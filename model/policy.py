@@ -1,5 +1,5 @@
-"""Qwen2.5-VL or Qwen2-VL as a policy: encode each video once, prefill each prompt once, score each
-prompt once.
+"""A Qwen-VL model as a policy: encode each video once, prefill each prompt once, score each prompt
+once.
 
     Policy.encode_videos   patches -> video tokens: one pass of the vision tower for all questions
     Policy.rollout         prompts -> G sampled completions each: prefill once, decode B x G rows
@@ -29,10 +29,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from data import Question, load_chat_template
@@ -49,7 +46,7 @@ from video import Geometry, mrope_positions
 VISION_TOKENS = [
     f"<|{name}|>" for name in "vision_start vision_end vision_pad image_pad video_pad".split()
 ]
-PROCESSOR_FILES = (  # not needed here, but saved checkpoints carry them along for others
+PROCESSOR_FILES = (  # unused here; copied into saved checkpoints for other programs
     "preprocessor_config.json",
     "video_preprocessor_config.json",
     "processor_config.json",
@@ -61,8 +58,8 @@ class NonFiniteLogits(UserError):
 
 
 class Root(nn.Module):
-    """The outermost unit of a sharded model: work done inside its forward sees the embeddings and
-    the lm_head whole, gathered once."""
+    """The outermost FSDP unit. Work that runs inside its forward sees the embeddings and the
+    lm_head whole, gathered once."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
@@ -110,7 +107,7 @@ class Policy:
         device: torch.device | str = "cpu",
         freeze_vision_modules: bool = False,
         attn_implementation: str = "sdpa",
-    ):
+    ) -> "Policy":
         """A checkpoint directory or hub name, in float32. Raises UserError if it is no Qwen-VL."""
         name = os.fspath(model_name_or_path)
         model, tokenizer, save_dtype = load_model(name)
@@ -129,7 +126,7 @@ class Policy:
         return self.model.lm_head.weight
 
     def longest_prompt(self, limit: int) -> int:
-        """Tokens of a prompt, at most: `limit`, or fewer if the model has not as many positions."""
+        """The most tokens a prompt may have: `limit`, or the model's positions if fewer."""
         return min(limit, self.text.config.max_position_embeddings)
 
     @property
@@ -164,7 +161,7 @@ class Policy:
         try:
             yield actor
         finally:
-            # The caller's variable still names the copy, so its weights are taken from it.
+            # The caller's variable keeps the copy alive, so free its weights here.
             for module in actor.model.modules():
                 module._parameters.clear()
 
@@ -310,14 +307,14 @@ class Policy:
         return self._groups(questions, tokens_RT, logps_RT, G)
 
     def attend_with(self, attn_implementation: str) -> None:
-        """How packed rows are scored: a key of packing.ATTENTION. It stays so until the gradient is
-        taken, since a checkpointed layer is computed once more then."""
+        """Chooses how packed rows are scored: a key of packing.ATTENTION. Keep it until after the
+        backward pass, which recomputes checkpointed layers."""
         self.attn_implementation = attn_implementation
         self.text.config._attn_implementation, _ = ATTENTION[attn_implementation]
 
     @contextlib.contextmanager
     def attention(self, part: PreTrainedModel, name: str):
-        """Another attention function in the language model or the vision tower, for a while."""
+        """Temporarily uses another attention function in the language model or vision tower."""
         config = part.config
         before, config._attn_implementation = config._attn_implementation, name
         try:

@@ -1,7 +1,7 @@
 """The processes of a run: one per GPU under torchrun, or one alone.
 
 Without torchrun every function here is the obvious thing for a single process, so that the loop
-reads the same. What waits for the others, from `gather` on, is called by all ranks or by none.
+reads the same. `gather` and everything below it that uses it must be called by all ranks or none.
 """
 
 import contextlib
@@ -172,7 +172,7 @@ class StopSignal:
         tqdm.write(f"{name}: finishing the step, then saving; Ctrl-C to stop now", file=self)
 
     def write(self, text: str) -> int:
-        """In place of sys.stderr's: where nobody can read it any more, the run is to stop."""
+        """Replaces sys.stderr.write: if stderr is gone, asks the run to stop."""
         with self._unread():
             self.stderr.write(text)
         return len(text)

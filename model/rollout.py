@@ -31,11 +31,11 @@ class GroupCache:
         self.unreal_B11P = self.unreal_B11P.masked_fill(~real_BP, -torch.inf)[:, None, None]
         self.prompt: list[tuple[Tensor, Tensor] | None] = [None] * layers  # (B, heads, P, d)
         self.own: list[tuple[Tensor, Tensor] | None] = [None] * layers  # (R, heads, length, d)
-        self.t_1 = None  # (1,) int64, the position whose keys are being written; None: prefill
+        self.t: Tensor | None = None  # (1,) int64, the position being written; None: prefill
         self.width = 0
 
-    def begin_decoding(self, t_1: Tensor) -> None:
-        self.t_1 = t_1
+    def begin_decoding(self, t: Tensor) -> None:
+        self.t = t
         for layer, (key, value) in enumerate(self.prompt):
             B, heads, _, d = key.shape
             shape = (B * self.num_generations, heads, self.length, d)
@@ -44,15 +44,15 @@ class GroupCache:
 
     def unwritten_W(self) -> Tensor:
         """-inf at the positions of the own cache that are read but not yet written, else 0."""
-        position_W = torch.arange(self.width, device=self.t_1.device)
-        return torch.where(position_W <= self.t_1, 0.0, -torch.inf)
+        position_W = torch.arange(self.width, device=self.t.device)
+        return torch.where(position_W <= self.t, 0.0, -torch.inf)
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        if self.t_1 is None:
+        if self.t is None:
             self.prompt[layer_idx] = (key, value)
             return key, value
         for buffer, new in zip(self.own[layer_idx], (key, value), strict=True):
-            buffer.index_copy_(2, self.t_1, new)
+            buffer.index_copy_(2, self.t, new)
         return tuple(buffer[:, :, : self.width] for buffer in self.own[layer_idx])
 
 
@@ -151,36 +151,36 @@ class Decoder:
         self.temperature, self.top_p = temperature, top_p
         self.banned_V, self.eos_ids = banned_V, eos_ids
         (R, T), device = uniform_RT.shape, hidden_RD.device
-        self.t_1 = torch.zeros(1, dtype=torch.long, device=device)
+        self.t = torch.zeros(1, dtype=torch.long, device=device)
         self.tokens_RT = torch.zeros(R, T, dtype=torch.long, device=device)
         self.logps_RT = torch.zeros(R, T, device=device)
         self.ended_R = torch.zeros(R, dtype=torch.bool, device=device)
         self.steps = 0
-        cache.begin_decoding(self.t_1)
+        cache.begin_decoding(self.t)
         self._sample(hidden_RD)
 
     def _sample(self, hidden_RD: Tensor) -> None:
         """Writes column t of tokens and log-probs from the hidden states that predict it."""
-        uniform_R = self.uniform_RT.index_select(1, self.t_1)[:, 0]
+        uniform_R = self.uniform_RT.index_select(1, self.t)[:, 0]
         logits_RV = head_logits(hidden_RD, self.lm_head.weight)
         tokens_R, logps_R = sample(
             logits_RV, self.temperature, uniform_R, self.banned_V, self.top_p
         )
-        self.tokens_RT.index_copy_(1, self.t_1, tokens_R[:, None])
-        self.logps_RT.index_copy_(1, self.t_1, logps_R[:, None])
+        self.tokens_RT.index_copy_(1, self.t, tokens_R[:, None])
+        self.logps_RT.index_copy_(1, self.t, logps_R[:, None])
         self.ended_R |= torch.isin(tokens_R, self.eos_ids)
 
     def step(self) -> None:
         """Feeds column t, and samples column t + 1."""
-        tokens_R1 = self.tokens_RT.index_select(1, self.t_1)
+        tokens_R1 = self.tokens_RT.index_select(1, self.t)
         hidden_R1D = self.text(
             inputs_embeds=self.text.embed_tokens(tokens_R1),
-            position_ids=(self.following_R + self.t_1).expand(3, -1)[..., None],
+            position_ids=(self.following_R + self.t).expand(3, -1)[..., None],
             attention_mask=None,
             past_key_values=self.cache,
             group_cache=self.cache,
         ).last_hidden_state
-        self.t_1 += 1
+        self.t += 1
         self._sample(hidden_R1D[:, 0])
 
     def run(self, capture: bool, check_every: int) -> None:
@@ -201,7 +201,7 @@ class Decoder:
         Capturing runs nothing, but the warm-up before it does: the state it moves is put back. What
         it writes beyond column t is written again by the replays.
         """
-        state = (self.t_1, self.ended_R)
+        state = (self.t, self.ended_R)
         before = [x.clone() for x in state]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

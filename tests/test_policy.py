@@ -1,8 +1,8 @@
 """The policy's three passes against transformers' own model, given one padded row per completion.
 
 What transformers computes here is its full forward pass with our position ids: token embeddings,
-video features in place, causal attention over the sequence, logits. `pack`, `packed_mask`, the
-prefilled cache and the left padding must change nothing.
+video features in place, causal attention over the sequence, logits. Packing, the prefilled cache
+and padding must change nothing.
 """
 
 import math
@@ -64,15 +64,8 @@ def as_qwen2_vl(policy) -> Policy:
     ours = policy.model.config
     text = dict(ours.text_config.to_dict(), model_type="qwen2_vl_text")
     vision = dict(depth=1, embed_dim=64, hidden_size=96, num_heads=4, mlp_ratio=2)
-    ids = {
-        k: getattr(ours, k)
-        for k in (
-            "image_token_id",
-            "video_token_id",
-            "vision_start_token_id",
-            "vision_end_token_id",
-        )
-    }
+    names = "image_token_id video_token_id vision_start_token_id vision_end_token_id".split()
+    ids = {name: getattr(ours, name) for name in names}
     config = Qwen2VLConfig(text_config=text, vision_config=vision, **ids)
     torch.manual_seed(1)
     model = Qwen2VLForConditionalGeneration(config).eval()
@@ -185,14 +178,8 @@ def test_completions_end_with_their_first_end_token(policy, questions):
 
 
 def test_vision_ids_and_words_beyond_the_tokenizer_are_never_sampled(policy):
-    names = (
-        "<|vision_start|>",
-        "<|vision_end|>",
-        "<|vision_pad|>",
-        "<|image_pad|>",
-        "<|video_pad|>",
-    )
-    banned = [policy.tokenizer.convert_tokens_to_ids(name) for name in names]
+    names = "vision_start vision_end vision_pad image_pad video_pad".split()
+    banned = [policy.tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in names]
     assert policy.banned_V[banned].all() and policy.banned_V.sum() == 5
     V = len(policy.banned_V)
     logits = torch.zeros(2000, V)
@@ -203,6 +190,7 @@ def test_vision_ids_and_words_beyond_the_tokenizer_are_never_sampled(policy):
         assert not policy.banned_V[tokens].any()
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_captured_steps_draw_the_tokens_of_eager_ones(policy, questions):
     """Long enough for two graphs: the second begins where FIRST_WIDTH positions are full."""
@@ -329,8 +317,7 @@ def test_a_checkpoint_without_weights_is_refused(world, tmp_path):
         Policy.load(tmp_path / "bare")
 
 
-# ------------------------------------------------------------------------------------------ how
-# fast
+# -------------------------------------------------------------------------------------- how fast
 
 
 @pytest.fixture(scope="module")
@@ -374,6 +361,7 @@ def eight_copies(policy, question, G=8):
     )
 
 
+@pytest.mark.slow
 def test_packed_scoring_is_at_least_twice_as_fast(big, capsys):
     """Forward and backward of one packed row against eight padded copies through transformers."""
     policy, question = big
@@ -405,6 +393,7 @@ def test_packed_scoring_is_at_least_twice_as_fast(big, capsys):
     assert slow > 2 * fast
 
 
+@pytest.mark.slow
 def test_rollout_is_at_least_twice_as_fast_as_generate(big, capsys):
     """8 x 64 tokens from one prefill; generate(num_return_sequences=8) encodes it all 8 times."""
     policy, question = big

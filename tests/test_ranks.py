@@ -15,6 +15,8 @@ from conftest import PROJECT, run_twgrpo, twgrpo_command
 from safetensors.torch import load_file
 from test_train import metrics
 
+pytestmark = pytest.mark.ranks
+
 LIMIT = 60  # seconds, for any of these runs: a hang is a failure
 
 
@@ -161,6 +163,7 @@ def test_a_disk_that_fills_up_on_one_rank_is_an_error_on_both(world, tmp_path):
     assert not (tmp_path / "r" / "checkpoint-4").exists()
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_train_like_one(gpus, world, tmp_path, monkeypatch):
     """In bf16 the last digits differ, so a draw may fall on another token and that completion goes
@@ -175,8 +178,10 @@ def test_two_gpus_train_like_one(gpus, world, tmp_path, monkeypatch):
 
 def assert_two_train_like_one(world, tmp_path):
     one_run, two_runs = tmp_path / "one", tmp_path / "two"
-    results = [run_twgrpo(world, one_run, *FIVE, "2"), run_two(world, two_runs, *FIVE, "1",
-                                                               timeout=300)]  # fmt: skip
+    results = [
+        run_twgrpo(world, one_run, *FIVE, "2"),
+        run_two(world, two_runs, *FIVE, "1", timeout=300),
+    ]
     for result in results:
         assert result.returncode == 0, result.stderr[-3000:]
     one, two = metrics(one_run), metrics(two_runs)
@@ -200,8 +205,7 @@ def assert_two_train_like_one(world, tmp_path):
     before = load_file(world / "model/model.safetensors")
     for name in before:
         assert (ours[name].float() - theirs[name].float()).abs().max() < 2 * 5 * 1e-3, name
-    assert any((theirs[name].float() - value.float()).abs().max() > 1e-3
-               for name, value in before.items())  # fmt: skip
+    assert any((theirs[n].float() - x.float()).abs().max() > 1e-3 for n, x in before.items())
 
 
 def test_an_error_that_all_ranks_know_of_saves_the_steps_before_it(world, tmp_path):
