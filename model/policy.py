@@ -148,7 +148,12 @@ class Policy:
 
     def run(self, work: Callable, *args):
         """work(*args), inside the sharded root's forward if there is one."""
-        return self.root(work, *args) if self.root else work(*args)
+        if self.root is None:
+            return work(*args)
+        result = self.root(work, *args)
+        if not torch.is_grad_enabled():  # FSDP leaves the root's weights whole for a backward pass
+            self.root.reshard()
+        return result
 
     @contextlib.contextmanager
     def gathered(self):

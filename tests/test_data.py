@@ -538,7 +538,7 @@ def test_a_dry_run_and_notes_print_no_control_characters(world, tmp_path, capfd)
     path = write(tmp_path, json.dumps(rows))
     flags = [*twgrpo_command(world, tmp_path / "out", "--jsonl_path", str(path))[2:]]
     cfg = parse_config(flags)
-    plan.show(cfg, load_records(path, world))
+    plan.show(cfg)
     (tmp_path / "log").mkdir()
     RunLog(cfg, tmp_path / "log").note("key", f"skipped question {ESCAPES}")
     out, err = capfd.readouterr()

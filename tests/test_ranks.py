@@ -223,6 +223,7 @@ def test_an_error_that_all_ranks_know_of_saves_the_steps_before_it(world, tmp_pa
 def test_an_error_that_one_rank_alone_knows_of_ends_both_and_saves_nothing(world, tmp_path):
     """In the backward pass, where the other rank waits in a collective."""
     flags = "--max_steps 9 --save_steps 2 --per_device_train_batch_size 1".split()
+    flags += ["--beta", "0.01"]  # so that every step has a backward pass
     result = run_two(world, tmp_path / "r", *flags, fault=("backward", 1, 4))
     assert result.returncode != 0 and "a fault in the backward" in result.stderr
     assert "checkpoint-2 holds the run so far" in result.stderr

@@ -390,7 +390,14 @@ def test_rank_without_its_companions_is_a_sentence(world, tmp_path, monkeypatch)
 def running(world, out, *flags):
     """A run without an end that has done two steps."""
     command = twgrpo_command(world, out, "--max_steps", "100000", *flags)
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        # Under nohup, pytest and what it starts would ignore the hangup.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 90
     while not ((out / "metrics.jsonl").exists() and len(metrics(out)) >= 2):
         assert process.poll() is None and time.monotonic() < deadline
