@@ -191,11 +191,11 @@ def test_published_completions_earn_their_logged_format_reward(sample):
      "answer", "answer:", "answer A", "answer " + " " * 500, "answer A , ", "ANSWER\n\n"],
 )  # fmt: skip
 def test_a_megabyte_takes_no_time(piece):
-    """Under 0.2 s for each text, all rewards and both readings of the answer together."""
+    """All rewards and both readings take about 0.1 s of CPU; quadratic time would be minutes."""
     text = piece * (2**20 // len(piece))
     for attack in (text, text + "x", f"<think>{text}</think><answer>{text}x", f"answer {text}"):
         start = time.process_time()
         accuracy_reward(attack, "<answer>A</answer>"), format_reward(attack)
         accuracy_reward(attack, "<answer>3</answer>"), strict_format_reward(attack)
         extract_answer(attack)
-        assert time.process_time() - start < 0.2
+        assert time.process_time() - start < 2
