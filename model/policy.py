@@ -129,10 +129,6 @@ class Policy:
         """The most tokens a prompt may have: `limit`, or the model's positions if fewer."""
         return min(limit, self.text.config.max_position_embeddings)
 
-    @property
-    def vision_is_frozen(self) -> bool:
-        return not next(self.vision.parameters()).requires_grad
-
     # ------------------------------------------------------------------------ one rank or several
 
     def shard(self, device: torch.device) -> None:

@@ -90,8 +90,8 @@ def optimizer_step(
     norm = norm.full_tensor().item() if hasattr(norm, "full_tensor") else norm.item()
     finite = math.isfinite(loss) and math.isfinite(norm)
     if finite:
-        for parameters in optimizer.param_groups:
-            parameters["lr"] = learning_rate
+        for options in optimizer.param_groups:
+            options["lr"] = learning_rate
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm, finite

@@ -80,9 +80,13 @@ def test_packed_scoring_equals_separate_sequences(kind, policy, records):
         policy = as_qwen2_vl(policy)
         assert policy.geometry.tokens_per_second is None
     prompter = Prompter(policy.tokenizer, policy.chat_template, policy.geometry, **toy.CLIP)
-    questions = questions_of(prompter, records)
-    groups = groups_of(policy, questions)
+    names = check_packed_scoring(policy, questions_of(prompter, records))
+    assert len(names) > 30
 
+
+def check_packed_scoring(policy, questions) -> set[str]:
+    """Packed rows against separate sequences. Returns the parameters that have gradients."""
+    groups = groups_of(policy, questions)
     hidden = policy.hidden_states(groups, policy.encode_videos(questions))
     packed = [policy.model.lm_head(h) for h in hidden]
     separate = [torch.cat(separate_logits(policy, group)) for group in groups]
@@ -95,21 +99,27 @@ def test_packed_scoring_equals_separate_sequences(kind, policy, records):
     policy.model.zero_grad()
     sum((x * p).sum() for x, p in zip(separate, probe, strict=True)).backward()
     theirs = gradients(policy)
-    assert ours.keys() == theirs.keys() and len(ours) > 30
+    assert ours.keys() == theirs.keys()
     assert max(relative(ours[name], theirs[name]) for name in ours) < 1e-4
+    return set(ours)
 
 
 def test_rollout_logps_equal_a_full_forward(policy, questions):
     """What decoding recorded at every step, against transformers' logits of the sequence."""
+    groups = check_rollout(policy, questions)
+    assert {len(g.completions) for g in groups} == {3}
+
+
+def check_rollout(policy, questions) -> list[Group]:
     features = policy.encode_videos(questions)
     groups = policy.rollout(questions, features, 3, 12, 1.0, [(0, b) for b in range(3)])
-    assert {len(g.completions) for g in groups} == {3}
     for group in groups:
         logps = [
             rows.log_softmax(-1).gather(1, c[:, None])[:, 0]
             for rows, c in zip(separate_logits(policy, group), group.completions, strict=True)
         ]
         assert (group.sampled_logps_N - torch.cat(logps)).abs().max() < 1e-5
+    return groups
 
 
 def test_a_float32_policy_decodes_under_autocast(policy, questions, monkeypatch):
@@ -266,7 +276,8 @@ def test_frozen_vision_gets_no_gradient(world, prompter, records):
     policy = Policy.load(world / "model", freeze_vision_modules=True)
     questions = [prompter(records[0])]
     features = policy.encode_videos(questions)
-    assert policy.vision_is_frozen and not features[0].requires_grad
+    assert not any(p.requires_grad for p in policy.vision.parameters())
+    assert not features[0].requires_grad
     policy.hidden_states(groups_of(policy, questions, LENGTHS[:1]), features)[0].sum().backward()
     assert all(p.grad is None for p in policy.vision.parameters())
 
