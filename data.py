@@ -10,9 +10,7 @@ The formats of the files are in records.py. `python -m tools.check` names every 
 Letters in shapes: P prompt tokens, S patches of a clip, F frames.
 """
 
-import itertools
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,11 +172,6 @@ class Prompter:
     load_clip: Callable[..., video.Clip] = video.load_clip  # untrusted files: ClipReader.load_clip
     max_prompt_length: int = MAX_PROMPT_LENGTH  # tokens; a longer prompt is refused, never cut
 
-    def __post_init__(self):
-        added = self.tokenizer.added_tokens_decoder.values()
-        special = sorted((token.content for token in added if token.special), key=len, reverse=True)
-        self.special = re.compile("|".join(map(re.escape, special)))
-
     def render(self, text: str) -> str:
         """The prompt in the model's chat form: the clip's placeholder, then the question's text.
         Raises UserError if the model's chat template fails."""
@@ -193,31 +186,18 @@ class Prompter:
             raise UserError(f"the model's chat template fails on it ({error})") from error
 
     def tokenize(self, record: Record, times: Sequence[float] = ()) -> tuple[str, list[int]]:
-        """The prompt and its ids, the clip as one placeholder. Raises UserError if the template
-        does not show exactly one video, or the prompt is too long.
-
-        With `times`, in seconds, there is a placeholder for each of them, and its time before it.
-        Only the template makes special tokens: one in the question is text, and is tokenized as
-        its letters.
-        """
+        """The prompt and its ids, the clip as one placeholder; with `times`, in seconds, as one for
+        each of them. Raises UserError if the question holds a special token, the template does not
+        show exactly one video, or the prompt is too long."""
         text = question_text(record, self.style, self.question_type)
-        masked = self.special.sub(lambda found: "." * len(found[0]), text)
+        for token in self.tokenizer.added_tokens_decoder.values():
+            if token.special and token.content in text:
+                raise UserError(f"its text holds the model's special token {token.content}")
         prompt = self.render(text)
-        # Every special token in this one is the template's, and has the same place in the prompt.
-        template = prompt if masked == text else self.render(masked)
-        specials = list(self.special.finditer(template))
-        edges = [0, *(edge for m in specials for edge in m.span()), len(prompt)]
-        pieces = [prompt[start:end] for start, end in itertools.pairwise(edges)]
-        videos = pieces[1::2].count(VIDEO_TOKEN)
-        if videos != 1 or len(template) != len(prompt):
-            raise UserError(f"the chat template shows {videos} videos, or edits the question")
-        if times:
-            pieces = with_times(pieces, times)
-        encoded = self.tokenizer(pieces[::2], add_special_tokens=False, split_special_tokens=True)
-        special_ids = self.tokenizer.convert_tokens_to_ids(pieces[1::2])
-        ids = encoded["input_ids"][0]
-        for special_id, text_ids in zip(special_ids, encoded["input_ids"][1:], strict=True):
-            ids = [*ids, special_id, *text_ids]
+        if prompt.count(VIDEO_TOKEN) != 1:
+            raise UserError(f"the chat template shows {prompt.count(VIDEO_TOKEN)} videos, not one")
+        timed = with_times(prompt, times) if times else prompt
+        ids = self.tokenizer(timed, add_special_tokens=False)["input_ids"]
         if len(ids) > self.max_prompt_length:
             raise UserError(self._too_long(len(ids)))
         return prompt, ids
@@ -265,23 +245,18 @@ def patch_times(clip: video.Clip, geometry: video.Geometry) -> list[float]:
     return [(a + b) / 2 for a, b in zip(times[::q], times[q - 1 :: q], strict=True)]
 
 
-def with_times(pieces: list[str], times: Sequence[float]) -> list[str]:
-    """A prompt for Qwen3-VL, cut into text, special token, text, ...: its video becomes one video
-    for each temporal patch, each after its time in words.
+def with_times(prompt: str, times: Sequence[float]) -> str:
+    """A prompt for Qwen3-VL: its video becomes one video for each temporal patch, each after its
+    time in words. Raises UserError if the video does not stand between its two vision tokens.
 
     OFFICIAL: `<|vision_start|><|video_pad|><|vision_end|>` is replaced as a whole in transformers
     4.57, with which Qwen3-VL was published; from 5.0 on the outer pair stays, around all blocks.
     OURS: as published.
     """
-    at = pieces.index(VIDEO_TOKEN)
-    wrapped = pieces[at - 2 : at + 3]
-    if wrapped != ["<|vision_start|>", "", VIDEO_TOKEN, "", "<|vision_end|>"]:
+    block = f"<|vision_start|>{VIDEO_TOKEN}<|vision_end|>"
+    if block not in prompt:
         raise UserError("the chat template does not put the video between its two vision tokens")
-    blocks = []
-    for seconds in times:
-        blocks += [f"<{seconds:.1f} seconds>", *wrapped]
-    blocks[0] = pieces[at - 3] + blocks[0]
-    return [*pieces[: at - 3], *blocks, *pieces[at + 3 :]]
+    return prompt.replace(block, "".join(f"<{seconds:.1f} seconds>{block}" for seconds in times))
 
 
 def check_prompts(prompter: Prompter, records: list[Record], path: str) -> None:

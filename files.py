@@ -14,7 +14,6 @@ import fcntl
 import itertools
 import json
 import os
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -103,12 +102,3 @@ def json_lines(data: bytes) -> Iterator[tuple[int, object]]:
                 yield number, json.loads(line)
             except (ValueError, RecursionError) as error:  # also: not UTF-8, nested without end
                 yield number, error
-
-
-def checksum(path: Path) -> int:
-    """CRC-32 of a file, read in blocks of 16 MB; any single flipped bit changes it."""
-    crc = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            crc = zlib.crc32(block, crc)
-    return crc

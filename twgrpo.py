@@ -264,15 +264,13 @@ def train_and_evaluate(cfg: Config) -> Path | None:
     torch.manual_seed(cfg.seed)
     transformers_logging.disable_progress_bar()
     policy = load_policy(cfg)
-    if resume:
-        checkpoint.check_fits(resume[0], policy)
     prompter = make_prompter(cfg, policy)
     check_prompts(prompter, records, cfg.jsonl_path)
     check_prompts(prompter, held_out, cfg.eval_jsonl_path)
-    with contextlib.closing(RunLog(cfg, directory, resume[1]["step"] if resume else 0)) as log:
-        if held_out:
-            measures.before(cfg, policy, prompter, held_out)
-        steps = train(cfg, policy, records, prompter, log, resume)
+    log = RunLog(cfg, directory, resume[1]["step"] if resume else 0)
+    if held_out:
+        measures.before(cfg, policy, prompter, held_out)
+    steps = train(cfg, policy, records, prompter, log, resume)
     measured = held_out and steps == cfg.max_steps
     if measured:
         measures.after(steps, cfg, policy, prompter, held_out)

@@ -145,51 +145,24 @@ def barrier() -> None:
 
 
 class StopSignal:
-    """Ctrl-C, SIGTERM, SIGHUP or a terminal that is gone: finish the step, save and leave the loop.
-    A second signal acts at once."""
+    """Ctrl-C, SIGTERM or SIGHUP: finish the step, save and leave the loop. A second signal acts at
+    once."""
 
     def __enter__(self):
-        self.requested, self.stderr = False, sys.stderr
+        self.requested = False
         numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
         if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
             numbers.remove(signal.SIGHUP)  # nohup: closing the terminal is no reason to stop
         self.before = {n: signal.signal(n, self._receive) for n in numbers}
-        sys.stderr = self
         return self
 
     def __exit__(self, *_):
-        sys.stderr = self.stderr
-        self._restore()
-
-    def _restore(self):
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
     def _receive(self, number, frame):
         self.requested = True
-        self._restore()
+        self.__exit__()
         name = signal.Signals(number).name
-        tqdm.write(f"{name}: finishing the step, then saving; Ctrl-C to stop now", file=self)
-
-    def write(self, text: str) -> int:
-        """Replaces sys.stderr.write: if stderr is gone, asks the run to stop."""
-        with self._unread():
-            self.stderr.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with self._unread():
-            self.stderr.flush()
-
-    @contextlib.contextmanager
-    def _unread(self):
-        try:
-            yield
-        except OSError:
-            self.requested = True
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            for descriptor in (2, 1)[: 1 + os.path.sameopenfile(1, 2)]:
-                os.dup2(nowhere, descriptor)  # so that saving and the pictures can go on
-
-    def __getattr__(self, name):
-        return getattr(self.stderr, name)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            tqdm.write(f"{name}: finishing the step, then saving; Ctrl-C to stop now", sys.stderr)

@@ -5,8 +5,8 @@
 
 A checkpoint is written under another name and renamed when it is complete, so a kill at any moment
 leaves the older one. The trainer state is a torch.distributed.checkpoint, which another number of
-ranks can load; its checksums.json holds the CRC-32 of each of its files. Loading unpickles its
-.metadata, which can run code: resume only from checkpoints that you trust.
+ranks can load. Loading unpickles its .metadata, which can run code: resume only from checkpoints
+that you trust.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import re
 import shutil
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
@@ -29,7 +30,7 @@ from files import UserError
 from model import ranks
 from model.policy import Policy
 from run.config import Config, check_changes, read_settings
-from run.log import COUNTERS, RunLog, step_of
+from run.log import COUNTERS, RunLog
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
 
@@ -119,20 +120,14 @@ def save(
             shutil.rmtree(killed)
         state.mkdir(parents=True)
 
-    def write_state() -> dict[str, int]:
-        """The checksums of this rank's files, read while this machine has them in memory."""
+    def write_state() -> None:
         dcp.save(_state(policy, optimizer), checkpoint_id=state, no_dist=ranks.world() == 1)
-        mine = [path for path in state.iterdir() if path.name.startswith(f"__{ranks.rank()}_")]
-        return {path.name: files.checksum(path) for path in mine}
 
-    def finish(checksums: dict[str, int]) -> None:
+    def finish() -> None:
         if model_only:
             state.rmdir()
         else:
             (state / "counters.json").write_text(json.dumps(counters), encoding="utf-8")
-            for name in ("counters.json", ".metadata"):
-                checksums[name] = files.checksum(state / name)
-            (state / "checksums.json").write_text(json.dumps(checksums), encoding="utf-8")
         for path in [*partial.rglob("*"), partial]:
             files.flush(path)  # fsync before the rename
         os.rename(partial, final)  # fails if something has that name
@@ -142,32 +137,28 @@ def save(
 
     _together(final, begin, main_only=True)
     _together(final, policy.save, partial, processor_from)
-    checksums = {}
     if not model_only:
-        for mine in _together(final, write_state):
-            checksums |= mine
-    _together(final, finish, checksums, main_only=True)
+        _together(final, write_state)
+    _together(final, finish, main_only=True)
     return final
 
 
-def _together(final: Path, action, *arguments, main_only: bool = False) -> list:
-    """One stage of a save: what `action` returned on each rank. If it fails on one rank, all of
-    them raise UserError, so that none waits for the others in the next stage."""
-    reason = result = None
+def _together(final: Path, action: Callable, *arguments, main_only: bool = False) -> None:
+    """One stage of a save. If it fails on one rank, all of them raise UserError, so that none waits
+    for the others in the next stage."""
+    reason = None
     try:
         if ranks.is_main() or not main_only:
-            result = action(*arguments)
+            action(*arguments)
     except (Exception, CheckpointException) as error:  # of safetensors, torch or the disk
         free = shutil.disk_usage(final.parent).free / 1e9
         reason = f"{_sentence(error)}; {free:.2f} GB free there"
-    reasons, results = zip(*ranks.gather((reason, result)), strict=True)
-    if failed := [r for r in reasons if r is not None]:
+    if failed := [r for r in ranks.gather(reason) if r is not None]:
         if ranks.is_main():
             shutil.rmtree(final.with_name(f".{final.name}.partial"), ignore_errors=True)
         raise UserError(
             f"{final} could not be written ({failed[0]}); earlier checkpoints are whole"
         )
-    return list(results)
 
 
 def _sentence(error: BaseException) -> str:
@@ -196,12 +187,11 @@ def checkpoints(run: Path) -> dict[int, Path]:
 
 
 def to_resume(cfg: Config, run: Path) -> tuple[Path, dict] | None:
-    """The checkpoint to resume from, its checksums verified, and its counters; None if the run has
-    not saved yet. Prints what has changed since. Raises UserError; nothing is written."""
+    """The checkpoint to resume from, and its counters; None if the run has not saved yet. Prints what has changed since. Raises UserError; nothing is written."""
     path = find(run, cfg.resume_from_checkpoint) if cfg.resume_from_checkpoint else None
     if path is None:
         return None
-    counters = verify(path)
+    counters = read_counters(path)
     done = counters["step"]
     if later := [kept for step, kept in checkpoints(run).items() if step > done]:
         raise UserError(
@@ -222,7 +212,7 @@ def find(run: Path, which: str) -> Path | None:
     """
     saved = checkpoints(run)
     if which == "auto" and not saved:
-        check_nothing_is_missing(run)
+        print("no checkpoint yet: starting at step 1")
         return None
     path = saved[max(saved)] if which == "auto" else Path(which)
     if not (path / "trainer_state" / "counters.json").is_file():
@@ -234,63 +224,14 @@ def find(run: Path, which: str) -> Path | None:
     return path
 
 
-def check_nothing_is_missing(run: Path) -> None:
-    """Raises UserError if a run without checkpoints has done enough steps to have saved one."""
-    path = run / "metrics.jsonl"
-    if not path.exists():
-        return
-    last = max((step_of(line) or 0 for line in path.read_bytes().splitlines(True)), default=0)
-    old, saving = read_settings(run), any(run.glob(".checkpoint-*.partial"))
-    if last > old["save_steps"] or (last >= old["max_steps"] and not saving):
-        raise UserError(
-            f"{run} has done {last} steps, but holds no checkpoint; put its newest one back, or "
-            "choose another --output_dir"
-        )
-    if last:
-        print(f"no checkpoint yet: starting at step 1; the old log is kept as {path}.after-0")
-
-
-def verify(path: Path) -> dict:
-    """The counters of a trainer state. Raises UserError unless every file has its checksum.
-
-    It reads everything once, at the disk's speed: CRC-32 alone takes about 7 GB a second.
-    """
-    state = path / "trainer_state"
+def read_counters(path: Path) -> dict:
+    """The counters of a checkpoint. Raises UserError if they are damaged."""
+    file = path / "trainer_state" / "counters.json"
     remedy = "resume from another checkpoint, or start a new run from its weights"
-    sums = files.read_json(state / "checksums.json", f"it may be of an older version; {remedy}")
-    for name, crc in sums.items():
-        try:
-            whole = files.checksum(state / name) == crc
-        except OSError as error:
-            raise UserError(f"{state / name} cannot be read ({error.strerror}); {remedy}") from None
-        if not whole:
-            raise UserError(f"{state / name} is damaged (wrong checksum); {remedy}")
-    counters = files.read_json(state / "counters.json", remedy)
-    if not {"counters.json", ".metadata"} <= sums.keys() or not all(
-        type(counters.get(name)) is int for name in ("step", *COUNTERS)
-    ):
-        raise UserError(f"{state} is not of this version of the program; {remedy}")
+    counters = files.read_json(file, remedy)
+    if not all(type(counters.get(name)) is int for name in ("step", *COUNTERS)):
+        raise UserError(f"{file} does not hold the counters of a run; {remedy}")
     return counters
-
-
-def check_fits(path: Path, policy: Policy) -> None:
-    """Raises UserError unless the trainer state has exactly the parameters of this model."""
-    try:
-        saved = dcp.FileSystemReader(path / "trainer_state").read_metadata().state_dict_metadata
-        theirs = {
-            name.removeprefix("model."): tuple(value.size)
-            for name, value in saved.items()
-            if name.startswith("model.")
-        }
-    except (Exception, CheckpointException) as error:  # of pickle and torch
-        raise UserError(f"{path}: its trainer_state cannot be read ({_sentence(error)})") from None
-    named = policy.model.named_parameters(remove_duplicate=False)  # tied ones are saved twice
-    ours = {name: tuple(value.shape) for name, value in named}
-    if wrong := sorted({name for name, _ in theirs.items() ^ ours.items()}):
-        raise UserError(
-            f"{path}: its trainer_state belongs to another model ({len(wrong)} parameters differ, "
-            f"such as {wrong[0]}); give the run's own --model_name_or_path"
-        )
 
 
 def load(path: Path, policy: Policy, optimizer: optim.Optimizer) -> None:

@@ -1,11 +1,11 @@
 """The questions of each step, their clips decoded while earlier steps still run."""
 
-from collections import deque
 from concurrent.futures import Future
 
 from data import Prompter, Question, step_records
 from model import ranks
 from records import Record
+from run.answers import ahead
 from run.config import Config
 from run.decoder import ClipWorkers
 from run.log import RunLog
@@ -29,14 +29,16 @@ class QuestionsAhead:
         self.workers = ClipWorkers(max(1, cfg.dataloader_num_workers), cfg.clip_timeout)
         self.kept: dict[tuple, Clip] = {}  # by the arguments of load_clip
         self.room = cfg.clip_cache_gb * 1e9  # bytes
-        self.next_step, self.submitted = first_step, deque()
+        steps = map(self._submit, range(first_step, cfg.max_steps + 1))
+        self.submitted = ahead(steps, self.STEPS_AHEAD if cfg.dataloader_num_workers else 0)
 
-    def _submit(self, step: int) -> None:
+    def _submit(self, step: int) -> list[tuple[int, Record, Future]]:
+        """The places of this rank's questions in the step, their records and their clips."""
         mine = self.cfg.per_device_train_batch_size * self.cfg.gradient_accumulation_steps
         chosen = step_records(self.records, step - 1, mine * ranks.world(), self.cfg.seed)
         first = ranks.rank() * mine
         slots = range(first, first + mine)
-        self.submitted.append([(k, chosen[k], self._clip(chosen[k])) for k in slots])
+        return [(k, chosen[k], self._clip(chosen[k])) for k in slots]
 
     def _clip(self, record: Record) -> Future:
         """The clip of a record: kept from an earlier epoch, or decoded now."""
@@ -56,11 +58,8 @@ class QuestionsAhead:
             self.room -= clip.frames.nbytes
 
     def take(self, step: int) -> tuple[list[Question], list[tuple[int, ...]]]:
-        ahead = self.STEPS_AHEAD if self.cfg.dataloader_num_workers else 0
-        while self.next_step <= min(step + ahead, self.cfg.max_steps):
-            self._submit(self.next_step)
-            self.next_step += 1
-        questions, seeds, asked = [], [], self.submitted.popleft()
+        """The questions of `step`, the next one, and the seeds of their sampling."""
+        questions, seeds, asked = [], [], next(self.submitted)
         for slot, record, clip in asked:
             try:
                 questions.append(self.prompter.question(record, clip.result()))

@@ -10,11 +10,9 @@ the clip counts as unreadable, and a new process takes the next one.
 
 import os
 import pickle
-import select
 import signal
 import subprocess
 import sys
-import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import connection
 from pathlib import Path
@@ -28,7 +26,6 @@ ROOT = str(Path(__file__).resolve().parent.parent)
 CODE = f"import sys; sys.path.insert(0, {ROOT!r}); from run import decoder; decoder.serve()"
 SERVER = [sys.executable, "-c", CODE]
 START_S = 120.0  # seconds that a new process may take to import its modules
-LONGEST_WAIT_S = 1e6  # 11 days; the system's timers take no more than twice that
 
 
 class ClipReader:
@@ -64,8 +61,7 @@ class ClipReader:
             )
             if self._answer(START_S) != "ready":
                 raise VideoError(f"{path}: the process that decodes clips does not start")
-        limit = max(0.0, min(self.timeout, LONGEST_WAIT_S))
-        answer = self._answer(limit, (limit, path, *settings))
+        answer = self._answer(self.timeout, (self.timeout, path, *settings))
         if isinstance(answer, str):
             raise VideoError(f"{path}: {answer.removeprefix(f'{path}: ')}")
         frames, *when = answer
@@ -91,7 +87,6 @@ def serve() -> None:
     """The other end of ClipReader: requests on stdin, answers on stdout, both pickled."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # a cluster may send them to each process; see above
-    threading.Thread(target=end_with_parent, daemon=True).start()
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a decoder prints must not mix in
     answer = "ready"
@@ -102,21 +97,13 @@ def serve() -> None:
             limit, *arguments = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
-        signal.setitimer(signal.ITIMER_REAL, 2 * limit)  # ends us if nobody is left to do it
+        signal.setitimer(signal.ITIMER_REAL, 2 * limit)  # ends us if the parent was killed
         try:
             clip = video.load_clip(*arguments)
             answer = (clip.frames.contiguous().numpy(), clip.seconds, clip.times)
         except VideoError as error:
             answer = str(error)
         signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-def end_with_parent() -> None:
-    """Ends this process, whatever it is doing, when its parent is gone, even by kill -9."""
-    hangup = select.poll()
-    hangup.register(sys.stdin.fileno(), 0)  # 0: wait only for the other end to be closed
-    hangup.poll()
-    os._exit(0)
 
 
 class ClipWorkers:

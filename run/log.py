@@ -8,13 +8,11 @@ Metric names follow TRL where it has one. Letters as in twgrpo.py: B questions, 
 reward functions.
 """
 
-import dataclasses
 import json
 import re
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
@@ -59,11 +57,9 @@ class RunLog:
         self.numbers: dict[str, int] = defaultdict(int)  # of the values in each sum
         self.tokens = self.steps = 0
         self.named: set[str] = set()
-        self.report = self.close = lambda *_: None
         if ranks.is_main():
             write_settings(cfg, directory, done)
             move_aside_later_rows(directory, done)
-            self.report, self.close = make_reporter(cfg, directory)
             self.metrics_file = open(directory / "metrics.jsonl", "a", encoding="utf-8")
             self.completions_file = open(directory / "completions.jsonl", "a", encoding="utf-8")
 
@@ -198,7 +194,6 @@ class RunLog:
             row |= {name: self.counts[name] for name in ("skipped", "nonfinite")}
             self.metrics_file.write(json.dumps({"step": step, **row}) + "\n")
             self.metrics_file.flush()
-            self.report(row, step)
         for values in (self.sums, self.numbers, SECONDS):
             values.clear()
         self.tokens = self.steps = 0
@@ -276,34 +271,6 @@ def move_aside_later_rows(run: Path, step: int) -> None:
                 aside.writelines(later)
             with files.replacing(path) as beside:
                 beside.write_bytes(b"".join(kept))
-
-
-def make_reporter(
-    cfg: Config, directory: Path
-) -> tuple[Callable[[dict, int], None], Callable[[], None]]:
-    """Where metrics also go, and what ends it. Raises ImportError if its package is missing."""
-    try:
-        if cfg.report_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            writer = SummaryWriter(str(directory / "tensorboard"))
-            return lambda row, step: add_scalars(writer, row, step), writer.close
-        if cfg.report_to == "wandb":
-            import wandb
-
-            settings = dataclasses.asdict(cfg)
-            run = wandb.init(dir=str(directory), name=directory.name, config=settings)
-            return lambda row, step: run.log(row, step=step), run.finish
-    except ImportError:
-        package = cfg.report_to
-        raise ImportError(f"--report_to {package} needs: pip install {package}") from None
-    return lambda row, step: None, lambda: None
-
-
-def add_scalars(writer, row: dict, step: int) -> None:
-    for name, value in row.items():
-        writer.add_scalar(name, value, step)
-    writer.flush()
 
 
 def rounded(values: Tensor) -> list[float]:
