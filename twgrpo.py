@@ -217,7 +217,7 @@ def score_groups(
             hidden_ND.to(dtype),
             policy.head_VD.to(dtype),
             group.targets_N.to(hidden_ND.device),
-            group.lengths_G.to(hidden_ND.device),
+            group.lengths_G,
             group.advantages_G.to(hidden_ND.device),
             old_logps_N=group.old_logps_N,
             ref_logps_N=group.ref_logps_N,

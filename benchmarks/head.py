@@ -3,7 +3,6 @@
     python -m benchmarks.gpu --part kernels --out runs/h200
 
 Groups of G = 8 equally long completions, bf16, on-policy, forward and backward with D_t and w_t.
-Ours are timed without the checks of their arguments, which wait for the GPU.
 The ceiling is three bare cuBLAS products of the same shape: H Wᵀ, its gradient times W, times H.
 Without CUDA it says so and measures nothing.
 """
@@ -17,7 +16,6 @@ import torch
 
 from benchmarks.origin import Results
 from kernels import reference, tw_grpo_head
-from kernels.head import kernel_head, lay_out
 
 G = 8
 SHAPES = [(N, 3584, 152064) for N in (8192, 1024, 32768)]
@@ -69,13 +67,7 @@ def official(hidden_ND, weight_VD, targets_N, lengths_G, advantages_G, alpha=1.7
 
 
 def ours(impl: str) -> Callable:
-    """Lays the rows out beforehand: what is timed never waits for the GPU."""
-
-    def prepare(**group):
-        rows = lay_out(group["lengths_G"].tolist(), group["hidden_ND"].device)
-        return lambda: kernel_head(rows, **group, impl=impl).loss
-
-    return prepare
+    return lambda **group: lambda: tw_grpo_head(**group, impl=impl).loss
 
 
 def liger(hidden_ND, weight_VD, targets_N, lengths_G, advantages_G):

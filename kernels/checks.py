@@ -1,7 +1,6 @@
 """Checks of the head's arguments; each raises an error that names the argument.
 
-Shape letters: `kernels/reference.py`. On a GPU the host waits for it twice: for the range of the
-targets and for the lengths, which it needs anyway.
+Shape letters: `kernels/reference.py`. Nothing here waits for a GPU unless lengths_G is on one.
 """
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from kernels.reference import LossOptions
 
+COMPILES_FOR = ("cuda", "meta")  # meta: compiled and not run, see `kernels/compile_check.py`
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)  # float16 would flush gradients of 1/N p to zero
 
 
@@ -37,9 +37,14 @@ def check_inputs(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Non
         )
     if N == 0:
         raise ValueError("hidden_ND has no rows: a group needs at least one completion token")
-    low, high = torch.stack(targets_N.aminmax()).tolist()
-    if low < 0 or high >= V:
-        raise ValueError(f"targets_N holds {low}..{high}, outside the vocabulary of {V} words")
+    in_range, message = (
+        (targets_N >= 0) & (targets_N < V),
+        f"targets_N holds a word outside the vocabulary of {V}",
+    )
+    if device.type == "cpu" and not in_range.all():
+        raise ValueError(message)
+    if device.type == "cuda":  # the assertion fails when the GPU gets there
+        torch._assert_async(in_range.all(), message)
 
 
 def check_group(
@@ -52,7 +57,7 @@ def check_group(
 ) -> list[int]:
     """How the N rows belong to G completions. Returns the lengths on the host."""
     N, G, device = len(hidden_ND), lengths_G.numel(), hidden_ND.device
-    expect("lengths_G", lengths_G, (G,), "int64", device)
+    expect("lengths_G", lengths_G, (G,), "int64", lengths_G.device)
     lengths = lengths_G.tolist()
     if min(lengths, default=0) < 1:
         raise ValueError(
@@ -83,7 +88,8 @@ def check_kernels(impl: str, hidden_ND: Tensor, options: LossOptions) -> None:
 
     from kernels.logits import row_kernel
 
-    if not hidden_ND.is_cuda and isinstance(row_kernel, JITFunction):  # compiled, not interpreted
+    is_compiled = isinstance(row_kernel, JITFunction)  # not interpreted
+    if is_compiled and hidden_ND.device.type not in COMPILES_FOR:
         raise RuntimeError(
             f"impl={impl!r} compiles for a GPU, and hidden_ND is on {hidden_ND.device}: use "
             "impl='plain', or set TRITON_INTERPRET=1 before Triton is imported to run the "
@@ -93,7 +99,7 @@ def check_kernels(impl: str, hidden_ND: Tensor, options: LossOptions) -> None:
         raise TypeError(
             f"hidden_ND must be float32 or bfloat16 for impl={impl!r}, not {hidden_ND.dtype}"
         )
-    if hidden_ND.dtype == torch.bfloat16 and impl == "fused" and not hidden_ND.is_cuda:
+    if hidden_ND.dtype == torch.bfloat16 and impl == "fused" and hidden_ND.device.type == "cpu":
         raise TypeError(
             "hidden_ND must be float32 for impl='fused' on a CPU: the bfloat16 dot of Triton's "
             "interpreter is wrong"

@@ -24,7 +24,7 @@ from unittest import mock
 
 import torch
 
-from kernels.head import kernel_head, lay_out
+from kernels.head import tw_grpo_head
 
 SHARED_LIMIT = {80: 163, 90: 227, 100: 227}  # KB of shared memory one program may use
 GROUP_BARRIERS = 2  # for the sum after the loop: one more would be inside it
@@ -75,12 +75,12 @@ def launch_head(
     hidden_ND, weight_VD = (
         torch.empty(n, D, dtype=dtype, device=device, requires_grad=True) for n in (N, V)
     )
-    targets_N = torch.empty(N, dtype=torch.int64, device=device)
-    lengths_G, advantages_G = torch.tensor(lengths, device=device), torch.empty(G, device=device)
-    group = (hidden_ND, weight_VD, targets_N, lengths_G, advantages_G)
+    targets_N = torch.zeros(N, dtype=torch.int64, device=device)
+    advantages_G = torch.empty(G, device=device)
+    group = (hidden_ND, weight_VD, targets_N, torch.tensor(lengths), advantages_G)
     tile = fused.FLOAT32_TILE if dtype == torch.float32 else fused.TILES[arch // 10]
     with mock.patch.object(fused, "tile_for", lambda hidden_ND: tile):
-        output = kernel_head(lay_out(lengths, device), *group, impl=impl, **options)
+        output = tw_grpo_head(*group, impl=impl, **options)
     output.loss.backward()
 
 

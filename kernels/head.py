@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.checks import KERNEL_DTYPES, check_group, check_inputs, check_kernels
+from kernels.checks import COMPILES_FOR, KERNEL_DTYPES, check_group, check_inputs, check_kernels
 from kernels.reference import HeadOutput, LossOptions
 
 # For what the forward keeps: 4,110 rows in bf16 at V = 152064. Plain torch keeps less, so that on a
@@ -108,7 +108,8 @@ def tw_grpo_head(
                   c_2, ...
     weight_VD     (V, D) same dtype: the lm_head. Without requires_grad no gradient of it is formed.
     targets_N     (N,) int64: the completion tokens themselves, in [0, V)
-    lengths_G     (G,) int64: tokens of each completion, EOS included; at least 1 each, summing to N
+    lengths_G     (G,) int64: tokens of each completion, EOS included; at least 1 each, summing to
+                  N. Read on the host: if it is on a GPU, the host waits for it.
     advantages_G  (G,) float
     old_logps_N   (N,) float: log-probs before the first update on these completions;
                   None: on-policy, ratio 1
@@ -133,30 +134,19 @@ def tw_grpo_head(
     check_inputs(hidden_ND, weight_VD, targets_N)
     group = (lengths_G, advantages_G, old_logps_N, ref_logps_N)
     lengths = check_group(hidden_ND, *group, settings.beta)
+    group = (lengths_G.to(hidden_ND.device), *group[1:])
     impl = choose_impl(impl, hidden_ND, settings)
     if impl == "reference":
         return reference.tw_grpo(hidden_ND, weight_VD, targets_N, *group, settings)
     check_kernels(impl, hidden_ND, settings)
-    layout = lay_out(lengths, hidden_ND.device)
-    inputs = hidden_ND, weight_VD, targets_N
-    return kernel_head(layout, *inputs, *group, impl=impl, kept_bytes=kept_bytes, **options)
-
-
-def kernel_head(
-    layout: Layout, hidden_ND, weight_VD, targets_N, lengths_G, advantages_G,
-    old_logps_N=None, ref_logps_N=None, impl="chunked", kept_bytes=KEPT_BYTES,
-    **options,
-) -> HeadOutput:  # fmt: skip
-    """`tw_grpo_head` by the kernels without its checks, so that nothing waits for the GPU."""
-    settings = LossOptions(**options)
-    inputs = (x.contiguous() for x in (hidden_ND, weight_VD, targets_N))
     wants_gradient = hidden_ND.requires_grad or weight_VD.requires_grad
     if impl == "fused" or not (wants_gradient and torch.is_grad_enabled()):
         kept_bytes = 0  # "fused" has no logits in memory to keep
     elif impl == "plain":
         kept_bytes = min(kept_bytes, KEPT_BYTES_PLAIN)
+    inputs = (x.contiguous() for x in (hidden_ND, weight_VD, targets_N))
+    layout = lay_out(lengths, hidden_ND.device)
     statistics = Statistics.apply(*inputs, layout, impl, settings, kept_bytes)
-    group = (lengths_G, advantages_G, old_logps_N, ref_logps_N)
     return reference.weighted_loss(*statistics, *group, settings)
 
 
@@ -189,7 +179,8 @@ def choose_impl(impl: str, hidden_ND: Tensor, options: LossOptions) -> str:
     """What runs: on a CPU "auto" is "plain", and so is "chunked" unless TRITON_INTERPRET=1."""
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, not {impl!r}")
-    native = hidden_ND.is_cuda and hidden_ND.dtype in KERNEL_DTYPES and find_spec("triton")
+    compiles = hidden_ND.device.type in COMPILES_FOR and hidden_ND.dtype in KERNEL_DTYPES
+    native = compiles and find_spec("triton")
     if impl == "chunked" and not native:
         interpreted = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton")
         return "chunked" if interpreted else "plain"

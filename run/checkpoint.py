@@ -187,7 +187,8 @@ def checkpoints(run: Path) -> dict[int, Path]:
 
 
 def to_resume(cfg: Config, run: Path) -> tuple[Path, dict] | None:
-    """The checkpoint to resume from, and its counters; None if the run has not saved yet. Prints what has changed since. Raises UserError; nothing is written."""
+    """The checkpoint to resume from, and its counters; None if the run has not saved yet. Prints
+    what has changed since. Raises UserError; nothing is written."""
     path = find(run, cfg.resume_from_checkpoint) if cfg.resume_from_checkpoint else None
     if path is None:
         return None
