@@ -314,7 +314,7 @@ def test_check_names_every_fault(world, tmp_path, capsys):
     out = capsys.readouterr().out
     for fault in (
         "ok.mp4: known under 2 names: ./ok.mp4, ok.mp4",
-        "text.mp4: is not a video",
+        "text.mp4: cannot be decoded",
         "empty.mp4: the file is empty",
         "gone.mp4: no such video file",
         "short.mp4: has 1 frame(s); at least 2 are needed",
