@@ -180,9 +180,19 @@ def toy_tokenizer(records: list[Record], seed: int) -> Qwen2Tokenizer:
 
 
 def build_model(
-    tokenizer, *, hidden_size=96, layers=2, heads=4, kv_heads=2, intermediate_size=256,
-    vision_depth=1, vision_hidden_size=64, vision_heads=4, vocab_size=None, seed=0,
-) -> Qwen2_5_VLForConditionalGeneration:  # fmt: skip
+    tokenizer,
+    *,
+    hidden_size=96,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    intermediate_size=256,
+    vision_depth=1,
+    vision_hidden_size=64,
+    vision_heads=4,
+    vocab_size=None,
+    seed=0,
+) -> Qwen2_5_VLForConditionalGeneration:
     """A randomly initialised Qwen2.5-VL of the given size, float32, wired to `tokenizer`'s ids.
 
     The wide initialisation (0.05 for text, 0.1 for vision) matters at this size: with the usual
@@ -193,23 +203,36 @@ def build_model(
     sections = [pairs - 2 * (pairs * 3 // 8), pairs * 3 // 8, pairs * 3 // 8]
     config = Qwen2_5_VLConfig(
         text_config=dict(
-            vocab_size=vocab_size or len(tokenizer), hidden_size=hidden_size,
-            num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
-            intermediate_size=intermediate_size, initializer_range=0.05,
-            max_position_embeddings=32768, tie_word_embeddings=False,
+            vocab_size=vocab_size or len(tokenizer),
+            hidden_size=hidden_size,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            intermediate_size=intermediate_size,
+            initializer_range=0.05,
+            max_position_embeddings=32768,
+            tie_word_embeddings=False,
             rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=sections),
-            bos_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"],
+            bos_token_id=ids["<|endoftext|>"],
+            eos_token_id=ids["<|im_end|>"],
         ),
         vision_config=dict(
-            depth=vision_depth, hidden_size=vision_hidden_size, num_heads=vision_heads,
-            intermediate_size=2 * vision_hidden_size, out_hidden_size=hidden_size,
-            initializer_range=0.1, tokens_per_second=2,
-            fullatt_block_indexes=[vision_depth - 1], window_size=112,
+            depth=vision_depth,
+            hidden_size=vision_hidden_size,
+            num_heads=vision_heads,
+            intermediate_size=2 * vision_hidden_size,
+            out_hidden_size=hidden_size,
+            initializer_range=0.1,
+            tokens_per_second=2,
+            fullatt_block_indexes=[vision_depth - 1],
+            window_size=112,
         ),
-        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=False,
-    )  # fmt: skip
+    )
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(config)
     model.generation_config = GenerationConfig(

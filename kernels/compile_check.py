@@ -87,9 +87,11 @@ def launch_head(
 def launch_everything(arch: int) -> None:
     """Each kernel under each of its constants: group sizes, forms of D_t, dtypes."""
     for dtype, impl, G, divergence in itertools.product(
-        (torch.bfloat16, torch.float32), ("chunked", "fused"), (2, 4, 8, 16),
+        (torch.bfloat16, torch.float32),
+        ("chunked", "fused"),
+        (2, 4, 8, 16),
         ("official", "textbook", "entropy"),
-    ):  # fmt: skip
+    ):
         launch_head(arch, [300] * G, impl, dtype, divergence=divergence)
     for divergence in ("official", "textbook", "entropy"):  # one completion outlives the other
         launch_head(arch, [300, 100], "fused", divergence=divergence)

@@ -83,9 +83,13 @@ class Statistics(torch.autograd.Function):
         N, K = len(hidden_ND), len(kept_KV)
         words = words_of_slice(ctx.impl, max(1, N - K), hidden_ND.shape[1] if K else 0)
         dH, dW = backward(
-            coefficients_N.contiguous(), *ctx.saved_tensors, *ctx.needs_input_grad[:2],
-            ctx.temperature, words, modules(ctx.impl)[1],
-        )  # fmt: skip
+            coefficients_N.contiguous(),
+            *ctx.saved_tensors,
+            *ctx.needs_input_grad[:2],
+            ctx.temperature,
+            words,
+            modules(ctx.impl)[1],
+        )
         return dH, dW, None, None, None, None, None
 
 

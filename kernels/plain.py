@@ -47,9 +47,14 @@ def statistics(
 
 
 def softmax_gradient(
-    logits_NS: Tensor, out_NS: Tensor, targets_N: Tensor, statistics_3N: Tensor,
-    coefficients_N: Tensor, first_word: int, temperature: float,
-) -> None:  # fmt: skip
+    logits_NS: Tensor,
+    out_NS: Tensor,
+    targets_N: Tensor,
+    statistics_3N: Tensor,
+    coefficients_N: Tensor,
+    first_word: int,
+    temperature: float,
+) -> None:
     """As `logits.softmax_gradient`; overwrites the logits."""
     _, peak_N1, log_sum_N1 = statistics_3N[..., None]
     scale_N = coefficients_N / temperature

@@ -53,9 +53,12 @@ def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, tor
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, found = AutoModelForImageTextToText.from_pretrained(
-            name, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True,
+            name,
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            output_loading_info=True,
             trust_remote_code=False,
-        )  # fmt: skip
+        )
     except Exception as error:  # of transformers, tokenizers, safetensors, each their own types
         raise UserError(
             f"{name}: its weights or tokenizer cannot be loaded ({_first(error)})"

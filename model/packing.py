@@ -253,9 +253,13 @@ def packed_sequences(segments_BL: Tensor, device: torch.device | str = "cpu") ->
         return F.pad(ends, (1, 0)).to(device, torch.int32)
 
     return Sequences(
-        torch.cat(queries).to(device), torch.cat(keys).to(device),
-        starts(queries), starts(keys), max(map(len, queries)), max(map(len, keys)),
-    )  # fmt: skip
+        torch.cat(queries).to(device),
+        torch.cat(keys).to(device),
+        starts(queries),
+        starts(keys),
+        max(map(len, queries)),
+        max(map(len, keys)),
+    )
 
 
 def flash_attend(module, query, key, value, attention_mask, *, scaling, packed=None, **_):
@@ -269,10 +273,16 @@ def flash_attend(module, query, key, value, attention_mask, *, scaling, packed=N
         x.to(value.dtype).transpose(1, 2).reshape(B * L, -1, d) for x in (query, key, value)
     )
     out = flash_attn_varlen_func(
-        query[packed.query_Q], key[packed.key_K], value[packed.key_K],
-        packed.query_starts, packed.key_starts, packed.longest_query, packed.longest_key,
-        softmax_scale=scaling, causal=True,
-    )  # fmt: skip
+        query[packed.query_Q],
+        key[packed.key_K],
+        value[packed.key_K],
+        packed.query_starts,
+        packed.key_starts,
+        packed.longest_query,
+        packed.longest_key,
+        softmax_scale=scaling,
+        causal=True,
+    )
     rows = torch.zeros_like(query).index_copy(0, packed.query_Q, out)
     return rows.view(B, L, H, d), None
 

@@ -44,9 +44,11 @@ def tower_layout(grids_B3: Tensor, config, device: torch.device) -> dict:
     layout["position_ids"] = get_vision_position_ids(grids_B3, merge).to(device)
     if hasattr(config, "num_position_embeddings"):  # Qwen3-VL: learned positions, interpolated
         places, shares = get_vision_interpolation_indices_and_weights(
-            grids_B3, int(config.num_position_embeddings**0.5), align_corners=True,
+            grids_B3,
+            int(config.num_position_embeddings**0.5),
+            align_corners=True,
             spatial_merge_size=merge,
-        )  # fmt: skip
+        )
         layout |= dict(interp_indices=places.to(device), interp_weights=shares.to(device))
     if hasattr(config, "window_size"):  # Qwen2.5-VL
         index, starts = get_vision_window_index(
