@@ -180,18 +180,18 @@ def toy_tokenizer(records: list[Record], seed: int) -> Qwen2Tokenizer:
 
 
 def build_model(
-    tokenizer,
+    tokenizer: Qwen2Tokenizer,
     *,
-    hidden_size=96,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    intermediate_size=256,
-    vision_depth=1,
-    vision_hidden_size=64,
-    vision_heads=4,
-    vocab_size=None,
-    seed=0,
+    hidden_size: int = 96,
+    layers: int = 2,
+    heads: int = 4,
+    kv_heads: int = 2,
+    intermediate_size: int = 256,
+    vision_depth: int = 1,
+    vision_hidden_size: int = 64,
+    vision_heads: int = 4,
+    vocab_size: int | None = None,
+    seed: int = 0,
 ) -> Qwen2_5_VLForConditionalGeneration:
     """A randomly initialised Qwen2.5-VL of the given size, float32, wired to `tokenizer`'s ids.
 

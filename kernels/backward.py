@@ -9,6 +9,8 @@ a time. Slices write disjoint rows of dW and are added to dH in order: no atomic
 every time. Shape letters: `kernels/reference.py`; of the N rows the first K are kept.
 """
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -34,7 +36,7 @@ def words_of_slice(impl: str, rows: int, D: int = 0) -> int:
 def backward(
     coefficients_N: Tensor, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor,
     statistics_3N: Tensor, order_N: Tensor, kept_KV: Tensor, needs_hidden: bool, needs_weight: bool,
-    temperature: float, slice_words: int, steps,
+    temperature: float, slice_words: int, steps: ModuleType,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """(dH, dW) in the inputs' dtype; None, and no matmul, for the one that is not needed.
 
@@ -68,7 +70,7 @@ def backward(
 def recompute(
     coefficients_R: Tensor, hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor,
     statistics_3R: Tensor, kept_KV: Tensor, scaled_KD: Tensor, needs_hidden: bool,
-    dW: Tensor | None, temperature: float, slice_words: int, steps,
+    dW: Tensor | None, temperature: float, slice_words: int, steps: ModuleType,
 ) -> Tensor | None:  # fmt: skip
     """dH of rows that were not kept, in float32. Fills dW, to which kept rows contribute too.
 

@@ -12,7 +12,9 @@ COMPILES_FOR = ("cuda", "meta")  # meta: compiled and not run, see `kernels/comp
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)  # float16 would flush gradients of 1/N p to zero
 
 
-def expect(name: str, tensor: Tensor, shape: tuple[int, ...], kind: str, device) -> None:
+def expect(
+    name: str, tensor: Tensor, shape: tuple[int, ...], kind: str, device: torch.device
+) -> None:
     """Raises ValueError unless the tensor has this shape, is "int64" or "float", and is there."""
     right_kind = tensor.is_floating_point() if kind == "float" else tensor.dtype == torch.int64
     if tensor.shape != shape or not right_kind:

@@ -7,11 +7,39 @@ groups for the divergence. Shape letters: `kernels/reference.py`.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import reference
 from kernels.reference import LossOptions
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The N tokens in position-major order: position 0's, then position 1's, ...
+
+    A position's alive rows are neighbours in it.
+    """
+
+    G: int
+    lengths_G: Tensor  # (G,) int64
+    starts: list[int]  # T + 1 numbers: position t owns rows starts[t] .. starts[t + 1]
+    start_of_t: Tensor  # (T + 1,) int32, the same on the device
+    order_N: Tensor  # (N,) int32: the token of each row
+
+
+def lay_out(lengths: list[int], device: torch.device | str) -> Layout:
+    """Computed on the host from the lengths, so that nothing waits for a GPU."""
+    lengths_G = torch.tensor(lengths)
+    _, position_N = reference.positions_of_tokens(lengths_G)
+    order_N = torch.argsort(position_N, stable=True)
+    starts = F.pad(torch.bincount(position_N).cumsum(0), (1, 0))
+    tables = [x.to(torch.int32).to(device) for x in (starts, order_N)]
+    return Layout(len(lengths), lengths_G.to(device), starts.tolist(), *tables)
 
 
 def matmul_float32(a: Tensor, b: Tensor, out: Tensor, beta: float = 0.0) -> Tensor:
@@ -34,8 +62,8 @@ def chunks_of_positions(starts: Sequence[int], rows: int) -> Iterator[tuple[int,
 
 
 def forward(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, layout, options: LossOptions, steps,
-    kept_KV: Tensor,
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, layout: Layout,
+    options: LossOptions, steps: ModuleType, kept_KV: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(statistics_3N, divergence_T), in float32 or wider, see `logits.statistics`.
 

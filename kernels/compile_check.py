@@ -66,7 +66,12 @@ def compiling_for(arch: int) -> Iterator[dict]:
 
 
 def launch_head(
-    arch: int, lengths: list[int], impl="chunked", dtype=torch.bfloat16, device="meta", **options
+    arch: int,
+    lengths: list[int],
+    impl: str = "chunked",
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "meta",
+    **options: str,
 ) -> None:
     """Forward and backward of a group of these lengths, by default on tensors without storage."""
     from kernels import fused

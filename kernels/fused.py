@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.chunked import Layout
 from kernels.reference import LossOptions
 from kernels.tiles import VIEWS, group_spread
 
@@ -220,7 +221,12 @@ def buckets_of_positions(starts: list[int]) -> Iterator[tuple[int, int, int]]:
 
 
 def forward(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, layout, options: LossOptions, *_
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    layout: Layout,
+    options: LossOptions,
+    *_,
 ) -> tuple[Tensor, Tensor]:
     """(statistics_3N, divergence_T), as `chunked.forward`.
 

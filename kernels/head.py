@@ -5,14 +5,15 @@ Triton is imported on first use, so that the reference works without it. Shape l
 """
 
 import os
-from dataclasses import dataclass
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from kernels import reference
+from kernels import chunked, reference
 from kernels.checks import COMPILES_FOR, KERNEL_DTYPES, check_group, check_inputs, check_kernels
+from kernels.chunked import Layout, lay_out
 from kernels.reference import HeadOutput, LossOptions
 
 # For what the forward keeps: 4,110 rows in bf16 at V = 152064. Plain torch keeps less, so that on a
@@ -21,34 +22,8 @@ KEPT_BYTES, KEPT_BYTES_PLAIN = 1.25e9, 0.05e9
 IMPLS = ("auto", "chunked", "fused", "plain", "reference")
 
 
-@dataclass(frozen=True)
-class Layout:
-    """The N tokens in position-major order: position 0's, then position 1's, ...
-
-    A position's alive rows are neighbours in it.
-    """
-
-    G: int
-    lengths_G: Tensor  # (G,) int64
-    starts: list[int]  # T + 1 numbers: position t owns rows starts[t] .. starts[t + 1]
-    start_of_t: Tensor  # (T + 1,) int32, the same on the device
-    order_N: Tensor  # (N,) int32: the token of each row
-
-
-def lay_out(lengths: list[int], device) -> Layout:
-    """Computed on the host from the lengths, so that nothing waits for a GPU."""
-    lengths_G = torch.tensor(lengths)
-    _, position_N = reference.positions_of_tokens(lengths_G)
-    order_N = torch.argsort(position_N, stable=True)
-    starts = torch.nn.functional.pad(torch.bincount(position_N).cumsum(0), (1, 0))
-    tables = [x.to(torch.int32).to(device) for x in (starts, order_N)]
-    return Layout(len(lengths), lengths_G.to(device), starts.tolist(), *tables)
-
-
-def modules(impl: str):
+def modules(impl: str) -> tuple[ModuleType, ModuleType]:
     """(the module whose `forward` it is, the one that works on logits in memory)."""
-    from kernels import chunked
-
     if impl == "plain":
         from kernels import plain
 
@@ -62,7 +37,16 @@ class Statistics(torch.autograd.Function):
     """Eqs. 8 and 12 to 15 by the kernels: (logps_N, divergence_T), the second without gradient."""
 
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, targets_N, layout, impl, options, kept_bytes):
+    def forward(
+        ctx,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        targets_N: Tensor,
+        layout: Layout,
+        impl: str,
+        options: LossOptions,
+        kept_bytes: float,
+    ) -> tuple[Tensor, Tensor]:
         design, steps = modules(impl)
         inputs = hidden_ND, weight_VD, targets_N
         N, V = len(hidden_ND), len(weight_VD)
@@ -76,7 +60,7 @@ class Statistics(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, coefficients_N, _):
+    def backward(ctx, coefficients_N: Tensor, _) -> tuple[Tensor | None, ...]:
         from kernels.backward import backward, words_of_slice
 
         hidden_ND, *_, kept_KV = ctx.saved_tensors

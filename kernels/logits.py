@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.chunked import chunks_of_positions
+from kernels.chunked import Layout, chunks_of_positions
 from kernels.reference import LossOptions
 from kernels.tiles import VIEWS, group_spread
 
@@ -102,13 +102,18 @@ def softmax_gradient_kernel(
     tl.store(gradient_ptr + n * words + v, gradient.to(gradient_ptr.dtype.element_ty), v < words)
 
 
-def chunks(layout, V: int) -> Iterator[tuple[int, int]]:
+def chunks(layout: Layout, V: int) -> Iterator[tuple[int, int]]:
     """Ranges of positions whose logits are in memory at a time: 1.25 GB at V = 152064."""
     return chunks_of_positions(layout.starts, CHUNK_ROWS)
 
 
 def statistics(
-    logits_RV: Tensor, targets_R: Tensor, layout, first: int, last: int, options: LossOptions
+    logits_RV: Tensor,
+    targets_R: Tensor,
+    layout: Layout,
+    first: int,
+    last: int,
+    options: LossOptions,
 ) -> tuple[Tensor, Tensor]:
     """(statistics_3R, divergence_T) of the positions first to last, whose rows these are.
 

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import reference
-from kernels.chunked import chunks_of_positions
+from kernels.chunked import Layout, chunks_of_positions
 from kernels.reference import LossOptions
 
 CHUNK_ELEMENTS = 3 * 2**21  # logits: with what `reference.group_divergence` makes of them, 0.2 GB
 
 
-def chunks(layout, V: int) -> Iterator[tuple[int, int]]:
+def chunks(layout: Layout, V: int) -> Iterator[tuple[int, int]]:
     """Ranges of positions, each counted as G rows, because ended rows are laid out too."""
     return chunks_of_positions(
         range(0, layout.G * len(layout.starts), layout.G), CHUNK_ELEMENTS // V
@@ -24,7 +24,12 @@ def chunks(layout, V: int) -> Iterator[tuple[int, int]]:
 
 
 def statistics(
-    logits_RV: Tensor, targets_R: Tensor, layout, first: int, last: int, options: LossOptions
+    logits_RV: Tensor,
+    targets_R: Tensor,
+    layout: Layout,
+    first: int,
+    last: int,
+    options: LossOptions,
 ) -> tuple[Tensor, Tensor]:
     """As `logits.statistics`."""
     logps_RV = logits_RV / options.temperature

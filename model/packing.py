@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -123,7 +123,17 @@ def packed_layout(segments_BL: Tensor, device: torch.device | str = "cpu") -> li
     return rows
 
 
-def packed_attention(module, query, key, value, attention_mask, *, scaling, packed=None, **_):
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    packed: list[Row] | None = None,
+    **_,
+) -> tuple[Tensor, None]:
     """Attention over packed rows, as transformers calls it: query (B, H, L, d), key and value with
     fewer heads; returns (B, L, H, d). `packed` is the layout; without one, as in a prefill of
     prompts alone, this is transformers' own causal attention."""
@@ -144,7 +154,9 @@ class Joined(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, rows: list[Row], scale: float) -> Tensor:
+    def forward(
+        ctx, query: Tensor, key: Tensor, value: Tensor, rows: list[Row], scale: float
+    ) -> Tensor:
         """query (B, H, L, d), key and value with fewer heads; returns (B, H, L, d)."""
         out = torch.zeros_like(query)
         accurate = torch.promote_types(query.dtype, torch.float32)
@@ -168,7 +180,7 @@ class Joined(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse, *state = ctx.saved_tensors
         totals = [torch.zeros_like(x) for x in (query, key, value)]
         for b, row in enumerate(ctx.rows):
@@ -193,7 +205,9 @@ class Joined(torch.autograd.Function):
         return *totals, None, None
 
 
-def flash(q, k, v, is_causal: bool, scale: float) -> tuple[Tensor, Tensor, tuple]:
+def flash(
+    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor, tuple]:
     """Torch's fused attention: output (b, H, n, d), log-sum-exp (b, H, n) in float32, and the state
     of the random numbers (of a dropout that is 0) which its backward pass on CUDA asks for. k and v
     may have fewer heads. On CUDA for bf16 and float16 only."""
@@ -205,7 +219,17 @@ def flash(q, k, v, is_causal: bool, scale: float) -> tuple[Tensor, Tensor, tuple
     return *attend(q, k, v, 0.0, is_causal, scale=scale), ()
 
 
-def flash_backward(grad, q, k, v, out, lse, is_causal: bool, scale: float, state: list[Tensor]):
+def flash_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    is_causal: bool,
+    scale: float,
+    state: list[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, for an output and log-sum-exp that may be of more keys."""
     # CUDA reads the log-sum-exp without looking at its strides.
     tensors, lse = (grad, q, k, v, out), lse.contiguous()
@@ -262,7 +286,17 @@ def packed_sequences(segments_BL: Tensor, device: torch.device | str = "cpu") ->
     )
 
 
-def flash_attend(module, query, key, value, attention_mask, *, scaling, packed=None, **_):
+def flash_attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    packed: Sequences | None = None,
+    **_,
+) -> tuple[Tensor, None]:
     """As `packed_attention`; the layout is that of `packed_sequences`."""
     from flash_attn import flash_attn_varlen_func
 

@@ -19,7 +19,7 @@ import contextlib
 import copy
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +65,7 @@ class Root(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, work: Callable, *args):
+    def forward(self, work: Callable, *args: object) -> object:
         return work(*args)
 
 
@@ -142,7 +142,7 @@ class Policy:
         self.root = Root(self.model)
         fully_shard(self.root, **how)
 
-    def run(self, work: Callable, *args):
+    def run(self, work: Callable, *args: object) -> object:
         """work(*args), inside the sharded root's forward if there is one."""
         if self.root is None:
             return work(*args)
@@ -152,7 +152,7 @@ class Policy:
         return result
 
     @contextlib.contextmanager
-    def gathered(self):
+    def gathered(self) -> Iterator["Policy"]:
         """A policy with whole weights on this rank, to decode with: itself on one CPU process; else
         a copy, bf16 on CUDA, gathered now and freed when the block ends."""
         if self.root is None and self.device.type == "cpu":
@@ -314,7 +314,7 @@ class Policy:
         self.text.config._attn_implementation, _ = ATTENTION[attn_implementation]
 
     @contextlib.contextmanager
-    def attention(self, part: PreTrainedModel, name: str):
+    def attention(self, part: PreTrainedModel, name: str) -> Iterator[None]:
         """Temporarily uses another attention function in the language model or vision tower."""
         config = part.config
         before, config._attn_implementation = config._attn_implementation, name

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch
@@ -86,7 +86,7 @@ class Failed(Exception):
     agreed = True
 
 
-def gather(value) -> list:
+def gather(value: object) -> list:
     """The value of every rank, in order of rank; any small object that can be pickled.
 
     Raises Failed if it met a rank that raised inside `alone`.
@@ -102,7 +102,7 @@ def gather(value) -> list:
 
 
 @contextlib.contextmanager
-def alone():
+def alone() -> Iterator[None]:
     """Work in which no rank waits for another except in `gather`. If it raises on one rank, that
     rank still takes part in the next `gather` of the others, and all of them raise."""
     try:
@@ -115,7 +115,7 @@ def alone():
         raise
 
 
-def on_first(action: Callable, *arguments):
+def on_first(action: Callable, *arguments: object) -> object:
     """action(*arguments) on the first rank only; every rank returns its result, or raises its
     UserError or OSError."""
     answer = None
@@ -160,7 +160,7 @@ class StopSignal:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def _receive(self, number, frame):
+    def _receive(self, number: int, _) -> None:
         self.requested = True
         self.__exit__()
         name = signal.Signals(number).name

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from transformers import AttentionInterface
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedConfig
 from transformers.vision_utils import (
     get_vision_cu_seqlens,
     get_vision_interpolation_indices_and_weights,
@@ -31,7 +31,7 @@ def runs_of(lengths: Tensor) -> list[tuple[int, int]]:
     return list(zip(count.tolist(), length.tolist(), strict=True))
 
 
-def tower_layout(grids_B3: Tensor, config, device: torch.device) -> dict:
+def tower_layout(grids_B3: Tensor, config: PreTrainedConfig, device: torch.device) -> dict:
     """What the vision tower works out from the grids of its clips, as keywords that hand it over.
 
     Left to itself it reads the window lengths from the GPU in every layer, and calls attention once
@@ -68,7 +68,17 @@ def tower_layout(grids_B3: Tensor, config, device: torch.device) -> dict:
     return layout
 
 
-def attend_within(module, query, key, value, attention_mask, *, scaling, cu_seq_lens_q, **_):
+def attend_within(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    cu_seq_lens_q: Segments,
+    **_,
+) -> tuple[Tensor, None]:
     """Attention of each token over its own segment, neighbours of one length as one batch.
 
     query, key, value (1, H, N, d); `cu_seq_lens_q` is the Segments from `tower_layout`. Returns

@@ -16,7 +16,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
@@ -75,7 +75,7 @@ class Saver:
         self.saved = save(self.policy, self.optimizer, counters, self.log.dir, source, model_only)
 
     @contextlib.contextmanager
-    def rescuing(self):
+    def rescuing(self) -> Iterator[None]:
         """The loop runs in here. Called by all ranks."""
         try:
             yield

@@ -48,7 +48,7 @@ INTERVALS = {
 BY_TYPE = {int: "[1, 2e9]", float: "(0, 1e9]"}  # float32 must hold the square
 
 
-def flag(default, text: str):
+def flag(default: object, text: str) -> object:
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata={"help": text})
     return field(default=default, metadata={"help": text})

@@ -67,7 +67,7 @@ class ClipReader:
         frames, *when = answer
         return Clip(torch.from_numpy(frames), *when)
 
-    def _answer(self, limit: float, request: tuple | None = None):
+    def _answer(self, limit: float, request: tuple | None = None) -> object:
         """What the process answers within `limit` seconds. If it does not, it is killed, and the
         answer is a string that says so."""
         try:

@@ -13,6 +13,7 @@ import re
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
@@ -20,6 +21,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 import files
 from kernels import HeadOutput
@@ -33,7 +35,7 @@ SECONDS: dict[str, float] = defaultdict(float)  # spent in each phase since the 
 
 
 @contextmanager
-def phase(name: str):
+def phase(name: str) -> Iterator[None]:
     """Counts the time spent inside as time/<name>, seconds. Also decorates a function."""
     start = time.perf_counter()
     yield
@@ -114,7 +116,14 @@ class RunLog:
         self.bar = tqdm(steps, "training", disable=not ranks.is_main(), **shown)
         return self.bar
 
-    def step(self, step: int, groups: list[Group], updates: list, rate: float, tokenizer) -> None:
+    def step(
+        self,
+        step: int,
+        groups: list[Group],
+        updates: list,
+        rate: float,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
         """What a training step measured; `updates` are twgrpo.Update's. Called by all ranks."""
         for k, update in enumerate(updates):
             if k == 0:
@@ -200,7 +209,11 @@ class RunLog:
 
 
 def completions_row(
-    step: int, group: Group, output: HeadOutput, reward_names: list[str], tokenizer
+    step: int,
+    group: Group,
+    output: HeadOutput,
+    reward_names: list[str],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> dict:
     """One group as completions.jsonl holds it. D_t and w_t belong to positions, logps to tokens.
 

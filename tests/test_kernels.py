@@ -25,7 +25,8 @@ from kernel_cases import DEVICE, error, forward_backward, make_group, small_cuts
 
 from kernels import chunked, fused, logits, plain, reference, tiles, token_logps, tw_grpo_head
 from kernels.backward import backward, words_of_slice
-from kernels.head import KEPT_BYTES, lay_out
+from kernels.chunked import lay_out
+from kernels.head import KEPT_BYTES
 
 # NumPy, on which the interpreter runs, warns of the NaN and the overflows that these tests provoke.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
