@@ -194,6 +194,26 @@ def test_nan_gives_nan():
     assert tw_grpo_head(**{**group, "hidden_ND": hidden}).loss.isnan()
 
 
+def test_order_and_a_shift_of_all_logits_change_nothing():
+    """Completions in another order, words in another order, another constant in each row."""
+    group = small_group()
+    hidden, weight, order = group["hidden_ND"], group["weight_VD"], torch.randperm(11)
+    constant = torch.cat([weight, torch.ones_like(weight[:, :1])], 1)
+    shifted = torch.cat([hidden, torch.linspace(-30, 30, 9).double()[:, None]], 1)
+    rows = torch.tensor([4, 5, 6, 7, 8, 0, 1, 2, 3])  # c_2, c_3, c_1
+    turned = {k: v[rows] if k.endswith(("_ND", "_N")) else v for k, v in group.items()}
+    turned |= {k: v[[1, 2, 0]] for k, v in group.items() if k.endswith("_G")}
+    exact = tw_grpo_head(**group)
+    for same in (
+        turned,
+        group | dict(weight_VD=weight[order], targets_N=order.argsort()[group["targets_N"]]),
+        group | dict(hidden_ND=shifted, weight_VD=constant),
+    ):
+        output = tw_grpo_head(**same)
+        assert_close(output.divergence_T, exact.divergence_T)
+        assert_close(output.loss, exact.loss)
+
+
 BAD_INPUT = [
     ("hidden_ND", lambda g: g["hidden_ND"][0], "must be \\(N, D\\)"),
     ("hidden_ND", lambda g: g["hidden_ND"].long(), "must be float"),
