@@ -7,12 +7,10 @@ import pytest
 import torch
 from conftest import PROJECT
 from doc_checks import Table, all_shown, shows, tables
-from hypothesis import given
-from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from benchmarks import weights
-from kernels.reference import group_divergence, token_weights, vocab_logps
+from kernels.reference import group_divergence, token_weights
 
 PAGE = (PROJECT / "docs" / "equations.md").read_text(encoding="utf-8")
 TEXT = " ".join(PAGE.split())
@@ -55,23 +53,6 @@ def test_the_two_divergences_rank_these_tokens_differently():
         D_T = group_divergence(p_TGV.log().transpose(0, 1), torch.tensor([3, 3]), form)
         assert all_shown(result.columns[f"D {form}"], D_T) and D_T.argsort().tolist() == order
         assert all_shown(result.columns[f"w {form}"], token_weights(D_T, 1.7))
-
-
-@given(
-    logits=st.lists(st.floats(-1000, 1000), min_size=1, max_size=40),
-    block=st.integers(1, 17),
-)
-def test_the_running_log_sum_exp_in_any_cut(logits, block):
-    """Eq. 21 as it stands, block by block, against the sum in one piece."""
-    x = torch.tensor(logits, dtype=torch.float64)
-    m, s = torch.tensor(-math.inf, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    for part in x.split(block):
-        m_new = torch.maximum(m, part.max())
-        s = s * torch.exp(m - m_new) + torch.exp(part - m_new).sum()
-        m = m_new
-    assert_close(m + s.log(), x.logsumexp(0), rtol=1e-12, atol=1e-12)
-    logps = vocab_logps(x[None, :1] * 0 + 1, x[:, None])  # one hidden unit: the logits themselves
-    assert_close(logps[0], x - (m + s.log()), rtol=1e-12, atol=1e-9)
 
 
 def test_the_textbook_integrand_is_k3_weighted_by_p():

@@ -20,16 +20,16 @@ if not importlib.util.find_spec("triton"):
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 import triton
-import triton.language as tl
 from kernel_cases import DEVICE, error, forward_backward, make_group, small_cuts
 
-from kernels import chunked, fused, logits, plain, reference, tiles, token_logps, tw_grpo_head
-from kernels.backward import backward, words_of_slice
+from kernels import chunked, fused, logits, plain, reference, token_logps, tw_grpo_head
+from kernels.backward import words_of_slice
 from kernels.head import KEPT_BYTES, lay_out
 
 # NumPy, on which the interpreter runs, warns of the NaN and the overflows that these tests provoke.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
-KERNELS = pytest.mark.parametrize("impl", ["chunked", "fused", "plain"])
+IMPLS = ["chunked", "fused", "plain", "float64"]
+KERNELS = pytest.mark.parametrize("impl", IMPLS[:3])
 FORMS = pytest.mark.parametrize("divergence", ["official", "textbook"])
 ENDED = pytest.mark.parametrize("ended_rows", ["uniform", "exclude"])
 # An interpreted kernel takes seconds: few examples, and no search for a smaller one that fails.
@@ -82,7 +82,7 @@ def check_against_float64(group, impl, slack=1.0, cuts=small_cuts, **options):
     loss_type=st.sampled_from(["tw_grpo", "tw_grpo", "grpo"]),
     off_policy=st.booleans(),
     temperature=st.sampled_from([1.0, 1.0, 0.7]),
-    kept_bytes=st.sampled_from([0, 4000, 1e9]),  # no row, some (about five), all
+    kept_bytes=st.sampled_from([0, 1000, 4000, 1e9]),  # no row, one, some, all
 )
 def test_kernels_agree_with_float64(impl, lengths, V, D, scale, seed, off_policy, **options):
     group = make_group(lengths, V, D, *scale, seed, off_policy)
@@ -135,7 +135,7 @@ def test_nearly_equal_rows_keep_their_digits(impl, divergence):
     assert_close(ours.divergence_T.double(), exact.divergence_T, rtol=1e-3, atol=0)
 
 
-@KERNELS
+@pytest.mark.parametrize("impl", IMPLS)
 @FORMS
 @ENDED
 def test_positions_without_disagreement_have_no_spread(impl, divergence, ended_rows):
@@ -146,7 +146,7 @@ def test_positions_without_disagreement_have_no_spread(impl, divergence, ended_r
     alone = make_group([9])
     options = dict(divergence=divergence, ended_rows=ended_rows)
     output, single = (forward_backward(g, impl, **options)[0] for g in (group, alone))
-    assert output.divergence_T[0].abs() <= 1e-11 and output.weights_T[0] == 1
+    assert output.divergence_T[0].abs() <= 1e-11 and (output.weights_T[0] - 1).abs() <= 1e-12
     assert (output.divergence_T[1:3] > 0.1).all()
     assert ((output.divergence_T[3:] == 0) == (ended_rows == "exclude")).all()
     assert (single.divergence_T == 0).all() and (single.weights_T == 1).all()
@@ -156,7 +156,7 @@ def test_positions_without_disagreement_have_no_spread(impl, divergence, ended_r
 def test_bits_repeat(impl):
     group = make_group([3, 1, 2], off_policy=True)
     first, *first_gradients = forward_backward(group, impl, beta=0.04)
-    for _ in range(9):
+    for _ in range(4):
         again, *gradients = forward_backward(group, impl, beta=0.04)
         assert torch.equal(again.loss, first.loss)
         assert torch.equal(again.divergence_T, first.divergence_T)
@@ -207,7 +207,7 @@ def test_kept_rows_make_the_backward_two_products(impl, steps, monkeypatch):
     assert len(products) == 2 and sum(rows) == 8
 
 
-@KERNELS
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("token", [0, 3, 7])
 def test_nan_gives_nan(impl, token):
     group = make_group([3, 1, 4], off_policy=True)
@@ -243,53 +243,16 @@ def test_bfloat16_through_the_chunked_head(kept_bytes):
 # --------------------------------------------------------------------------------- part by part
 
 
-@triton.jit
-def k3_kernel(d_ptr, out_ptr, BLOCK: tl.constexpr):
-    i = tl.arange(0, BLOCK)
-    tl.store(out_ptr + i, tiles.k3(tl.load(d_ptr + i)))
-
-
-def test_k3_keeps_its_digits_near_zero():
-    small = torch.logspace(-6, math.log10(11), 512)
-    d = torch.cat([small, -small]).to(DEVICE)
-    out = torch.empty_like(d)
-    k3_kernel[(1,)](d, out, BLOCK=1024)
-    exact = torch.expm1(d.double()) - d.double()
-    exact = torch.where(d.abs() < 1e-3, d.double() ** 2 / 2 * (1 + d.double() / 3), exact)
-    assert ((out - exact).abs() / exact).max() <= 3e-6
-    assert tiles.LOG_RATIO_CLAMP.value == reference.LOG_RATIO_CLAMP
-
-
-@given(lengths=groups)
-def test_rows_are_laid_out_by_position(lengths):
-    layout = lay_out(lengths, "cpu")
-    expected = [(t, i) for t in range(max(lengths)) for i, n in enumerate(lengths) if t < n]
-    completion_N, position_N = reference.positions_of_tokens(torch.tensor(lengths))
-    table = torch.stack([position_N, completion_N], 1)[layout.order_N]
-    assert list(map(tuple, table.tolist())) == expected
-    alive = [sum(t < length for length in lengths) for t in range(max(lengths))]
-    assert torch.diff(layout.start_of_t).tolist() == alive
-    assert layout.start_of_t.tolist() == layout.starts
-
-
 @given(
     lengths=groups,
-    chunk_rows=st.integers(1, 70),
     V=st.integers(1, 200_000),
     words=st.sampled_from([64, 128, 256]),
     tiles=st.integers(1, 900),
 )
-def test_cuts_hold_everything_once(lengths, chunk_rows, V, words, tiles):
-    """Chunks of positions never have more rows than asked, buckets waste less than half of a tile,
-    and no slice of words is empty."""
+def test_the_fused_design_wastes_little(lengths, V, words, tiles):
+    """Less than half of a tile of positions, and no slice of words is empty."""
     starts = lay_out(lengths, "cpu").starts
-    chunks = list(chunked.chunks_of_positions(starts, chunk_rows))
-    buckets = list(fused.buckets_of_positions(starts))
-    for ranges in (chunks, buckets):
-        assert [t for a, b, *_ in ranges for t in range(a, b)] == list(range(len(starts) - 1))
-    for first, last in chunks:
-        assert starts[last] - starts[first] <= chunk_rows or last == first + 1
-    for first, last, rows in buckets:
+    for first, last, rows in fused.buckets_of_positions(starts):
         assert all(rows / 2 < starts[t + 1] - starts[t] <= rows for t in range(first, last))
     slices, slice_tiles = fused.slices_of_words(V, words, tiles)
     assert (slices - 1) * slice_tiles * words < V <= slices * slice_tiles * words
@@ -305,37 +268,6 @@ def test_chunked_multiplies_alive_rows_only(impl, monkeypatch):
     with small_cuts():
         tw_grpo_head(**make_group([9, 1, 2, 1]), impl=impl)
         assert sum(rows) == 13 and max(rows) <= 7
-
-
-@pytest.mark.parametrize("steps", [logits, plain])
-@few
-@given(
-    N=st.integers(1, 6),
-    K=st.integers(0, 6),
-    V=st.integers(2, 70),
-    slice_words=st.integers(1, 80),
-    seed=st.integers(0, 9),
-)
-def test_backward_is_the_gradient_of_the_log_probs(steps, N, K, V, slice_words, seed):
-    """Whichever K of the rows were kept, in the order that says which."""
-    group = make_group([N], V=V, D=9, seed=seed)
-    order = torch.arange(N, device=DEVICE).flip(0)
-    inputs = [group[k] for k in ("hidden_ND", "weight_VD", "targets_N")]
-    hidden, weight = (x.double().requires_grad_() for x in inputs[:2])
-    coefficients = torch.linspace(-1, 2, N, device=DEVICE)
-    logps = reference.token_logps(hidden, weight, inputs[2], 0.7)
-    dH64, dW64 = torch.autograd.grad((coefficients * logps).sum(), (hidden, weight))
-    z = (hidden.detach() @ weight.detach().T) / 0.7
-    peak = z.amax(1)
-    statistics = torch.stack([logps.detach(), peak, z.logsumexp(1) - peak]).float()
-    hits = torch.nn.functional.one_hot(inputs[2], V)
-    kept = (hits - z.softmax(1)).float()[order[:K]]
-    with small_cuts():
-        dH, dW = backward(
-            coefficients, *inputs, statistics, order, kept, True, True, 0.7, slice_words, steps
-        )
-    assert_close(dH.double(), dH64, rtol=1e-4, atol=1e-5)
-    assert_close(dW.double(), dW64, rtol=1e-4, atol=1e-5)
 
 
 def test_memory_of_the_backward_is_bounded():

@@ -165,21 +165,6 @@ def test_both_ways_equal_a_dense_mask(shapes, heads, scale, varlen):
         assert (a - b).abs().max() <= 1e-4 * b.abs().max().clamp(min=1e-2)
 
 
-def test_the_joined_gradient_is_that_of_finite_differences():
-    segments_BL = torch.tensor([[0, 0, 0, 1, 1, 2, 2], [0, 0, 1, 2, 2, -1, -1]])
-    layout, generator = packed_layout(segments_BL), torch.Generator().manual_seed(0)
-    inputs = [
-        torch.randn(2, h, 7, 4, generator=generator, dtype=torch.float64, requires_grad=True)
-        for h in (4, 2, 2)
-    ]
-
-    def attend(q, k, v):
-        out, _ = packed_attention(None, q, k, v, None, scaling=0.5, packed=layout)
-        return out[segments_BL >= 0]
-
-    assert torch.autograd.gradcheck(attend, inputs)
-
-
 def test_scoring_keeps_nothing_quadratic():
     """No tensor that attention saves for its backward pass has L x L elements."""
     sizes, L = [], 1200

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-import toy
 import video
 from video import Geometry, VideoError, frame_indices, mrope_positions, read_clip, resized_shape
 
@@ -231,16 +230,6 @@ def test_a_name_that_looks_like_an_address_is_only_a_name(world, tmp_path, monke
     for name in ("concat:a.mp4|b.mp4", "http:a.mp4", "file:a.mp4", "data:a.mp4"):
         shutil.copy(world / "clips/train_000.mp4", name)
         assert len(read_clip(name).frames) == 4
-
-
-def test_toy_clips_show_their_colours(tmp_path):
-    frames = toy.draw_clip(["red", "blue"], np.random.default_rng(0))
-    toy.write_mp4(tmp_path / "clip.mp4", frames, toy.RATE)
-    clip = read_clip(tmp_path / "clip.mp4")
-    pixels = clip.frames.permute(0, 2, 3, 1).reshape(-1, 3).float()
-    for colour in toy.COLOURS:
-        near = (pixels - torch.tensor(toy.COLOURS[colour])).abs().max(1).values < 40
-        assert (near.sum() > 200) == (colour in ("red", "blue"))
 
 
 def test_patches_equal_transformers_image_processor():

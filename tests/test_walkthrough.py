@@ -97,24 +97,6 @@ def v() -> dict[str, np.ndarray]:
     return {name: torch.as_tensor(value).detach().numpy() for name, value in values.items()}
 
 
-def test_the_kernels_give_the_numbers_of_the_page(v):
-    """In float32, by Triton: on a GPU if there is one, else by its interpreter."""
-    pytest.importorskip("triton")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    hidden_ND, head_VD = (tensor(k).to(device).requires_grad_() for k in ("hidden_ND", "head_VD"))
-    group = (tensor("targets_N"), tensor("lengths_G"), torch.from_numpy(v["advantages"][0]).float())
-    out = tw_grpo_head(hidden_ND, head_VD, *(x.to(device) for x in group), impl="chunked")
-    out.loss.backward()
-    for got, plain in (
-        (out.loss, v["losses"][0]),
-        (out.divergence_T, v["D"][0]),
-        (out.weights_T, v["w"][0]),
-        (head_VD.grad, v["g"].T @ DATA["hidden_ND"]),
-        (hidden_ND.grad, v["g"] @ DATA["head_VD"]),
-    ):
-        np.testing.assert_allclose(got.detach().cpu(), plain, rtol=1e-5, atol=1e-7)
-
-
 # ------------------------------------------------------------------------------- what the page says
 
 
