@@ -434,6 +434,9 @@ def test_questions_that_cannot_become_a_prompt_are_all_named_before_a_run(prompt
     for name in ("long-0", "long-1"):
         assert f"record {name}: its prompt has " in str(error.value)
     assert "--max_prompt_length and the model allow 4,096" in str(error.value)
+    # OFFICIAL: cut from the left, video tokens included.  OURS: never cut; refused by default.
+    _, ids = replace(prompter, max_prompt_length=10**5).tokenize(long[0])
+    assert len(ids) > 5000 and prompter.tokenize(records[0])[1][:10] == ids[:10]
     check_prompts(prompter, records, "q.json")
 
 

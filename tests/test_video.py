@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 from fractions import Fraction
@@ -9,6 +10,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from conftest import PROJECT
 
 import video
 from video import Geometry, VideoError, frame_indices, mrope_positions, read_clip, resized_shape
@@ -201,6 +203,12 @@ def test_where_the_header_is_wrong_frames_are_evenly_spaced_in_time(
     path = write_clip(tmp_path / "a.mkv", grey_steps(len(times)), rate=rate, seconds=times)
     clip = read_clip(path, fps=fps)
     assert clip.seconds == pytest.approx(spacing, abs=1e-3) and shown_steps(clip) == shown
+
+
+def test_no_setting_of_a_clip_comes_from_the_environment():
+    # OFFICIAL: set in the environment after the reader has read it.  OURS: arguments only.
+    for name in ("video.py", "data.py", "run/decoder.py"):
+        assert not re.search("environ|getenv", (PROJECT / name).read_text(encoding="utf-8")), name
 
 
 def test_huge_frames_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
