@@ -1,4 +1,5 @@
-"""The equations by hand: each is small enough to be worked out on paper."""
+"""The equations by hand, each small enough to be worked out on paper; then bad input, and the
+controls of --token_weights in a step."""
 
 import math
 
@@ -86,9 +87,12 @@ def test_k3_is_zero_at_equality_and_clamped_far_away():
 def test_tw_grpo_is_a_token_mean_and_grpo_a_sequence_mean():
     lengths, weights = torch.tensor([3, 1]), float64(1, 1.5, 2)
     tokens = reference.positions_of_tokens(lengths)
-    factors = lambda kind: reference.token_coefficients(*tokens, lengths, weights, kind)  # noqa: E731
-    assert_close(factors("tw_grpo"), float64(1, 1.5, 2, 1) / 4)
-    assert_close(factors("grpo"), float64(1 / 6, 1 / 6, 1 / 6, 1 / 2))
+    of_tokens, of_sequences = (
+        reference.token_coefficients(*tokens, lengths, weights, kind)
+        for kind in ("tw_grpo", "grpo")
+    )
+    assert_close(of_tokens, float64(1, 1.5, 2, 1) / 4)
+    assert_close(of_sequences, float64(1 / 6, 1 / 6, 1 / 6, 1 / 2))
 
 
 @pytest.mark.parametrize("loss_type", ["tw_grpo", "grpo"])
@@ -170,10 +174,7 @@ def gradients(group, **options):
 def test_weights_without_detach_change_nothing_while_all_are_alive_and_on_policy():
     # sum_i A_i = 0 and rho = 1 at every position, so the derivative by w_t vanishes.
     group = small_group(lengths=(3, 3, 3))
-    for attached, detached in zip(
-        gradients(group, detach_weights=False), gradients(group), strict=True
-    ):
-        assert_close(attached, detached, rtol=1e-10, atol=1e-12)
+    assert_close(gradients(group, detach_weights=False), gradients(group), rtol=1e-10, atol=1e-12)
 
 
 def test_official_undetached_weights_change_the_gradient_of_a_ragged_group():
@@ -202,58 +203,58 @@ def test_temperature_divides_the_logits():
 
 
 def test_order_and_a_shift_of_all_logits_change_nothing():
-    """Completions in another order, words in another order, another constant in each row."""
-    group = small_group()
-    hidden, weight, order = group["hidden_ND"], group["weight_VD"], torch.randperm(11)
-    constant = torch.cat([weight, torch.ones_like(weight[:, :1])], 1)
-    shifted = torch.cat([hidden, torch.linspace(-30, 30, 9).double()[:, None]], 1)
-    rows = torch.tensor([4, 5, 6, 7, 8, 0, 1, 2, 3])  # c_2, c_3, c_1
-    turned = {k: v[rows] if k.endswith(("_ND", "_N")) else v for k, v in group.items()}
-    turned |= {k: v[[1, 2, 0]] for k, v in group.items() if k.endswith("_G")}
+    """Completions or words in another order; another constant in all logits of each row."""
+    group, words = small_group((3, 3, 3)), torch.arange(11).flip(0)
+    rows = torch.arange(9).roll(3)
+    by_rows = {k: v[rows] if k.endswith(("_ND", "_N")) else v for k, v in group.items()}
+    by_words = dict(weight_VD=group["weight_VD"][words], targets_N=10 - group["targets_N"])
+    constant_ND = torch.linspace(-30, 30, 9).double()[:, None].expand(9, 5)
+    wider = [torch.cat([group["hidden_ND"], constant_ND], 1)]
+    wider += [torch.cat([group["weight_VD"], torch.ones(11, 5)], 1)]
     exact = tw_grpo_head(**group)
-    for same in (
-        turned,
-        group | dict(weight_VD=weight[order], targets_N=order.argsort()[group["targets_N"]]),
-        group | dict(hidden_ND=shifted, weight_VD=constant),
+    for change in (
+        by_rows | dict(advantages_G=group["advantages_G"].roll(1)),
+        by_words,
+        dict(zip(("hidden_ND", "weight_VD"), wider, strict=True)),
     ):
-        output = tw_grpo_head(**same)
+        output = tw_grpo_head(**group | change)
         assert_close(output.divergence_T, exact.divergence_T)
         assert_close(output.loss, exact.loss)
 
 
 BAD_INPUT = [
-    ("hidden_ND", lambda g: g["hidden_ND"][0], "must be \\(N, D\\)"),
-    ("hidden_ND", lambda g: g["hidden_ND"].long(), "must be float"),
-    ("hidden_ND", lambda g: g["hidden_ND"][:0], "has no rows"),
-    ("weight_VD", lambda g: g["weight_VD"][:, 1:], "shape \\(11, 5\\)"),
-    ("weight_VD", lambda g: g["weight_VD"].float(), "cast one"),
-    ("targets_N", lambda g: g["targets_N"][1:], "must be int64 of shape \\(9,\\)"),
-    ("targets_N", lambda g: g["targets_N"].int(), "must be int64"),
-    ("targets_N", lambda g: g["targets_N"] + 11, "outside the vocabulary of 11"),
-    ("targets_N", lambda g: g["targets_N"] - 11, "outside the vocabulary of 11"),
-    ("lengths_G", lambda g: torch.tensor([4, 2, 2]), "sums to 8"),
-    ("lengths_G", lambda g: torch.tensor([4, 0, 5]), "at least 1 each"),
-    ("lengths_G", lambda g: torch.tensor([4.0, 2.0, 3.0]), "int64"),
-    ("lengths_G", lambda g: torch.tensor([], dtype=torch.int64), "at least 1"),
-    ("advantages_G", lambda g: g["advantages_G"][1:], "float of shape \\(3,\\)"),
-    ("old_logps_N", lambda g: torch.zeros(8), "float of shape \\(9,\\)"),
-    ("ref_logps_N", lambda g: torch.zeros(9).long(), "must be float"),
-    ("alpha", lambda g: 0.0, "at least 1"),
-    ("beta", lambda g: 0.1, "needs ref_logps_N"),
-    ("beta", lambda g: -0.1, "0 or more"),
-    ("temperature", lambda g: 0.0, "above 0"),
-    ("loss_type", lambda g: "ppo", "must be one of tw_grpo, grpo"),
-    ("divergence", lambda g: "kl", "must be one of official, textbook"),
-    ("ended_rows", lambda g: "drop", "must be one of uniform, exclude"),
-    ("impl", lambda g: "fast", "must be one of auto, chunked, fused, plain, reference"),
-    ("advantages_G", lambda g: torch.zeros(3, device="meta"), "is on meta"),
+    ("hidden_ND", lambda x: x[0], r"must be \(N, D\)"),
+    ("hidden_ND", lambda x: x.long(), "must be float"),
+    ("hidden_ND", lambda x: x[:0], "has no rows"),
+    ("weight_VD", lambda x: x[:, 1:], r"shape \(11, 5\)"),
+    ("weight_VD", lambda x: x.float(), "cast one"),
+    ("targets_N", lambda x: x[1:], r"must be int64 of shape \(9,\)"),
+    ("targets_N", lambda x: x.int(), "must be int64"),
+    ("targets_N", lambda x: x + 11, "outside the vocabulary of 11"),
+    ("targets_N", lambda x: x - 11, "outside the vocabulary of 11"),
+    ("lengths_G", lambda x: torch.tensor([4, 2, 2]), "sums to 8"),
+    ("lengths_G", lambda x: torch.tensor([4, 0, 5]), "at least 1 each"),
+    ("lengths_G", lambda x: x.float(), "int64"),
+    ("lengths_G", lambda x: x[:0], "at least 1"),
+    ("advantages_G", lambda x: x[1:], r"float of shape \(3,\)"),
+    ("advantages_G", lambda x: x.to("meta"), "is on meta"),
+    ("old_logps_N", lambda _: torch.zeros(8), r"float of shape \(9,\)"),
+    ("ref_logps_N", lambda _: torch.zeros(9).long(), "must be float"),
+    ("alpha", lambda _: 0.0, "at least 1"),
+    ("beta", lambda _: 0.1, "needs ref_logps_N"),
+    ("beta", lambda _: -0.1, "0 or more"),
+    ("temperature", lambda _: 0.0, "above 0"),
+    ("loss_type", lambda _: "ppo", "must be one of tw_grpo, grpo"),
+    ("divergence", lambda _: "kl", "must be one of official, textbook"),
+    ("ended_rows", lambda _: "drop", "must be one of uniform, exclude"),
+    ("impl", lambda _: "fast", "must be one of auto, chunked, fused, plain, reference"),
 ]
 
 
 @pytest.mark.parametrize("name, value, sentence", BAD_INPUT)
 def test_bad_input_is_named(name, value, sentence):
     group = small_group()
-    group[name] = value(group)
+    group[name] = value(group.get(name))
     if "no rows" in sentence:
         group["targets_N"] = group["targets_N"][:0]
     with pytest.raises((ValueError, TypeError), match=sentence) as caught:
