@@ -29,9 +29,8 @@ from records import Record
 from video import mrope_positions
 
 aten = torch.ops.aten
-ONE_DTYPE = {aten.mm.default, aten.mm.dtype, aten.bmm.default, aten.addmm.default,
-             aten.baddbmm.default, aten.index_copy_.default, aten.convolution.default}  # fmt: skip
-
+PRODUCTS = "mm bmm addmm baddbmm index_copy_ convolution".split()  # of factors of one dtype
+ONE_DTYPE = {getattr(aten, name).default for name in PRODUCTS} | {aten.mm.dtype}
 HOME = {PROJECT, *(PROJECT / room for room in ("kernels", "model", "run"))}  # waits count there
 
 
@@ -78,11 +77,11 @@ class FakeGPU(TorchDispatchMode):
         return frame.f_code.co_name
 
     def count(self, storage):
-        size = storage.nbytes()
-        self.storages.add(storage._cdata)
+        name, size = storage._cdata, storage.nbytes()
+        self.storages.add(name)
         self.live += size
         self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self.freed, storage._cdata, size)
+        weakref.finalize(storage, self.freed, name, size)
 
     def freed(self, name, size):
         self.storages.discard(name)

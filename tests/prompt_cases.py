@@ -11,40 +11,22 @@ from records import as_record
 from video import Geometry
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
+ASKED = dict(problem="What does she take?", solution="<answer>B</answer>", video="a.mp4")
 ROWS = {
     "options apart from the problem": {
-        "problem": "What does she take?",
+        **ASKED,
         "options": ["A. a red ball", "B. a blue ball"],
         "problem_type": "multiple choice",
-        "solution": "<answer>B</answer>",
-        "video": "/a.mp4",
     },
     "options in the problem": {
         "problem": "Which will not happen?\nA. red hits blue\nB. blue hits red",
         "solution": "<answer>A,B</answer>",
         "video": "a.mp4",
     },
-    "options without letters": {
-        "question": "What does she take?",
-        "options": ["a red ball", "a blue ball"],
-        "solution": "<answer>B</answer>",
-        "video": "a.mp4",
-    },
-    "a number": {
-        "problem": "How many balls fall?",
-        "solution": "<answer> 3 </answer>",
-        "video_filename": "./a.mp4",
-    },
-    "a text": {
-        "problem": "What does the sign say?",
-        "problem_type": "OCR",
-        "options": [],
-        "solution": "<answer>Exit</answer>",
-        "path": "a.mp4",
-    },
+    "options without letters": {**ASKED, "options": ["a red ball", "a blue ball"]},
+    "a number": {**ASKED, "problem": "How many balls fall?", "solution": "<answer> 3 </answer>"},
+    "a text": {**ASKED, "problem": "What does the sign say?", "problem_type": "OCR", "options": []},
 }
-
-
 TOKENIZER = toy.build_tokenizer(["a"])
 
 

@@ -3,24 +3,23 @@
 import json
 import os
 import re
-import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
-from conftest import PROJECT, twgrpo_command
-from hypothesis import HealthCheck, given, settings
+from conftest import twgrpo_command
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from prompt_cases import GOLDEN, ROWS, TOKENIZER, as_file, rendered
+from prompt_cases import GOLDEN, TOKENIZER, as_file, rendered
 
 import toy
 import video
-from data import STYLES, Prompter, check_prompts, question_text, select_records, step_records
+from data import STYLES, check_prompts, question_text, select_records, step_records
 from files import UserError
 from records import (
     MAX_TEXT,
     Record,
-    as_record,
     join_video,
     load_records,
     option_letters,
@@ -38,7 +37,12 @@ ROW = {
     "solution": "<answer>A,B</answer>",
     "video": "clips/1.mp4",
 }
+ESCAPES = "\x1b]0;owned\x07\x1b[31mred\x9b2J\u202e"  # what a terminal would obey
 MANY_FIXTURES = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def is_printable(text: str) -> bool:
+    return all(c.isprintable() or c == "\n" for c in text)
 
 
 def write(tmp_path, text, name="q.json"):
@@ -48,11 +52,11 @@ def write(tmp_path, text, name="q.json"):
 
 
 def test_json_list_and_jsonl_are_read_alike(tmp_path):
+    """And a byte order mark is no fault."""
     rows = [ROW, {**ROW, "id": "x7"}]
-    listed = load_records(write(tmp_path, json.dumps(rows)), "root")
-    lines = load_records(
-        write(tmp_path, "\n".join(map(json.dumps, rows)) + "\n\n", "q.jsonl"), "root"
-    )
+    listed = load_records(write(tmp_path, "\ufeff" + json.dumps(rows)), "root")
+    text = "\n".join(map(json.dumps, rows)) + "\n\n"
+    lines = load_records(write(tmp_path, text, "q.jsonl"), "root")
     assert [r.id for r in listed] == ["row 1", "x7"] and [r.id for r in lines] == ["line 1", "x7"]
     assert str(listed[0].video) == "root/clips/1.mp4"
     assert listed[1] == lines[1]
@@ -65,29 +69,38 @@ def test_every_bad_row_is_reported_not_just_the_first(tmp_path):
     assert all(f"line {k}: " in str(error.value) for k in (2, 3, 4))
 
 
-@pytest.mark.parametrize("text", ["", "[]", "[{]", "[1, 2", "\x00", "[" * 100000])
-def test_files_that_hold_no_records(text, tmp_path):
-    with pytest.raises(UserError, match="q.json"):
-        load_records(write(tmp_path, text))
+@pytest.mark.parametrize(
+    "data, sentence",
+    [
+        (b"", "holds no records"),
+        (b"[]", "holds no records"),
+        (b"[1, 2", "is not valid JSON"),
+        (b"[" * 100_000, "is not valid JSON"),
+        (b'[{"a": 1},\n{"b": 2},\n}]', "line 3 column 1"),
+        (b'{"a": 1}\n{"b": 2,}', r"line 2: is not valid JSON \(.* at column 9\)"),
+        (b'{"problem": ' + b"9" * 5000 + b"}", "line 1: is not valid JSON"),
+        (b"\x00", "line 1: is not valid JSON"),
+        (b'["\xff\xfe"]', "cannot be read as UTF-8 text"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(data, sentence, tmp_path):
+    (tmp_path / "q.json").write_bytes(data)
+    with pytest.raises(UserError, match=f"(?s)q.json: .*{sentence}"):
+        load_records(tmp_path / "q.json")
 
 
-def test_missing_and_unreadable_files(tmp_path):
+def test_missing_files_and_directories_are_named(tmp_path):
     with pytest.raises(UserError, match="nowhere.json: no such file"):
         load_records(tmp_path / "nowhere.json")
     with pytest.raises(UserError, match="cannot be read"):
         load_records(tmp_path)
-    (tmp_path / "latin.json").write_bytes(b'["\xff\xfe"]')
-    with pytest.raises(UserError, match="UTF-8"):
-        load_records(tmp_path / "latin.json")
 
 
 @pytest.mark.parametrize(
     "problem, options, letters",
     [
-        ("Why?\nA. x\nB. y", None, "AB"),
         ("Why?\nA x\nB y\nC z", None, "ABC"),
         ("Why?\n(A) x\n(B) y", None, "AB"),
-        ("How many?", None, ""),
         ("A man walks.\nWhy?", None, ""),
         ("B. y\nA. x", None, ""),
         ("Why?", ["x", "y", "z"], "ABC"),
@@ -97,55 +110,41 @@ def test_option_letters(problem, options, letters):
     assert option_letters(problem, options) == set(letters)
 
 
-# Each format with what must come out of it: (row, problem, options, solution, kind, source).
-FORMATS = {
-    "clevrer": (
-        {"problem": "Why?\nA. x\nB. y", "solution": "<answer>A,B</answer>", "video": "1.mp4"},
-        ("Why?\nA. x\nB. y", (), "<answer>A,B</answer>", "multiple choice", "clevrer"),
+LETTERED = dict(problem="Why?", options=["A. x", "B. y"], solution="<answer>B</answer>")
+FORMATS = {  # the source of a row, told by its keys: the row
+    "clevrer": dict(problem="Why?\nA. x\nB. y", solution="<answer>A,B</answer>", video="1.mp4"),
+    "video-r1": {**LETTERED, "problem_type": "multiple choice", "path": "./1.mp4"},
+    "STAR": {**LETTERED, "path": "./1.mp4", "data_source": "STAR", "data_type": "video"},
+    "nextgqa": dict(question="Why?", options=["(A) x", "(B) y"], answer="(B)", video="1.mp4"),
+    "star": dict(
+        question="Why?", options=["x", "y"], solution="<answer>B</answer>", video="/1.mp4"
     ),
-    "video-r1": (
-        {"problem_id": 4, "problem": "Why?", "data_type": "video", "options": ["A. x", "B. y"],
-         "problem_type": "multiple choice", "solution": "<answer>B</answer>", "path": "./1.mp4"},
-        ("Why?", ("A. x", "B. y"), "<answer>B</answer>", "multiple choice", "video-r1"),
-    ),
-    "nextgqa": (
-        {"id": "1_1", "video": "1.mp4", "question": "why", "options": ["(A) x", "(B) y"],
-         "answer": "(B)", "type": "CW"},
-        ("why", ("A. x", "B. y"), "<answer>B</answer>", "multiple choice", "nextgqa"),
-    ),
-    "star": (
-        {"id": "7", "video": "/1.mp4", "question": "Why?", "options": ["x", "y"],
-         "solution": "<answer>A</answer>"},
-        ("Why?", ("A. x", "B. y"), "<answer>A</answer>", "multiple choice", "star"),
-    ),
-    "video-r1-260k": (
-        {"problem": "Why?", "options": ["A. x", "B. y"], "problem_type": "multiple choice",
-         "solution": "<answer>A</answer>", "path": "./1.mp4", "data_source": "STAR"},
-        ("Why?", ("A. x", "B. y"), "<answer>A</answer>", "multiple choice", "STAR"),
-    ),
-    "dvd": (
-        {"problem": "How many?", "solution": "<answer> 3 </answer>", "video_filename": "./1.mp4"},
-        ("How many?", (), "<answer> 3 </answer>", "numerical", "dvd"),
-    ),
-}  # fmt: skip
+    "dvd": dict(problem="How many?", solution="<answer> 3 </answer>", video_filename="./1.mp4"),
+}
+READ_AS = {  # problem, options, solution, kind; the other formats all hold the same question
+    "clevrer": ("Why?\nA. x\nB. y", (), "<answer>A,B</answer>", "multiple choice"),
+    "dvd": ("How many?", (), "<answer> 3 </answer>", "numerical"),
+}
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_every_format_is_told_by_its_keys(name, tmp_path):
-    row, expected = FORMATS[name]
-    (record,) = load_records(write(tmp_path, json.dumps([row])), "root")
-    found = (record.problem, record.options, record.solution, record.kind, record.source)
-    assert found == expected and str(record.video) == "root/1.mp4" and record.row == row
+@pytest.mark.parametrize("source", FORMATS)
+def test_every_format_is_told_by_its_keys(source, tmp_path):
+    (record,) = load_records(write(tmp_path, json.dumps([FORMATS[source]])), "root")
+    common = ("Why?", ("A. x", "B. y"), "<answer>B</answer>", "multiple choice")
+    found = (record.problem, record.options, record.solution, record.kind)
+    assert found == READ_AS.get(source, common) and record.source == source
+    assert str(record.video) == "root/1.mp4" and record.row == FORMATS[source]
 
 
 @pytest.mark.parametrize(
     "options, texts",
     [
-        (["A. x", "B. y"], ["x", "y"]), (["(A) x", "(B) y"], ["x", "y"]), (["A) x"], ["x"]),
-        (["x", "y"], ["x", "y"]), (["B. x", "A. y"], ["B. x", "A. y"]), (None, []),
-        (["A man", "B"], ["A man", "B"]), (["A. 1.5", "B. 2."], ["1.5", "2."]),
+        (["A) x"], ["x"]),
+        (["A. 1.5", "B. 2."], ["1.5", "2."]),
+        (["B. x", "A. y"], ["B. x", "A. y"]),
+        (["A man", "B"], ["A man", "B"]),
     ],
-)  # fmt: skip
+)
 def test_option_texts_lose_their_letters_and_nothing_else(options, texts):
     assert option_texts(options) == texts
 
@@ -154,7 +153,6 @@ def test_option_texts_lose_their_letters_and_nothing_else(options, texts):
     "change, reason",
     [
         ([1], "is list, not an object"),
-        (None, "is NoneType, not an object"),
         ({"solution": "<answer>C</answer>"}, "'C' names no option; the options are A, B"),
         ({"solution": "<answer></answer>"}, "names no option"),
         ({"solution": 7}, "needs 'solution'"),
@@ -165,7 +163,6 @@ def test_option_texts_lose_their_letters_and_nothing_else(options, texts):
         ({"options": ["A. x", 5]}, "needs 'options', a text"),
         ({"options": [f"o{k}" for k in range(27)]}, "at most 26"),
         ({"problem": "x" * (MAX_TEXT + 1)}, "100,001 characters of 'problem'"),
-        ({"problem": "x" * 10_000_000}, "10,000,000 characters of 'problem'"),
         ({"options": ["x" * 60_000, "y" * 60_000]}, "more than 100,000 characters"),
         ({"problem": "half \ud800"}, "lone surrogate"),
         ({"problem_type": "riddle"}, "problem_type 'riddle'; known are multiple choice"),
@@ -186,20 +183,6 @@ def test_a_bad_row_gets_a_short_sentence_with_its_file_and_number(change, reason
     with pytest.raises(UserError, match=r"(?s)q.json: 1 bad row.*row 2: ") as error:
         load_records(write(tmp_path, json.dumps([ROW, row])))
     assert reason in str(error.value) and len(str(error.value)) < 400 + len(str(tmp_path))
-
-
-def test_broken_json_is_named_by_line_and_column(tmp_path):
-    with pytest.raises(UserError, match="line 3 column 1"):
-        load_records(write(tmp_path, '[{"a": 1},\n{"b": 2},\n}]'))
-    with pytest.raises(UserError, match=r"line 2: is not valid JSON \(.* at column 9\)"):
-        load_records(write(tmp_path, '{"a": 1}\n{"b": 2,}', "q.jsonl"))
-    with pytest.raises(UserError, match="line 1: is not valid JSON"):
-        load_records(write(tmp_path, '{"problem": ' + "9" * 5000 + "}"))
-
-
-def test_a_byte_order_mark_is_no_fault(tmp_path):
-    (tmp_path / "q.json").write_bytes(b"\xef\xbb\xbf" + json.dumps([ROW]).encode())
-    assert len(load_records(tmp_path / "q.json")) == 1
 
 
 @pytest.mark.parametrize(
@@ -224,25 +207,22 @@ def test_links_out_of_the_root_are_refused_and_links_within_it_are_not(tmp_path)
     assert join_video(tmp_path / "alias", "real/1.mp4") == tmp_path / "alias/real/1.mp4"
 
 
-@pytest.mark.parametrize(
-    "name, count",
-    [
-        ("nextgqa_mixed_head.json", 60), ("nextgqa_raw_head.json", 300), ("mmvu_head.json", 60),
-        ("mvbench_head.json", 60), ("videomme_head.json", 60),
-    ],
-)  # fmt: skip
+REAL = dict(nextgqa_mixed=60, nextgqa_raw=300, mmvu=60, mvbench=60, videomme=60)
+
+
+@pytest.mark.parametrize("name, count", REAL.items())
 def test_real_rows_all_load(name, count, sample):
-    records = load_records(sample(name))
+    records = load_records(sample(f"{name}_head.json"))
     assert len(records) == count
     assert all(option_letters(r.text, None) or r.options for r in records)
-    assert len({task_of(r.row) for r in records}) > 1 or name == "mvbench_head.json"
+    assert len({task_of(r.row) for r in records}) > 1 or name == "mvbench"
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_four_thousand_rows_load_in_two_seconds(name, tmp_path):
-    path = write(tmp_path, json.dumps([{**FORMATS[name][0], "n": k} for k in range(4000)]))
+def test_four_thousand_rows_load_in_two_seconds(tmp_path):
+    rows = [{**row, "n": k} for k in range(700) for row in FORMATS.values()]
+    path = write(tmp_path, json.dumps(rows))
     start = time.perf_counter()
-    assert len(load_records(path, tmp_path)) == 4000
+    assert len(load_records(path, tmp_path)) == 4200
     assert time.perf_counter() - start < 2
 
 
@@ -251,17 +231,13 @@ KEYS = (
     "questions"
 ).split()
 TEXTS = ["A. x", "(B) y", "<answer>A</answer>", "/a.mp4", "../b", "multiple choice"]
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
 JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(max_size=20)
-    | st.sampled_from(TEXTS),
+    SCALARS | st.sampled_from(TEXTS),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(KEYS), inner),
     max_leaves=4,
 )
-GOOD = st.sampled_from([row for row, _ in FORMATS.values()])
+GOOD = st.sampled_from(list(FORMATS.values()))
 NOISE = st.sampled_from([b""] * 12 + [b"\xff", b"{", b"\x00", b"]"])
 MUTATED = st.builds(lambda row, key, value: {**row, key: value}, GOOD, st.sampled_from(KEYS), JSON)
 
@@ -286,31 +262,35 @@ def test_any_file_gives_records_or_a_user_error(rows, as_list, noise, tmp_path):
 # -------------------------------------------------------------------------- python -m tools.check
 
 
-def tool(name: str, *arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", f"tools.{name}", *map(str, arguments)]
-    return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=120)
+def call(tool, monkeypatch, *arguments):
+    """What `python -m tools.NAME ARGUMENTS` exits with: a status, or a sentence for status 1."""
+    monkeypatch.setattr(sys, "argv", ["tool", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        tool.main()
+    return caught.value.code
 
 
-def test_check_of_a_clean_file_exits_with_0(world):
-    done = tool("check", world / "test.jsonl", "--video_root", world, "--decode")
-    assert done.returncode == 0, done.stderr
-    assert "8 records, 0 bad row(s)" in done.stdout and "clips: 8, decoded; 0" in done.stdout
-    assert "by source: clevrer 8" in done.stdout and "by question type: " in done.stdout
+def test_check_of_a_clean_file_exits_with_0(world, monkeypatch, capsys):
+    flags = ("--video_root", world, "--decode")
+    assert call(check, monkeypatch, world / "test.jsonl", *flags) == 0
+    out = capsys.readouterr().out
+    assert "8 records, 0 bad row(s)" in out and "clips: 8, decoded; 0" in out
+    assert "by source: clevrer 8" in out and "by question type: " in out
 
 
-def test_check_names_every_fault(world, tmp_path, capsys):
+def test_check_names_every_fault(world, tmp_path, monkeypatch, capsys):
     (tmp_path / "clips").symlink_to(world / "clips")
-    good = "train_000.mp4"
-    for name, made in (("text.mp4", b"no video" * 99), ("empty.mp4", b"")):
-        (tmp_path / name).write_bytes(made)
+    clip = world / "clips" / "train_000.mp4"
+    for name, made in (("text", b"no video" * 99), ("empty", b""), ("ok", clip.read_bytes())):
+        (tmp_path / f"{name}.mp4").write_bytes(made)
     toy.write_mp4(tmp_path / "short.mp4", toy.np.zeros((1, 56, 56, 3), toy.np.uint8), 4)
-    (tmp_path / "ok.mp4").write_bytes((world / "clips" / good).read_bytes())
-    names = "ok.mp4 ./ok.mp4 text.mp4 empty.mp4 gone.mp4 short.mp4 ../x.mp4".split()
-    names.append(f"clips/{good}")
-    rows = [{**ROW, "video": name} for name in names]
+    names = "ok.mp4 ./ok.mp4 text.mp4 empty.mp4 gone.mp4 short.mp4 ../x.mp4 clips/train_000.mp4"
+    rows = [{**ROW, "video": name} for name in names.split()]
     rows.append({**ROW, "solution": "E", "video": "ok.mp4"})
+    rows.append({**ROW, "data_source": ESCAPES, "video": f"{ESCAPES}.mp4"})
+    rows.append({**ROW, "data_source": "\ud800", "id": ESCAPES, "solution": ESCAPES})
     path = write(tmp_path, json.dumps(rows))
-    assert check.check(str(path), str(tmp_path), decode=True, timeout=60) is False
+    assert call(check, monkeypatch, path, "--video_root", tmp_path, "--decode") == 1
     out = capsys.readouterr().out
     for fault in (
         "ok.mp4: known under 2 names: ./ok.mp4, ok.mp4",
@@ -321,30 +301,31 @@ def test_check_names_every_fault(world, tmp_path, capsys):
         "row 7: has the video path '../x.mp4'",
         "row 8: has the video path",
         "row 9: the answer 'E' names no option",
+        "owned",
+        "7 records, 4 bad row(s)",
+        "by right answers: 2 7",
     ):
         assert fault in out, fault
-    assert "6 records, 3 bad row(s)" in out and "by right answers: 2 6" in out
+    assert is_printable(out)
 
 
 @pytest.mark.parametrize(
-    "arguments, sentence",
+    "tool, arguments, sentence",
     [
-        (["qai", "{}/no.json", "{}/out.json"], "error: .*no.json: no such file"),
-        (["qai", "{}/q.json", "{}/out.json", "--p", "2"], "error: --p is a share"),
-        (["qai", "{}/q.json", "{}/out.json", "--seed", "-1"], "error: .*--seed is 0 or more"),
-        (["check", "{}/q.json", "--timeout", "1e300"], "error: --timeout must be"),
-        (["qai", "{}/q.json", "{}/no/out.json"], "error: .*out.json: cannot be written"),
-        (["clevrer", "{}/q.json", "{}/out.json"], "error: .*q.json: scene 1: needs 'questions'"),
+        (convert, "qai {}/no.json {}/out.json", "no.json: no such file"),
+        (convert, "qai {}/q.json {}/out.json --p 2", "--p is a share"),
+        (convert, "qai {}/q.json {}/out.json --seed -1", "--seed is 0 or more"),
+        (convert, "qai {}/q.json {}/no/out.json", "out.json: cannot be written"),
+        (convert, "clevrer {}/q.json {}/out.json", "q.json: scene 1: needs 'questions'"),
+        (check, "{}/q.json --timeout 1e300", "--timeout must be"),
     ],
 )
-def test_errors_on_the_command_line_are_one_sentence(arguments, sentence, tmp_path, monkeypatch):
+def test_errors_on_the_command_line_are_one_sentence(
+    tool, arguments, sentence, tmp_path, monkeypatch
+):
     write(tmp_path, json.dumps([ROW]))
-    tool = check if arguments[0] == "check" else convert
-    arguments = arguments[tool is check :]  # the name of `check` is no argument of it
-    monkeypatch.setattr(sys, "argv", ["tool", *(a.format(tmp_path) for a in arguments)])
-    with pytest.raises(SystemExit, match=sentence) as error:
-        tool.main()
-    assert "\n" not in str(error.value.code)  # a message for code: exit status 1
+    said = call(tool, monkeypatch, *(a.format(tmp_path) for a in arguments.split()))
+    assert said.startswith("error: ") and sentence in said and "\n" not in said
 
 
 def records_of(*answers):
@@ -356,8 +337,12 @@ def test_select_records_by_number_of_answers_and_count():
     assert [r.id for r in select_records(records, "single", 9, 0)] == ["0", "2"]
     assert [r.id for r in select_records(records, "multiple", 9, 0)] == ["1", "3"]
     assert select_records(records, "mixed", 9, 0) == records
-    few = select_records(records, "mixed", 2, 0)
-    assert len(few) == 2 and few == select_records(records, "mixed", 2, 0)
+    # OFFICIAL: always shuffled by 42.  OURS: by --seed, and the same for the same.
+    chosen, again = (
+        [[r.id for r in select_records(records, "mixed", 2, seed)] for seed in range(5)]
+        for _ in range(2)
+    )
+    assert chosen == again and len(set(map(tuple, chosen))) > 1 and len(chosen[0]) == 2
     with pytest.raises(UserError, match="--question_type multiple"):
         select_records(records[:1], "multiple", 9, 0)
 
@@ -381,48 +366,24 @@ def test_prompts_equal_the_golden_files(style):
         assert ids == TOKENIZER(prompt, add_special_tokens=False)["input_ids"]
 
 
-def test_options_are_shown_exactly_once_in_every_style():
-    for row in ROWS.values():
-        record = as_record(row, "row 1", GOLDEN)
-        for style in STYLES:
-            text = question_text(record, style)
-            for option in row.get("options", []):
-                assert text.count(option) == 1
-            assert ("Options:" in text) == bool(row.get("options"))
-
-
-def prompter_of(policy, **changes) -> Prompter:
-    common = dict(tokenizer=policy.tokenizer, chat_template=policy.chat_template, **toy.CLIP)
-    return Prompter(geometry=policy.geometry, **(common | changes))
-
-
-def test_fixed_timing_tells_one_second_per_patch(policy, records):
+def test_fixed_timing_tells_one_second_per_patch(prompter, policy, records):
     video_id, ids = policy.model.config.video_token_id, []
     # 4 frames of 2 s: 7 / 12 s apart, 7 / 6 s a patch; two positions a second
     for told, gap in ((None, 2), (1.0, 2), (0.5, 1)):
-        question = prompter_of(policy, seconds_per_patch=told)(records[0])
+        question = replace(prompter, seconds_per_patch=told)(records[0])
         first, second = question.positions_3P[0][question.ids_P == video_id].unique().tolist()
         assert second - first == gap
         ids.append(question.ids_P.tolist())
     assert ids[0] == ids[1] == ids[2]
 
 
-def test_the_official_evaluators_frames_of_a_clevrer_clip(sample, policy):
+def test_the_official_evaluators_frames_of_a_clevrer_clip(sample, prompter):
     """10 sampled frames shown as 16, 1,496 tokens; in training 10 frames, 935 tokens."""
     record = Record("1", "Why?", "A", sample("clevrer_video_12176.mp4"))
-    video_defaults = dict(max_frames=16, min_pixels=video.MIN_PIXELS, max_pixels=video.MAX_PIXELS)
+    defaults = dict(max_frames=16, min_pixels=video.MIN_PIXELS, max_pixels=video.MAX_PIXELS)
     for repeat, tokens, frames in ((0, 935, 5), (16, 1496, 8)):
-        question = prompter_of(policy, repeat_frames=repeat, **video_defaults)(record)
+        question = replace(prompter, repeat_frames=repeat, **defaults)(record)
         assert len(question.patches) // 4 == tokens and question.grid[0] == frames
-
-
-@pytest.mark.parametrize(
-    "kind, words",
-    [("single", "(select one letter)"), ("multiple", "(select letters separated by ,)")],
-)
-def test_question_type_sets_the_prompt(kind, words, policy, records):
-    prompter = prompter_of(policy, question_type=kind)
-    assert f"final answer {words} in <answer>" in prompter.tokenize(records[0])[0]
 
 
 def test_a_question_holds_one_id_per_video_token(prompter, records, policy):
@@ -435,8 +396,8 @@ def test_a_question_holds_one_id_per_video_token(prompter, records, policy):
     assert text == question.prompt.replace("<|video_pad|>", "")
 
 
-def asking(problem: str, record: Record, **changes) -> Record:
-    return Record(changes.pop("id", "1"), problem, "<answer>A</answer>", record.video, **changes)
+def asking(problem: str, record: Record, id: str = "1") -> Record:
+    return Record(id, problem, "<answer>A</answer>", record.video)
 
 
 @pytest.mark.parametrize("token", toy.SPECIAL_TOKENS)
@@ -452,19 +413,24 @@ PROBLEMS = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
 
 @MANY_FIXTURES
-@given(problem=PROBLEMS | st.text("<|>/imendthink\n \u0301\u0958", max_size=30))
+@given(problem=PROBLEMS | st.text("<|>/imend{answer} 0\n \u0301\u0958", max_size=30))
+@example(problem="What is {answer} {0} {{x}}?")
 def test_other_prompts_keep_the_ids_of_plain_tokenization(problem, prompter, records):
     prompt, ids = prompter.tokenize(asking(problem, records[0]))
+    assert problem in prompt  # braces too
     assert ids == prompter.tokenizer(prompt, add_special_tokens=False)["input_ids"]
 
 
 def test_questions_that_cannot_become_a_prompt_are_all_named_before_a_run(prompter, records):
-    long = [asking("word " * 5000, records[0], id=f"long-{k}") for k in range(2)]
+    long = [asking("word " * 5000, records[0], f"long-{k}") for k in range(2)]
     with pytest.raises(UserError, match=r"q.json: 2 question\(s\) that cannot") as error:
         check_prompts(prompter, [*records, *long], "q.json")
     for name in ("long-0", "long-1"):
         assert f"record {name}: its prompt has " in str(error.value)
     assert "--max_prompt_length and the model allow 4,096" in str(error.value)
+    # OFFICIAL: cut from the left, video tokens included.  OURS: never cut; refused by default.
+    _, ids = replace(prompter, max_prompt_length=10**5).tokenize(long[0])
+    assert len(ids) > 5000 and prompter.tokenize(records[0])[1][:10] == ids[:10]
     check_prompts(prompter, records, "q.json")
 
 
@@ -478,10 +444,9 @@ def test_questions_that_cannot_become_a_prompt_are_all_named_before_a_run(prompt
         (toy.CHAT_TEMPLATE + toy.CHAT_TEMPLATE, "shows 2 videos"),
     ],
 )
-def test_a_broken_chat_template_is_a_sentence(template, reason, policy, records):
-    prompter = prompter_of(policy, chat_template=template)
+def test_a_broken_chat_template_is_a_sentence(template, reason, prompter, records):
     with pytest.raises(UserError, match=reason):
-        check_prompts(prompter, records[:1], "q.json")
+        check_prompts(replace(prompter, chat_template=template), records[:1], "q.json")
 
 
 def test_two_thousand_prompts_are_checked_in_three_seconds(prompter, records):
@@ -502,35 +467,17 @@ def test_a_clip_with_too_many_tokens_is_refused_like_an_unreadable_one(prompter,
     assert policy.longest_prompt(10**9) == policy.text.config.max_position_embeddings
 
 
-# --------------------------------------------------------------------- text that reaches a terminal
-
-ESCAPES = "\x1b]0;owned\x07\x1b[31mred\x9b2J\u202e"
-
-
-def test_check_prints_no_control_characters_of_a_file(world, tmp_path, capsys):
-    rows = [
-        {**ROW, "data_source": ESCAPES, "video": f"clips/{ESCAPES}.mp4"},
-        {**ROW, "data_source": "\ud800", "id": ESCAPES, "solution": ESCAPES},
-    ]
-    check.check(str(write(tmp_path, json.dumps(rows))), str(tmp_path), False, 60)
-    out = capsys.readouterr().out
-    assert "owned" in out and all(c.isprintable() or c == "\n" for c in out)
-
-
 def test_a_dry_run_and_notes_print_no_control_characters(world, tmp_path, capfd):
     rows = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()[:3]]
-    for row in rows:
-        row.update(id=ESCAPES, problem=ESCAPES + row["problem"])
+    rows = [{**row, "id": ESCAPES, "problem": ESCAPES + row["problem"]} for row in rows]
     rows[0]["video"] = f"clips/{ESCAPES}.mp4"
     path = write(tmp_path, json.dumps(rows))
-    flags = [*twgrpo_command(world, tmp_path / "out", "--jsonl_path", str(path))[2:]]
-    cfg = parse_config(flags)
+    cfg = parse_config(twgrpo_command(world, tmp_path / "out", "--jsonl_path", str(path))[2:])
     plan.show(cfg)
     (tmp_path / "log").mkdir()
     RunLog(cfg, tmp_path / "log").note("key", f"skipped question {ESCAPES}")
     out, err = capfd.readouterr()
-    assert "would be skipped" in out and "skipped question" in err
-    assert all(c.isprintable() or c == "\n" for c in out + err)
+    assert "would be skipped" in out and "skipped question" in err and is_printable(out + err)
 
 
 def test_half_a_character_in_a_field_nobody_reads_is_kept(tmp_path):
@@ -539,8 +486,3 @@ def test_half_a_character_in_a_field_nobody_reads_is_kept(tmp_path):
     for name in ("q2.json", "q2.jsonl"):
         convert.write_rows([record.row], str(tmp_path / name))
         assert load_records(tmp_path / name)[0].row == record.row
-
-
-def test_braces_in_a_question_are_text(prompter, records):
-    record = Record("1", "What is {answer} {0} {{x}}?", "<answer>A</answer>", records[0].video)
-    assert "What is {answer} {0} {{x}}?" in prompter.tokenize(record)[0]

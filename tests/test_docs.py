@@ -1,6 +1,5 @@
 """What README, CONTRIBUTING, docs/, benchmarks/*.md and train.sh name exists."""
 
-import ast
 import json
 import os
 import re
@@ -9,31 +8,20 @@ import sys
 from functools import cache
 from pathlib import Path
 
-import doc_checks
 import pytest
-from doc_checks import PROJECT, blocks, prose
+from conftest import PROJECT
+from doc_checks import DOCUMENTS, blocks, numbers_in, prose, shows, tables
 
-DOCUMENTS = sorted(
-    path
-    for pattern in ("README.md", "CONTRIBUTING.md", "train.sh", "docs/*.md", "benchmarks/*.md")
-    for path in PROJECT.glob(pattern)
-)
-CODE = sorted(
-    path
-    for folder in ("", "kernels", "model", "run", "tools", "benchmarks", "tests")
-    for path in (PROJECT / folder).glob("*.py")
-)
+ROOMS = ("", "kernels", "model", "run", "tools", "benchmarks", "tests")
+CODE = sorted(path for room in ROOMS for path in (PROJECT / room).glob("*.py"))
 EQUATIONS = (PROJECT / "docs" / "equations.md").read_text(encoding="utf-8")
 OFFICIAL_LINES = json.loads((PROJECT / "tests/golden/official_lines.json").read_text())
 OFFICIAL = re.compile(r"`((?:[\w.-]+/)*[\w.-]+\.(?:py|sh|md|json)):(\d+(?:-\d+)?)`")
-TORCHRUN = {"standalone", "nproc_per_node"}
 # What documents name that is the official repository's or a data set's, not ours.
-NOT_OURS = set(
-    "grpo.py model_card.md grpo_trainer.py grpo_config.py vision_process.py eval_clevrer.py "
-    "eval_clevrer_zeroshot.py eval_general_zeroshot.py eval_general_videor1.py convert_nextgqa.py "
-    "convert_star.py tw-grpo.sh grpo.sh eval_nextgqa.json eval_mvbench.json eval_tempcompass.json "
-    "eval_videomme.json scripts/grpo.sh scripts/tw-grpo.sh use_epsilon use_dynamic_sampling "
-    "ori_accuracy".split()
+NOT_OURS = {line.partition(":")[0] for line in OFFICIAL_LINES} | set(
+    "grpo_config.py eval_general_videor1.py eval_clevrer_zeroshot.py scripts/grpo.sh "
+    "scripts/tw-grpo.sh eval_nextgqa.json eval_mvbench.json eval_tempcompass.json "
+    "eval_videomme.json use_epsilon use_dynamic_sampling ori_accuracy".split()
 )
 # What a run leaves; tests/test_train.py looks at a finished one.
 OF_A_RUN = set(
@@ -41,9 +29,7 @@ OF_A_RUN = set(
     "toy/ runs/toy/ trainer_state/ train.jsonl test.jsonl generation_config.json".split()
 )
 
-documents = pytest.mark.parametrize(
-    "path", DOCUMENTS, ids=lambda path: str(path.relative_to(PROJECT))
-)
+documents = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(PROJECT)))
 
 
 @cache
@@ -51,20 +37,10 @@ def text_of(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-@cache
-def names_in(path: Path) -> frozenset[str]:
-    """What a module defines: functions, classes, their methods and fields, constants."""
-    tree = ast.parse(text_of(path))
-    names = {getattr(node, "name", None) for node in ast.walk(tree)}
-    names |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    return frozenset(names | {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)})
-
-
-@cache
-def names_of_tests() -> dict[str, frozenset[str]]:
-    tests = [path for path in CODE if path.parent.name == "tests"]
-    found = {path: re.findall(r"^ *def (test_\w+)", text_of(path), re.MULTILINE) for path in tests}
-    return {f"tests/{path.name}": frozenset(names) for path, names in found.items()}
+def defines(path: Path, name: str) -> bool:
+    """Whether a module defines it: a function, a class, a method, a field, a constant."""
+    pattern = rf"^ *(?:(?:def|class) {name}\b|(?:self\.)?{name}(?:, \w+)*(?:: [^=\n]+)?(?: =|$))"
+    return bool(re.search(pattern, text_of(path), re.MULTILINE))
 
 
 def anchors(text: str) -> set[str]:
@@ -79,13 +55,10 @@ def anchors(text: str) -> set[str]:
 
 @documents
 def test_every_flag_is_known_to_some_program(path):
-    known = set(TORCHRUN)
-    for file in CODE:
-        known |= set(re.findall(r'"--([a-z_]+)"', text_of(file)))
-    config = ast.parse(text_of(PROJECT / "run/config.py"))
-    known |= {n.target.id for n in ast.walk(config) if isinstance(n, ast.AnnAssign)}
-    named = set(re.findall(r"(?<![\w-])--([a-z][a-z_]+)", text_of(path)))
-    assert named <= known | {"help"}
+    known = {"standalone", "nproc_per_node", "help"}  # torchrun's, argparse's
+    known |= set(re.findall(r"^    (\w+): ", text_of(PROJECT / "run/config.py"), re.MULTILINE))
+    known |= {flag for file in CODE for flag in re.findall(r'"--([a-z_]+)"', text_of(file))}
+    assert set(re.findall(r"(?<![\w-])--([a-z][a-z_]+)", text_of(path))) <= known
 
 
 @documents
@@ -104,7 +77,7 @@ def test_every_name_in_code_type_exists(path):
     other word with an underscore stands somewhere in the code."""
     for name, target in re.findall(r"\[`([\w.]+)`\]\(([^)#\s]+\.py)\)", prose(text_of(path))):
         file = (path.parent / target).resolve()
-        assert name.split(".")[-1] in names_in(file) or name == file.name, (name, target)
+        assert name == file.name or defines(file, name.split(".")[-1]), (name, target)
     modules = {file.stem: file for file in CODE if file.parent.name != "tests"}
     for span in re.findall(r"`([^`\n]+)`", prose(text_of(path))):
         span = re.sub(r"\(.*\)$", "", span).split("::")[0]
@@ -114,7 +87,8 @@ def test_every_name_in_code_type_exists(path):
         if re.fullmatch(r"[\w./-]+\.(py|md|sh|json|jsonl|png|html|txt|toml)|([\w.-]+/)+", span):
             assert any((base / span).exists() for base in (PROJECT, path.parent)), span
         elif module in modules and re.fullmatch(r"[\w.]+", rest):
-            assert rest.split(".")[-1] in names_in(modules[module]) | modules.keys(), span
+            name = rest.split(".")[-1]
+            assert name in modules or defines(modules[module], name), span
         elif re.fullmatch(r"[A-Za-z]\w*_\w+", span):
             assert any(re.search(rf"\b{span}\b", text_of(file)) for file in CODE), span
 
@@ -122,12 +96,10 @@ def test_every_name_in_code_type_exists(path):
 @pytest.mark.parametrize("path", [*DOCUMENTS, *CODE], ids=lambda path: path.name)
 def test_every_test_and_equation_referred_to_exists(path):
     for file, name in re.findall(r"(tests/test_\w+\.py)(?:::(\w+))?", text_of(path)):
-        assert file in names_of_tests() and (not name or name in names_of_tests()[file]), (
-            f"{file}::{name}"
-        )
-    every = [f"{file} {name}" for file, names in names_of_tests().items() for name in names]
+        text = text_of(PROJECT / file)
+        assert not name or f"def {name}(" in text, f"{file}::{name}"
     for word in re.findall(r"pytest[^\n`]*? -k (\w+)", text_of(path)):
-        assert any(word in name for name in every), f"-k {word}"
+        assert any(re.search(rf"def test_\w*{word}", text_of(file)) for file in CODE), word
     known = set(re.findall(r"\\tag\{(\d+)\}", EQUATIONS))
     pattern = r"\b[Ee]qs?\. (\d+(?:(?:, | and | to |-)\d+)*)"
     for numbers in re.findall(pattern, text_of(path)):
@@ -137,18 +109,28 @@ def test_every_test_and_equation_referred_to_exists(path):
 # -------------------------------------------------------------------------------- what they claim
 
 
+def numbers_of_json(value) -> list[float]:
+    if isinstance(value, dict | list):
+        parts = value.values() if isinstance(value, dict) else value
+        return [number for part in parts for number in numbers_of_json(part)]
+    return [float(value)] if type(value) in (int, float) else []
+
+
 @documents
 def test_every_figure_in_a_table_is_in_a_file_of_results(path):
-    assert not doc_checks.unfounded_figures(text_of(path))
-
-
-def test_a_wrong_figure_is_noticed():
-    table = "<!-- figures: docs/published.json -->\n| a | b |\n|---|---|\n| x | **{}** |\n"
-    assert not doc_checks.unfounded_figures(table.format("50.4"))
-    assert doc_checks.unfounded_figures(table.format("51.4")) == [
-        "51.4 is not in docs/published.json"
-    ]
-    assert doc_checks.unfounded_figures("| a | b |\n|---|---|\n| x | 50.4 |\n")
+    """A table with a cell that is a number names its file of results, or a test that computes it;
+    each of its numbers stands in the file, as it is or as a share."""
+    for table in tables(text_of(path)):
+        kind, _, source = table.mark.partition(": ")
+        cells = [cell for row in table.rows for cell in row]
+        numbers = [number for cell in cells for number in numbers_in(cell)]
+        if kind != "figures":
+            bare = {cell.strip("*") for cell in cells} & set(numbers)
+            assert kind == "computed" or not bare, table.header
+            continue
+        values = numbers_of_json([json.loads(text_of(PROJECT / f)) for f in source.split()])
+        for number in numbers:
+            assert any(shows(number, x) or shows(number, 100 * x) for x in values), number
 
 
 def test_published_figures_name_their_source_and_the_differences_follow():
@@ -184,28 +166,31 @@ def test_every_equation_has_a_function_a_kernel_line_a_test_and_notes():
     for n, body in zip(numbers, sections[2::2], strict=True):
         body = body.split("\n## ")[0]
         assert re.findall(r"\\tag\{(\d+)\}", body) == [str(n)]
-        assert re.search(r"^- function: [^-]*?\[`[\w.]+`\]\([^)]+\.py\)", body, re.MULTILINE), n
-        assert re.search(r"^- kernel: ", body, re.MULTILINE), n
-        assert re.search(r"^- test: [^\n]*tests/\w+\.py::test_\w+", body, re.MULTILINE), n
-        assert re.search(r"^- implementation notes: ", body, re.MULTILINE), n
-
-
-def test_every_comment_quoted_from_a_kernel_is_there():
-    for path in PROJECT.glob("docs/*.md"):
-        target = None
-        for link, comment in re.findall(
-            r"\]\(([^)#\s]+\.py)\)|`(# [^`\n]+)`", prose(text_of(path))
+        for line in (
+            r"function: [^-]*?\[`[\w.]+`\]\([^)]+\.py\)",
+            "kernel: ",
+            r"test: [^\n]*tests/\w+\.py::test_\w+",
+            "implementation notes: ",
         ):
-            if link:
-                target = (path.parent / link).resolve()
-            else:
-                assert comment in text_of(target), comment
+            assert re.search(f"^- {line}", body, re.MULTILINE), (n, line)
+
+
+def test_code_quoted_after_a_link_stands_in_that_file():
+    """Comments, quoted as `# ...`, and in block quotes all code."""
+    for path in PROJECT.glob("docs/*.md"):
+        quotes = " ".join(re.findall("^> (.*)$", text_of(path), re.MULTILINE))
+        quoted = re.findall(r"\[`[^`]+`\]\((\S+\.py)\)|`([^`]+)`", quotes)
+        quoted += re.findall(r"\]\(([^)#\s]+\.py)\)|`(# [^`\n]+)`", prose(text_of(path)))
+        file = path
+        for link, code in quoted:
+            file = (path.parent / link).resolve() if link else file
+            assert code in " ".join(text_of(file).split()), f"{file} does not hold {code}"
 
 
 def test_math_is_what_github_can_show():
     for path in PROJECT.glob("docs/*.md"):
-        math = blocks(text_of(path), "math") + re.findall(r"\$([^$\n]+)\$", prose(text_of(path)))
-        for formula in math:
+        text = text_of(path)
+        for formula in blocks(text, "math") + re.findall(r"\$([^$\n]+)\$", prose(text)):
             braces = re.sub(r"\\[{}]", "", formula)
             assert braces.count("{") == braces.count("}"), formula
             assert formula.count(r"\begin") == formula.count(r"\end"), formula

@@ -3,12 +3,12 @@
 The head's design "plain", chunked in plain torch, is tested beside them.
 """
 
-import contextlib
 import importlib.util
 import math
 import os
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -20,17 +20,17 @@ if not importlib.util.find_spec("triton"):
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 import triton
-import triton.language as tl
 from kernel_cases import DEVICE, error, forward_backward, make_group, small_cuts
 
-from kernels import chunked, fused, logits, plain, reference, tiles, token_logps, tw_grpo_head
-from kernels.backward import backward, words_of_slice
+from kernels import chunked, fused, logits, plain, reference, token_logps, tw_grpo_head
+from kernels.backward import words_of_slice
 from kernels.chunked import lay_out
 from kernels.head import KEPT_BYTES
 
 # NumPy, on which the interpreter runs, warns of the NaN and the overflows that these tests provoke.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
-KERNELS = pytest.mark.parametrize("impl", ["chunked", "fused", "plain"])
+IMPLS = ["chunked", "fused", "plain", "float64"]
+KERNELS = pytest.mark.parametrize("impl", IMPLS[:3])
 FORMS = pytest.mark.parametrize("divergence", ["official", "textbook"])
 ENDED = pytest.mark.parametrize("ended_rows", ["uniform", "exclude"])
 # An interpreted kernel takes seconds: few examples, and no search for a smaller one that fails.
@@ -83,7 +83,7 @@ def check_against_float64(group, impl, slack=1.0, cuts=small_cuts, **options):
     loss_type=st.sampled_from(["tw_grpo", "tw_grpo", "grpo"]),
     off_policy=st.booleans(),
     temperature=st.sampled_from([1.0, 1.0, 0.7]),
-    kept_bytes=st.sampled_from([0, 4000, 1e9]),  # no row, some (about five), all
+    kept_bytes=st.sampled_from([0, 1000, 4000, 1e9]),  # no row, one, some, all
 )
 def test_kernels_agree_with_float64(impl, lengths, V, D, scale, seed, off_policy, **options):
     group = make_group(lengths, V, D, *scale, seed, off_policy)
@@ -121,13 +121,10 @@ def test_production_sizes_on_a_small_group(impl):
     """The block sizes used on a GPU, with a vocabulary that is not a multiple of any of them."""
     group = make_group([3, 1, 2], V=4999, D=70, off_policy=True)
 
-    @contextlib.contextmanager
-    def as_launched():
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-            yield
+    def cuts():
+        return mock.patch.object(torch.cuda, "get_device_capability", lambda device: (9, 0))
 
-    check_against_float64(group, impl, cuts=as_launched, beta=0.04)
+    check_against_float64(group, impl, cuts=cuts, beta=0.04)
 
 
 @KERNELS
@@ -139,7 +136,7 @@ def test_nearly_equal_rows_keep_their_digits(impl, divergence):
     assert_close(ours.divergence_T.double(), exact.divergence_T, rtol=1e-3, atol=0)
 
 
-@KERNELS
+@pytest.mark.parametrize("impl", IMPLS)
 @FORMS
 @ENDED
 def test_positions_without_disagreement_have_no_spread(impl, divergence, ended_rows):
@@ -150,55 +147,17 @@ def test_positions_without_disagreement_have_no_spread(impl, divergence, ended_r
     alone = make_group([9])
     options = dict(divergence=divergence, ended_rows=ended_rows)
     output, single = (forward_backward(g, impl, **options)[0] for g in (group, alone))
-    assert output.divergence_T[0].abs() <= 1e-11 and output.weights_T[0] == 1
+    assert output.divergence_T[0].abs() <= 1e-11 and (output.weights_T[0] - 1).abs() <= 1e-12
     assert (output.divergence_T[1:3] > 0.1).all()
     assert ((output.divergence_T[3:] == 0) == (ended_rows == "exclude")).all()
     assert (single.divergence_T == 0).all() and (single.weights_T == 1).all()
-
-
-def reordered(group):
-    """The group with its completions in another order, and what undoes it on rows and words."""
-    lengths, order = group["lengths_G"].tolist(), [2, 0, 1]
-    rows = torch.cat([torch.arange(8, device=DEVICE).split(lengths)[i] for i in order])
-    turned = {k: v[rows] for k, v in group.items() if k.endswith(("_ND", "_N"))}
-    turned |= {k: v[order] for k, v in group.items() if k.endswith("_G")}
-    return group | turned, rows.argsort(), slice(None)
-
-
-def shuffled_words(group):
-    order = torch.randperm(97, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    targets_N = order.argsort()[group["targets_N"]]
-    turned = group | dict(weight_VD=group["weight_VD"][order], targets_N=targets_N)
-    return turned, slice(None), order.argsort()
-
-
-def shifted_logits(group):
-    """The last hidden feature is added to all logits of its row."""
-    shift_N = torch.linspace(-30, 30, 8, device=DEVICE)
-    shifted_ND = group["hidden_ND"] + torch.nn.functional.pad(shift_N[:, None], (19, 0))
-    return group | dict(hidden_ND=shifted_ND), slice(None), slice(None)
-
-
-@KERNELS
-@pytest.mark.parametrize("change", [reordered, shuffled_words, shifted_logits])
-def test_what_changes_nothing(impl, change):
-    group = make_group([3, 1, 4], off_policy=True)
-    turned, rows, words = change(group)
-    one, dH, dW = forward_backward(group, impl, beta=0.04)
-    two, turned_dH, turned_dW = forward_backward(turned, impl, beta=0.04)
-    assert_close(two.divergence_T, one.divergence_T, rtol=1e-4, atol=1e-6)
-    assert_close(two.logps_N[rows], one.logps_N, rtol=1e-5, atol=1e-5)
-    assert_close(two.loss, one.loss, rtol=1e-5, atol=1e-6)
-    assert_close(turned_dH[rows], dH, rtol=1e-4, atol=1e-6)
-    # Of the last feature dW is the sum of g times the feature, so that it does change with it.
-    assert_close(turned_dW[words, :-1], dW[:, :-1], rtol=1e-4, atol=1e-6)
 
 
 @KERNELS
 def test_bits_repeat(impl):
     group = make_group([3, 1, 2], off_policy=True)
     first, *first_gradients = forward_backward(group, impl, beta=0.04)
-    for _ in range(9):
+    for _ in range(4):
         again, *gradients = forward_backward(group, impl, beta=0.04)
         assert torch.equal(again.loss, first.loss)
         assert torch.equal(again.divergence_T, first.divergence_T)
@@ -214,7 +173,7 @@ def test_a_frozen_side_costs_no_matmul(impl, frozen, kept_bytes, monkeypatch):
     products = []
     mm = torch.mm
     monkeypatch.setattr(torch, "mm", lambda *a, **k: products.append(a) or mm(*a, **k))
-    other = {"hidden_ND": "weight_VD", "weight_VD": "hidden_ND"}[frozen]
+    other = "weight_VD" if frozen == "hidden_ND" else "hidden_ND"
     leaf = group[other].clone().requires_grad_()
     with small_cuts():
         output = tw_grpo_head(**{**group, other: leaf}, impl=impl, kept_bytes=kept_bytes)
@@ -227,29 +186,29 @@ def test_a_frozen_side_costs_no_matmul(impl, frozen, kept_bytes, monkeypatch):
 @pytest.mark.parametrize("impl, steps", [("chunked", logits), ("plain", plain)])
 def test_kept_rows_make_the_backward_two_products(impl, steps, monkeypatch):
     """And nothing is kept where no gradient is wanted, or without a budget."""
-    group, rows = make_group([3, 1, 4]), []
-    gradient = steps.softmax_gradient
-    spy = lambda *a: rows.append(len(a[0])) or gradient(*a)  # noqa: E731
-    monkeypatch.setattr(steps, "softmax_gradient", spy)
+    group, rows, products = make_group([3, 1, 4]), [], []
+
+    def spy(module, name, seen):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, **k: seen.append(len(a[0])) or real(*a, **k))
+
+    spy(steps, "softmax_gradient", rows)
+    leaves = {k: group[k].clone().requires_grad_() for k in ("hidden_ND", "weight_VD")}
     with small_cuts():
         tw_grpo_head(**group, impl=impl)
-        leaves = {k: group[k].clone().requires_grad_() for k in ("hidden_ND", "weight_VD")}
         with torch.no_grad():
             tw_grpo_head(**group | leaves, impl=impl)
         tw_grpo_head(**group | leaves, impl=impl, kept_bytes=0)
         assert not rows
         output = tw_grpo_head(**group | leaves, impl=impl)
     assert sum(rows) == 8
-    products = []
-    for name in ("mm", "addmm"):
-        spied = getattr(torch, name)
-        spy = lambda *a, _f=spied, **k: products.append(1) or _f(*a, **k)  # noqa: E731
-        monkeypatch.setattr(torch, name, spy)
+    spy(torch, "mm", products)
+    spy(torch, "addmm", products)
     output.loss.backward()
     assert len(products) == 2 and sum(rows) == 8
 
 
-@KERNELS
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("token", [0, 3, 7])
 def test_nan_gives_nan(impl, token):
     group = make_group([3, 1, 4], off_policy=True)
@@ -285,51 +244,17 @@ def test_bfloat16_through_the_chunked_head(kept_bytes):
 # --------------------------------------------------------------------------------- part by part
 
 
-@triton.jit
-def k3_kernel(d_ptr, out_ptr, BLOCK: tl.constexpr):
-    i = tl.arange(0, BLOCK)
-    tl.store(out_ptr + i, tiles.k3(tl.load(d_ptr + i)))
-
-
-def test_k3_keeps_its_digits_near_zero():
-    small = torch.logspace(-6, math.log10(11), 512)
-    d = torch.cat([small, -small]).to(DEVICE)
-    out = torch.empty_like(d)
-    k3_kernel[(1,)](d, out, BLOCK=1024)
-    exact = torch.expm1(d.double()) - d.double()
-    exact = torch.where(d.abs() < 1e-3, d.double() ** 2 / 2 * (1 + d.double() / 3), exact)
-    assert ((out - exact).abs() / exact).max() <= 3e-6
-    assert tiles.LOG_RATIO_CLAMP.value == reference.LOG_RATIO_CLAMP
-
-
-@given(lengths=groups)
-def test_rows_are_laid_out_by_position(lengths):
-    layout = lay_out(lengths, "cpu")
-    expected = [(t, i) for t in range(max(lengths)) for i, n in enumerate(lengths) if t < n]
-    completion_N, position_N = reference.positions_of_tokens(torch.tensor(lengths))
-    table = torch.stack([position_N, completion_N], 1)[layout.order_N]
-    assert list(map(tuple, table.tolist())) == expected
-    alive = [sum(t < length for length in lengths) for t in range(max(lengths))]
-    assert torch.diff(layout.start_of_t).tolist() == alive
-    assert layout.start_of_t.tolist() == layout.starts
-
-
-@given(lengths=groups, chunk_rows=st.integers(1, 70))
-def test_chunks_and_buckets_hold_every_position_once(lengths, chunk_rows):
-    """Chunks never more rows than asked; buckets waste less than half of a tile."""
+@given(
+    lengths=groups,
+    V=st.integers(1, 200_000),
+    words=st.sampled_from([64, 128, 256]),
+    tiles=st.integers(1, 900),
+)
+def test_the_fused_design_wastes_little(lengths, V, words, tiles):
+    """Less than half of a tile of positions, and no slice of words is empty."""
     starts = lay_out(lengths, "cpu").starts
-    chunks = list(chunked.chunks_of_positions(starts, chunk_rows))
-    buckets = list(fused.buckets_of_positions(starts))
-    for ranges in (chunks, buckets):
-        assert [t for a, b, *_ in ranges for t in range(a, b)] == list(range(len(starts) - 1))
-    for first, last in chunks:
-        assert starts[last] - starts[first] <= chunk_rows or last == first + 1
-    for first, last, rows in buckets:
+    for first, last, rows in fused.buckets_of_positions(starts):
         assert all(rows / 2 < starts[t + 1] - starts[t] <= rows for t in range(first, last))
-
-
-@given(V=st.integers(1, 200_000), words=st.sampled_from([64, 128, 256]), tiles=st.integers(1, 900))
-def test_slices_hold_every_word_and_none_is_empty(V, words, tiles):
     slices, slice_tiles = fused.slices_of_words(V, words, tiles)
     assert (slices - 1) * slice_tiles * words < V <= slices * slice_tiles * words
 
@@ -344,34 +269,6 @@ def test_chunked_multiplies_alive_rows_only(impl, monkeypatch):
     with small_cuts():
         tw_grpo_head(**make_group([9, 1, 2, 1]), impl=impl)
         assert sum(rows) == 13 and max(rows) <= 7
-
-
-@pytest.mark.parametrize("steps", [logits, plain])
-@few
-@given(
-    N=st.integers(1, 6), K=st.integers(0, 6), V=st.integers(2, 70),
-    slice_words=st.integers(1, 80), seed=st.integers(0, 9),
-)  # fmt: skip
-def test_backward_is_the_gradient_of_the_log_probs(steps, N, K, V, slice_words, seed):
-    """Whichever K of the rows were kept, in the order that says which."""
-    group = make_group([N], V=V, D=9, seed=seed)
-    order = torch.arange(N, device=DEVICE).flip(0)
-    inputs = [group[k] for k in ("hidden_ND", "weight_VD", "targets_N")]
-    hidden, weight = (x.double().requires_grad_() for x in inputs[:2])
-    coefficients = torch.linspace(-1, 2, N, device=DEVICE)
-    logps = reference.token_logps(hidden, weight, inputs[2], 0.7)
-    dH64, dW64 = torch.autograd.grad((coefficients * logps).sum(), (hidden, weight))
-    z = (hidden.detach() @ weight.detach().T) / 0.7
-    peak = z.amax(1)
-    statistics = torch.stack([logps.detach(), peak, z.logsumexp(1) - peak]).float()
-    hits = torch.nn.functional.one_hot(inputs[2], V)
-    kept = (hits - z.softmax(1)).float()[order[:K]]
-    with small_cuts():
-        dH, dW = backward(
-            coefficients, *inputs, statistics, order, kept, True, True, 0.7, slice_words, steps
-        )
-    assert_close(dH.double(), dH64, rtol=1e-4, atol=1e-5)
-    assert_close(dW.double(), dW64, rtol=1e-4, atol=1e-5)
 
 
 def test_memory_of_the_backward_is_bounded():
@@ -408,10 +305,13 @@ def test_what_the_kernels_take(impl):
             call(**wide)
 
 
-def python(code, **environment):
-    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
+def python(code: str) -> str:
+    """What the code prints in a process of its own, where kernels are not interpreted."""
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", code]
-    return subprocess.run(command, capture_output=True, text=True, env=clean, timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, env=clean, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
 
 
 WITHOUT_GPU = """
@@ -441,9 +341,7 @@ for impl in ("auto", "chunked", "fused"):
 )
 def test_where_triton_cannot_run_chunked_is_plain_torch(hide, name, remedy):
     """Without Triton, and on a CPU without its interpreter; "fused" then says what it needs."""
-    result = python(WITHOUT_GPU.format(hide=hide))
-    assert result.returncode == 0, result.stderr
-    auto, chunked, *failed, _ = result.stdout.splitlines()
+    auto, chunked, *failed, _ = python(WITHOUT_GPU.format(hide=hide)).splitlines()
     assert (auto, chunked) == (f"auto 2 {hide}", f"chunked 4 {hide}")
     assert len(failed) == 2 and all(x.startswith(name) and remedy in x for x in failed)
 
@@ -459,7 +357,7 @@ def test_the_interpreter_runs_only_where_triton_is_asked_for(impl, steps, monkey
 
 def test_plain_holds_a_fixed_budget_of_logits():
     """What the process grows by beyond dW: at most 1.2 copies of N x V."""
-    result = python("""
+    copies = python("""
 import torch
 from resource import RUSAGE_SELF, getrusage
 from kernels import tw_grpo_head
@@ -473,27 +371,25 @@ def peak(words):
 small, large = peak(100), peak(V)
 print((large - small - V * D * 4) / (N * V * 4))
 """)
-    assert result.returncode == 0, result.stderr
-    assert float(result.stdout) < 1.2
+    assert float(copies) < 1.2
 
 
 @pytest.mark.xfail(
-    triton.__version__.startswith("3.6"), reason="three variants spill 8 to 12 bytes on triton 3.6",
-    raises=AssertionError, strict=True,  # and nowhere else: elsewhere 0 bytes are asserted
-)  # fmt: skip
+    triton.__version__.startswith("3.6"),
+    reason="three variants spill 8 to 12 bytes on triton 3.6; elsewhere 0 bytes are asserted",
+    raises=AssertionError,
+    strict=True,
+)
 def test_kernels_compile_ahead_of_time_without_spills():
-    """Nor does the group kernel wait inside its loop. Compiling needs no GPU; interpreting is fixed
-    at import, hence a process."""
-    result = python("from kernels import compile_check; compile_check.main()")
-    print(result.stdout)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert all(f" {arch}" in result.stdout for arch in ("sm_80", "sm_90", "sm_100"))
+    """Nor does the group kernel wait inside its loop. Compiling needs no GPU."""
+    table = python("from kernels import compile_check; compile_check.main()")
+    assert all(f" {arch}" in table for arch in ("sm_80", "sm_90", "sm_100"))
 
 
 def test_what_is_checked_is_what_is_launched_whatever_the_lengths():
     """Else the check says nothing, and a step would stop for seconds whenever lengths are new. Real
     tensors and other lengths compile nothing that the tensors without storage have not."""
-    result = python("""
+    python("""
 from kernels import compile_check, head, logits
 from kernels.compile_check import compiling_for, launch_head
 head.choose_impl, head.check_kernels = lambda impl, *_: impl, lambda *_: None  # also on a CPU
@@ -513,4 +409,3 @@ with compiling_for(90) as found:
     launch_head(90, [300] * 8)
     assert "group FORM=official UNIFORM=1 ROWS=8 BLOCK=256" in found
 """)
-    assert result.returncode == 0, result.stderr

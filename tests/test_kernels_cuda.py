@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 
 from kernel_cases import make_group
 from test_kernels import check_against_float64
-from test_packing import groups, test_attention_on_a_gpu_equals_the_mask  # noqa: F401
+from test_packing import groups, test_attention_on_a_gpu_equals_that_of_a_cpu  # noqa: F401
 from test_policy import test_captured_steps_draw_the_tokens_of_eager_ones  # noqa: F401
 
 import toy

@@ -1,4 +1,5 @@
-"""The equations by hand: each is small enough to be worked out on paper."""
+"""The equations by hand, each small enough to be worked out on paper; then bad input, and the
+controls of --token_weights in a step."""
 
 import math
 
@@ -6,10 +7,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from kernels import reference, token_logps, tw_grpo_head
+import twgrpo
+from files import UserError
+from kernels import reference, tw_grpo_head
 from kernels.reference import LossOptions, group_divergence, token_weights
+from run.config import Config, parse_config
 
-ALL_FORMS = [(f, e) for f in ("official", "textbook") for e in ("uniform", "exclude")]
+TOKEN_WEIGHTS = ("divergence", "position", "shuffled", "none")
 
 
 def float64(*values):
@@ -60,14 +64,6 @@ def test_excluding_ended_rows_leaves_one_live_row_without_spread():
         assert_close(spread[1:2], two_alive)
 
 
-@pytest.mark.parametrize("form, ended_rows", ALL_FORMS)
-def test_identical_rows_have_no_spread_and_weight_1(form, ended_rows):
-    row = torch.randn(5, 30, dtype=torch.float64).log_softmax(-1)
-    spread = group_divergence(row.expand(3, 5, 30), torch.full((3,), 5), form, ended_rows)
-    assert spread.abs().max() < 1e-13
-    assert_close(token_weights(spread, 1.7), torch.ones_like(spread))
-
-
 def test_weights_run_from_1_to_alpha():
     assert_close(token_weights(float64(2, 4, 3), 1.7), float64(1, 1.7, 1.35))
     assert_close(token_weights(float64(2, 4, 3), 1.0), float64(1, 1, 1))
@@ -91,9 +87,12 @@ def test_k3_is_zero_at_equality_and_clamped_far_away():
 def test_tw_grpo_is_a_token_mean_and_grpo_a_sequence_mean():
     lengths, weights = torch.tensor([3, 1]), float64(1, 1.5, 2)
     tokens = reference.positions_of_tokens(lengths)
-    factors = lambda kind: reference.token_coefficients(*tokens, lengths, weights, kind)  # noqa: E731
-    assert_close(factors("tw_grpo"), float64(1, 1.5, 2, 1) / 4)
-    assert_close(factors("grpo"), float64(1 / 6, 1 / 6, 1 / 6, 1 / 2))
+    of_tokens, of_sequences = (
+        reference.token_coefficients(*tokens, lengths, weights, kind)
+        for kind in ("tw_grpo", "grpo")
+    )
+    assert_close(of_tokens, float64(1, 1.5, 2, 1) / 4)
+    assert_close(of_sequences, float64(1 / 6, 1 / 6, 1 / 6, 1 / 2))
 
 
 @pytest.mark.parametrize("loss_type", ["tw_grpo", "grpo"])
@@ -118,6 +117,42 @@ def test_coefficients_are_the_derivative_of_the_loss(loss_type):
     assert_close(output.kl, reference.k3_kl(logps, ref).mean().detach())
 
 
+def test_the_entropy_is_a_mean_over_alive_rows():
+    """Sure of one word: 0; a coin: ln 2; four words alike: ln 4. The third row ends early."""
+    p_GTV = float64([[1, 0, 0, 0]] * 2, [[0.5, 0.5, 0, 0]] * 2, [[0.25] * 4] * 2)
+    for ended_rows in ("uniform", "exclude"):
+        H_T = group_divergence(p_GTV.log(), torch.tensor([2, 2, 1]), "entropy", ended_rows)
+        assert_close(H_T, float64(math.log(2), math.log(2) / 2))
+
+
+def test_position_weights_rise_evenly():
+    assert_close(reference.position_weights(float64(5, 0, 9), 1.7), float64(1, 1.35, 1.7))
+    assert_close(reference.position_weights(float64(5), 1.7), float64(1))
+
+
+def test_shuffled_weights_are_the_same_at_other_positions():
+    weights_T = torch.linspace(1, 1.7, 50)
+    one, again, other = (reference.shuffled_weights(weights_T, (42, k, 0)) for k in (1, 1, 2))
+    assert torch.equal(one, again) and not torch.equal(one, other)
+    assert not torch.equal(one, weights_T) and torch.equal(one.sort().values, weights_T)
+
+
+@pytest.mark.parametrize("form", TOKEN_WEIGHTS)
+def test_normalized_weights_have_mean_1_over_the_tokens(form):
+    lengths_G = torch.tensor([3, 1, 5])
+    _, position_N = reference.positions_of_tokens(lengths_G)
+    group = (torch.zeros(9), torch.rand(5), lengths_G, torch.ones(3), None, None)
+    plain, normalized = (
+        reference.weighted_loss(*group, LossOptions(token_weights=form, normalize_token_weights=n))
+        for n in (False, True)
+    )
+    assert_close(normalized.weights_T[position_N].mean(), torch.tensor(1.0))
+    scale = plain.weights_T[position_N].mean()  # the allocation stays
+    assert_close(normalized.weights_T * scale, plain.weights_T)
+    assert (scale == 1) == (form == "none")
+    assert_close(normalized.loss, plain.loss / scale)
+
+
 def small_group(lengths=(4, 2, 3), V=11, D=5, seed=0):
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
@@ -136,30 +171,10 @@ def gradients(group, **options):
     return torch.autograd.grad(output.loss, [group["hidden_ND"], group["weight_VD"]])
 
 
-@pytest.mark.parametrize("loss_type", ["tw_grpo", "grpo"])
-@pytest.mark.parametrize("form, ended_rows", ALL_FORMS)
-def test_reference_gradient_is_the_derivative(form, ended_rows, loss_type):
-    group = small_group()
-    logps = token_logps(group["hidden_ND"], group["weight_VD"], group["targets_N"])
-    # Far enough from the clip's corners for a finite difference not to cross one.
-    old, ref = logps + torch.linspace(-0.1, 0.1, 9), logps + torch.linspace(-2, 2, 9)
-
-    def loss(hidden, weight):
-        group.update(hidden_ND=hidden, weight_VD=weight, old_logps_N=old, ref_logps_N=ref)
-        shape = dict(divergence=form, ended_rows=ended_rows, loss_type=loss_type)
-        head = tw_grpo_head(**group, **shape, beta=0.04, detach_weights=False, impl="reference")
-        return head.loss
-
-    assert torch.autograd.gradcheck(loss, (group["hidden_ND"], group["weight_VD"]))
-
-
 def test_weights_without_detach_change_nothing_while_all_are_alive_and_on_policy():
     # sum_i A_i = 0 and rho = 1 at every position, so the derivative by w_t vanishes.
     group = small_group(lengths=(3, 3, 3))
-    for attached, detached in zip(
-        gradients(group, detach_weights=False), gradients(group), strict=True
-    ):
-        assert_close(attached, detached, rtol=1e-10, atol=1e-12)
+    assert_close(gradients(group, detach_weights=False), gradients(group), rtol=1e-10, atol=1e-12)
 
 
 def test_official_undetached_weights_change_the_gradient_of_a_ragged_group():
@@ -187,48 +202,98 @@ def test_temperature_divides_the_logits():
     assert_close(tw_grpo_head(**group, temperature=0.7).loss, tw_grpo_head(**hot).loss)
 
 
-def test_nan_gives_nan():
-    group = small_group()
-    hidden = group["hidden_ND"].detach().clone()
-    hidden[4, 0] = math.nan
-    assert tw_grpo_head(**{**group, "hidden_ND": hidden}).loss.isnan()
+def test_order_and_a_shift_of_all_logits_change_nothing():
+    """Completions or words in another order; another constant in all logits of each row."""
+    group, words = small_group((3, 3, 3)), torch.arange(11).flip(0)
+    rows = torch.arange(9).roll(3)
+    by_rows = {k: v[rows] if k.endswith(("_ND", "_N")) else v for k, v in group.items()}
+    by_words = dict(weight_VD=group["weight_VD"][words], targets_N=10 - group["targets_N"])
+    constant_ND = torch.linspace(-30, 30, 9).double()[:, None].expand(9, 5)
+    wider = [torch.cat([group["hidden_ND"], constant_ND], 1)]
+    wider += [torch.cat([group["weight_VD"], torch.ones(11, 5)], 1)]
+    exact = tw_grpo_head(**group)
+    for change in (
+        by_rows | dict(advantages_G=group["advantages_G"].roll(1)),
+        by_words,
+        dict(zip(("hidden_ND", "weight_VD"), wider, strict=True)),
+    ):
+        output = tw_grpo_head(**group | change)
+        assert_close(output.divergence_T, exact.divergence_T)
+        assert_close(output.loss, exact.loss)
 
 
 BAD_INPUT = [
-    ("hidden_ND", lambda g: g["hidden_ND"][0], "must be \\(N, D\\)"),
-    ("hidden_ND", lambda g: g["hidden_ND"].long(), "must be float"),
-    ("hidden_ND", lambda g: g["hidden_ND"][:0], "has no rows"),
-    ("weight_VD", lambda g: g["weight_VD"][:, 1:], "shape \\(11, 5\\)"),
-    ("weight_VD", lambda g: g["weight_VD"].float(), "cast one"),
-    ("targets_N", lambda g: g["targets_N"][1:], "must be int64 of shape \\(9,\\)"),
-    ("targets_N", lambda g: g["targets_N"].int(), "must be int64"),
-    ("targets_N", lambda g: g["targets_N"] + 11, "outside the vocabulary of 11"),
-    ("targets_N", lambda g: g["targets_N"] - 11, "outside the vocabulary of 11"),
-    ("lengths_G", lambda g: torch.tensor([4, 2, 2]), "sums to 8"),
-    ("lengths_G", lambda g: torch.tensor([4, 0, 5]), "at least 1 each"),
-    ("lengths_G", lambda g: torch.tensor([4.0, 2.0, 3.0]), "int64"),
-    ("lengths_G", lambda g: torch.tensor([], dtype=torch.int64), "at least 1"),
-    ("advantages_G", lambda g: g["advantages_G"][1:], "float of shape \\(3,\\)"),
-    ("old_logps_N", lambda g: torch.zeros(8), "float of shape \\(9,\\)"),
-    ("ref_logps_N", lambda g: torch.zeros(9).long(), "must be float"),
-    ("alpha", lambda g: 0.0, "at least 1"),
-    ("beta", lambda g: 0.1, "needs ref_logps_N"),
-    ("beta", lambda g: -0.1, "0 or more"),
-    ("temperature", lambda g: 0.0, "above 0"),
-    ("loss_type", lambda g: "ppo", "must be one of tw_grpo, grpo"),
-    ("divergence", lambda g: "kl", "must be one of official, textbook"),
-    ("ended_rows", lambda g: "drop", "must be one of uniform, exclude"),
-    ("impl", lambda g: "fast", "must be one of auto, chunked, fused, plain, reference"),
-    ("advantages_G", lambda g: torch.zeros(3, device="meta"), "is on meta"),
+    ("hidden_ND", lambda x: x[0], r"must be \(N, D\)"),
+    ("hidden_ND", lambda x: x.long(), "must be float"),
+    ("hidden_ND", lambda x: x[:0], "has no rows"),
+    ("weight_VD", lambda x: x[:, 1:], r"shape \(11, 5\)"),
+    ("weight_VD", lambda x: x.float(), "cast one"),
+    ("targets_N", lambda x: x[1:], r"must be int64 of shape \(9,\)"),
+    ("targets_N", lambda x: x.int(), "must be int64"),
+    ("targets_N", lambda x: x + 11, "outside the vocabulary of 11"),
+    ("targets_N", lambda x: x - 11, "outside the vocabulary of 11"),
+    ("lengths_G", lambda x: torch.tensor([4, 2, 2]), "sums to 8"),
+    ("lengths_G", lambda x: torch.tensor([4, 0, 5]), "at least 1 each"),
+    ("lengths_G", lambda x: x.float(), "int64"),
+    ("lengths_G", lambda x: x[:0], "at least 1"),
+    ("advantages_G", lambda x: x[1:], r"float of shape \(3,\)"),
+    ("advantages_G", lambda x: x.to("meta"), "is on meta"),
+    ("old_logps_N", lambda _: torch.zeros(8), r"float of shape \(9,\)"),
+    ("ref_logps_N", lambda _: torch.zeros(9).long(), "must be float"),
+    ("alpha", lambda _: 0.0, "at least 1"),
+    ("beta", lambda _: 0.1, "needs ref_logps_N"),
+    ("beta", lambda _: -0.1, "0 or more"),
+    ("temperature", lambda _: 0.0, "above 0"),
+    ("loss_type", lambda _: "ppo", "must be one of tw_grpo, grpo"),
+    ("divergence", lambda _: "kl", "must be one of official, textbook"),
+    ("ended_rows", lambda _: "drop", "must be one of uniform, exclude"),
+    ("impl", lambda _: "fast", "must be one of auto, chunked, fused, plain, reference"),
 ]
 
 
 @pytest.mark.parametrize("name, value, sentence", BAD_INPUT)
 def test_bad_input_is_named(name, value, sentence):
     group = small_group()
-    group[name] = value(group)
+    group[name] = value(group.get(name))
     if "no rows" in sentence:
         group["targets_N"] = group["targets_N"][:0]
     with pytest.raises((ValueError, TypeError), match=sentence) as caught:
         tw_grpo_head(**group)
     assert name in str(caught.value)
+
+
+def test_each_form_reaches_the_loss_of_a_step(world, policy, questions):
+    """From the flags to the weights of a group: the same completions under each form."""
+    outputs = {}
+    for form in (*TOKEN_WEIGHTS, "entropy"):
+        cfg = Config(str(world / "model"), "-", token_weights=form, max_completion_length=20)
+        groups = twgrpo.sample_groups(cfg, policy, questions[:1], [(42, 7, 0, 1)])
+        groups[0].advantages_G = torch.linspace(-1, 1, 8)
+        outputs[form] = twgrpo.score_groups(cfg, policy, groups)[1][0]
+    w = {form: output.weights_T for form, output in outputs.items()}
+    assert (w["none"] == 1).all()
+    assert_close(w["position"], torch.linspace(1, 1.7, len(w["none"])))
+    by_hand = reference.shuffled_weights(w["divergence"], (42, 7, 0, 6))
+    assert torch.equal(w["shuffled"], by_hand) and not torch.equal(by_hand, w["divergence"])
+    assert torch.equal(outputs["position"].divergence_T, outputs["divergence"].divergence_T)
+    H_T = outputs["entropy"].divergence_T
+    assert H_T[0] > 0 == outputs["divergence"].divergence_T[0].round(decimals=6)  # one prompt row
+    assert_close(w["entropy"], reference.token_weights(H_T, 1.7))
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        ("entropy --divergence textbook", "entropy ignores --divergence and"),
+        ("position --ended_rows exclude", "position ignores --divergence and"),
+        ("none --ended_rows exclude", "none ignores --divergence and"),
+        ("none --loss_type grpo", "need --loss_type tw_grpo"),
+        ("shuffled --loss_type grpo", "need --loss_type tw_grpo"),
+        ("divergence --normalize_token_weights true --loss_type grpo", "need --loss_type tw_grpo"),
+    ],
+)
+def test_flags_that_would_be_ignored_are_refused(flags, sentence):
+    with pytest.raises(UserError, match=sentence):
+        parse_config(f"--token_weights {flags}".split())
+    accepted = "--token_weights shuffled --divergence textbook --ended_rows exclude"
+    assert parse_config(accepted.split()).divergence == "textbook"

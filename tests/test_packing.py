@@ -9,6 +9,7 @@ import dataclasses
 import json
 import sys
 import types
+from unittest import mock
 
 import pytest
 import torch
@@ -53,25 +54,25 @@ def varlen_by_the_book(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale, causal)
     """flash_attn_varlen_func, restated: q (tokens, H, d), k and v with fewer heads."""
     assert causal and cu_q.dtype == cu_k.dtype == torch.int32
     assert max_q == int(cu_q.diff().max()) and max_k == int(cu_k.diff().max())
+    parts = [
+        [x.transpose(0, 1) for x in x_NHd.split(cu.diff().tolist())]
+        for x_NHd, cu in ((q, cu_q), (k, cu_k), (v, cu_k))
+    ]
     out = []
-    for q0, q1, k0, k1 in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:], strict=True):
-        n, m = q1 - q0, k1 - k0
-        sees = torch.arange(m) <= torch.arange(n)[:, None] + (m - n)
-        shared = q.shape[1] // k.shape[1]
-        heads = [x[k0:k1].repeat_interleave(shared, 1).transpose(0, 1) for x in (k, v)]
-        out.append(
-            F.scaled_dot_product_attention(
-                q[q0:q1].transpose(0, 1), *heads, attn_mask=sees, scale=softmax_scale
-            ).transpose(0, 1)
-        )
+    for query, key, value in zip(*parts, strict=True):
+        n, m = query.shape[1], key.shape[1]
+        sees = torch.ones(n, m, dtype=torch.bool).tril(m - n)
+        how = dict(attn_mask=sees, scale=softmax_scale, enable_gqa=True)
+        out.append(F.scaled_dot_product_attention(query, key, value, **how).transpose(0, 1))
     return torch.cat(out)
+
+
+FLASH_ATTN = types.SimpleNamespace(flash_attn_varlen_func=varlen_by_the_book)
 
 
 @pytest.fixture
 def flash_attn(monkeypatch):
-    stand_in = types.ModuleType("flash_attn")
-    stand_in.flash_attn_varlen_func = varlen_by_the_book
-    monkeypatch.setitem(sys.modules, "flash_attn", stand_in)
+    monkeypatch.setitem(sys.modules, "flash_attn", FLASH_ATTN)
 
 
 def score(policy, groups, attention: str):
@@ -91,16 +92,21 @@ def features_of(policy, groups):
         return policy.encode_videos([group.question for group in groups])
 
 
+def check_close(ours, theirs, hidden: float, gradient: float) -> None:
+    """The norms of all differences, relative to those of `theirs`."""
+    (h, g), (exact_h, exact_g) = ours, theirs
+    assert (h.cpu() - exact_h).norm() <= hidden * exact_h.norm()
+    assert g.keys() == exact_g.keys() and len(g) > 20
+    for name, exact in exact_g.items():
+        assert (g[name].cpu() - exact).norm() <= gradient * exact.norm(), name
+
+
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_a_policy_scores_alike_in_both_ways(policy, groups, flash_attn, checkpointed):
     if checkpointed:  # its second forward pass comes late, and must attend in the same way
         policy.checkpoint_activations()
-    hidden, gradients = score(policy, groups, "sdpa")
-    ours, our_gradients = score(policy, groups, "flash_attention_2")
-    assert (ours - hidden).abs().max() < 1e-5
-    assert our_gradients.keys() == gradients.keys() and len(gradients) > 20
-    for name, gradient in gradients.items():
-        assert (our_gradients[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
+    exact = score(policy, groups, "sdpa")
+    check_close(score(policy, groups, "flash_attention_2"), exact, 1e-5, 1e-4)
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
@@ -136,61 +142,37 @@ def test_both_ways_equal_a_dense_mask(shapes, heads, scale, varlen):
         torch.tensor([0] * prompt + [i for i, n in enumerate(lengths, 1) for _ in range(n)])
         for prompt, lengths in shapes
     ]
-    B, L, d = len(segments), max(map(len, segments)), 8
-    segments_BL = torch.stack([F.pad(s, (0, L - len(s)), value=-1) for s in segments])
+    segments_BL = torch.nn.utils.rnn.pad_sequence(segments, batch_first=True, padding_value=-1)
+    (B, L), (key_heads, shared), d = segments_BL.shape, heads, 8
     generator = torch.Generator().manual_seed(0)
-    key_heads, shared = heads
     q, k, v = (
         torch.randn(B, h, L, d, generator=generator, requires_grad=True)
         for h in (key_heads * shared, key_heads, key_heads)
     )
-    probe = torch.randn(B, L, key_heads * shared, d, generator=generator)
-    probe *= (segments_BL >= 0)[..., None, None]  # what padding gets does not matter
-    if varlen:
-        with pytest.MonkeyPatch.context() as patch:
-            stand_in = types.SimpleNamespace(flash_attn_varlen_func=varlen_by_the_book)
-            patch.setitem(sys.modules, "flash_attn", stand_in)
-            layout = packed_sequences(segments_BL)
-            ours, _ = flash_attend(None, q, k, v, None, scaling=scale, packed=layout)
-    else:
-        layout = packed_layout(segments_BL)
-        ours, _ = packed_attention(None, q, k, v, None, scaling=scale, packed=layout)
+    with mock.patch.dict(sys.modules, flash_attn=FLASH_ATTN):
+        attend, layout = (
+            (flash_attend, packed_sequences) if varlen else (packed_attention, packed_layout)
+        )
+        ours, _ = attend(None, q, k, v, None, scaling=scale, packed=layout(segments_BL))
     mask = packed_mask(segments_BL)
     theirs = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
-    ours, theirs = ours * probe.abs().gt(0), theirs.transpose(1, 2) * probe.abs().gt(0)
+    is_token = segments_BL >= 0  # what padding gets does not matter
+    ours, theirs = ours[is_token], theirs.transpose(1, 2)[is_token]
     assert (ours - theirs).abs().max() < 1e-5
-    ours = torch.autograd.grad((ours * probe).sum(), (q, k, v))
-    theirs = torch.autograd.grad((theirs * probe).sum(), (q, k, v))
-    for a, b in zip(ours, theirs, strict=True):
+    probe = torch.randn(ours.shape, generator=generator)
+    gradients = (torch.autograd.grad((x * probe).sum(), (q, k, v)) for x in (ours, theirs))
+    for a, b in zip(*gradients, strict=True):
         assert (a - b).abs().max() <= 1e-4 * b.abs().max().clamp(min=1e-2)
 
 
-def test_the_joined_gradient_is_that_of_finite_differences():
-    segments_BL = torch.tensor([[0, 0, 0, 1, 1, 2, 2], [0, 0, 1, 2, 2, -1, -1]])
-    layout, generator = packed_layout(segments_BL), torch.Generator().manual_seed(0)
-    inputs = [
-        torch.randn(2, h, 7, 4, generator=generator, dtype=torch.float64, requires_grad=True)
-        for h in (4, 2, 2)
-    ]
-
-    def attend(q, k, v):
-        out, _ = packed_attention(None, q, k, v, None, scaling=0.5, packed=layout)
-        return out[segments_BL >= 0]
-
-    assert torch.autograd.gradcheck(attend, inputs)
-
-
-def test_scoring_keeps_nothing_quadratic(policy, groups):
+def test_scoring_keeps_nothing_quadratic():
     """No tensor that attention saves for its backward pass has L x L elements."""
-    sizes = []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda x: sizes.append(x.numel()) or x, lambda x: x
-    ):
-        L = 1200
-        segments_BL = torch.cat([torch.zeros(1, 200), torch.arange(1, 1001)[None] // 101 + 1], 1)
-        q = torch.randn(1, 1, L, 4, requires_grad=True)
-        layout = packed_layout(segments_BL.long())
-        packed_attention(None, q, q, q, None, scaling=1.0, packed=layout)
+    sizes, L = [], 1200
+    segments_BL = torch.cat([torch.zeros(200), torch.arange(1, 1001) // 101 + 1])[None].long()
+    q = torch.randn(1, 1, L, 4, requires_grad=True)
+    keep = lambda x: sizes.append(x.numel()) or x  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        packed_attention(None, q, q, q, None, scaling=1.0, packed=packed_layout(segments_BL))
     assert max(sizes) < 10 * q.numel() < L * L
 
 
@@ -201,12 +183,9 @@ def test_attention_on_a_gpu_equals_that_of_a_cpu(policy, groups, attention):
     """In bf16, against float32 on the CPU."""
     if attention == "flash_attention_2":
         pytest.importorskip("flash_attn")
-    exact, gradients = score(policy, groups, "sdpa")
+    exact = score(policy, groups, "sdpa")
     policy.model.cuda()
-    ours, our_gradients = score(policy, groups, attention)
-    assert (ours.cpu() - exact).norm() <= 0.02 * exact.norm()
-    for name, gradient in gradients.items():
-        assert (our_gradients[name].cpu() - gradient).norm() <= 0.1 * gradient.norm(), name
+    check_close(score(policy, groups, attention), exact, 0.02, 0.1)
 
 
 def test_rollout_and_checkpoint_do_not_depend_on_it(policy, questions, flash_attn, tmp_path):
@@ -242,15 +221,3 @@ def test_pack_by_hand(questions):
     assert segments[0].tolist() == [0] * P + [1, 1]
     assert positions[:, 0, P:].tolist() == [[after, after + 1]] * 3
     assert rows[0].tolist() == [P - 1, P, P + 1, P - 1]
-
-
-def test_packed_mask_by_hand():
-    mask = packed_mask(torch.tensor([[0, 0, 1, 1, 2, -1]]))[0, 0].int().tolist()
-    assert mask == [
-        [1, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0],  # c_1 sees the prompt and itself
-        [1, 1, 1, 1, 0, 0],
-        [1, 1, 0, 0, 1, 0],  # c_2 sees the prompt, not c_1
-        [1, 1, 0, 0, 0, 1],  # padding is seen by nobody else
-    ]

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from rewards import (
     accuracy_reward,
-    answer_set,
     compare_answers,
     extract_answer,
     format_reward,
@@ -23,72 +22,33 @@ PIECES = (
     "<think>|</think>|<answer>|</answer>| |!|\n|A|A,C|B, |x|\u2003|<|\x1c|Answer|answer:".split("|")
 )
 COMPLETIONS = st.lists(st.sampled_from(PIECES), max_size=12).map("".join)
+SOFT = {  # the truth: what each answer to it earns
+    "A,C": {"A,C": 1, "C, A": 1, "A": 1 / 2, "A,B": 0, "A,B,C": 0},
+    "A,B,C": {"A": 1 / 3},
+    "A,B": {"A,A": 1 / 2, "A/B": 0},
+    "C,D": {"CD": 0, "C D": 0},
+    "B,C,D": {"B, C, and D": 0},
+    "B": {"": 0, "B,": 0, "b": 0},
+    # Numbers, of DVD-counting and MMVU, are right if they are equal.
+    " 3 ": {"3": 1, "3.0": 1, "+3": 1, "03": 1, "3,3": 1},
+    "3": {"4": 0, "3,4": 0, "three": 0, "3 balls": 0, "": 0, "٣": 0},
+    "3.14": {"3.14": 1, "3.140": 1, "3.141": 0},
+    "0.5": {".5": 1},
+    "1,000": {"1000": 1, "1": 0},
+    "1000": {"1,000": 1},
+    "-2": {"-2": 1, "2": 0},
+    "10": {"1e1": 0},
+    "9": {"9" * 5000: 0},
+}
 
 
-@pytest.mark.parametrize(
-    "answer, truth, soft",
-    [
-        ("A,C", "A,C", 1.0), ("C, A", "A,C", 1.0), ("A", "A,C", 0.5), ("A", "A,B,C", 1 / 3),
-        ("A,B", "A,C", 0.0), ("A,B,C", "A,C", 0.0), ("", "A", 0.0), ("B,", "B", 0.0),
-        ("CD", "C,D", 0.0), ("c", "C", 0.0), ("C D", "C,D", 0.0), ("A/B", "A,B", 0.0),
-        ("B, C, and D", "B,C,D", 0.0), ("A,A", "A,B", 0.5), ("3", " 3 ", 1.0),
-    ],
-)  # fmt: skip
-def test_soft_and_binary_accuracy(answer, truth, soft):
+@pytest.mark.parametrize("truth", SOFT)
+def test_soft_and_binary_accuracy(truth):
     """A subset of the truth earns its share, anything wrong among the answers earns nothing."""
-    completion, solution = f"<think/><answer>{answer}</answer>", f"<answer>{truth}</answer>"
-    assert accuracy_reward(completion, solution) == pytest.approx(soft)
-    assert origin_accuracy_reward(completion, solution) == (1.0 if soft == 1 else 0.0)
-
-
-@pytest.mark.parametrize(
-    "text, answers",
-    [
-        ("A", {"A"}), ("The answer is A", {"TheanswerisA"}), ("<answer>A", {"<answer>A"}),
-        ("<answer>A</answer> <answer>B</answer>", {"A"}),
-    ],
-)  # fmt: skip
-def test_what_training_takes_for_the_answer(text, answers):
-    """The first closed tag, else all of the text: a bare letter earns credit."""
-    assert answer_set(text) == answers
-
-
-@pytest.mark.parametrize(
-    "text, reward, strict",
-    [
-        ("<think>a</think><answer>A</answer>", 1, 1),
-        (" <think>a</think>\n<answer>A</answer>\n", 1, 1),
-        ("<think></think><answer></answer>", 1, 1),
-        ("so: <think>a</think>\n <answer>A</answer>", 1, 0),
-        ("<think>a</think><answer>A</answer> !! ", 1, 0),
-        ("<think>a</think><answer>A</answer> and", 0, 0),
-        ("<think>a</think> so <answer>A</answer>", 0, 0),
-        ("<think>a</think><think>b</think><answer>A</answer>", 0, 0),
-        ("<think>a<answer>A</answer>", 0, 0),
-        ("<answer>A</answer>", 0, 0),
-        ("", 0, 0),
-    ],
-)
-def test_format(text, reward, strict):
-    """Training's form, and the evaluators', who allow nothing before or after."""
-    assert (format_reward(text), strict_format_reward(text)) == (reward, strict)
-
-
-@pytest.mark.parametrize(
-    "answer, truth, reward",
-    [
-        ("3", " 3 ", 1), ("3.0", "3", 1), ("+3", "3", 1), ("03", "3", 1), ("4", "3", 0),
-        ("3,3", "3", 1), ("3,4", "3", 0), ("three", "3", 0), ("3 balls", "3", 0), ("", "3", 0),
-        ("3.14", "3.14", 1), ("3.140", "3.14", 1), (".5", "0.5", 1), ("3.141", "3.14", 0),
-        ("1000", "1,000", 1), ("1,000", "1000", 1), ("1", "1,000", 0), ("-2", "-2", 1),
-        ("2", "-2", 0), ("1e1", "10", 0), ("9" * 5000, "9", 0), ("٣", "3", 0),
-    ],
-)  # fmt: skip
-def test_numbers_are_right_if_they_are_equal(answer, truth, reward):
-    """DVD-counting's integers and MMVU's decimals."""
-    completion, solution = f"<answer>{answer}</answer>", f"<answer>{truth}</answer>"
-    assert accuracy_reward(completion, solution) == reward
-    assert origin_accuracy_reward(completion, solution) == reward
+    for answer, soft in SOFT[truth].items():
+        completion, solution = f"<think/><answer>{answer}</answer>", f"<answer>{truth}</answer>"
+        assert accuracy_reward(completion, solution) == pytest.approx(soft), answer
+        assert origin_accuracy_reward(completion, solution) == float(soft == 1)
 
 
 @pytest.mark.parametrize("text", ["", ".", "+", "1,00", "1,0000", "1 000", "1.2.3", "A", "5%", "²"])
@@ -97,16 +57,29 @@ def test_what_is_no_plain_number(text):
 
 
 @pytest.mark.parametrize(
-    "text, answer",
+    "text, reward, strict",
     [
-        ("<think>x</think><answer> A, C </answer>", "A, C"), ("Answer: A, C. And B", "A, C"),
-        ("the answer\n B", "B"), ("ANSWER:A", "A"), ("answerA", ""), ("aNSWER: A", ""), ("A", ""),
-        ("<answer>A", ""), ("<answer>A</answer><answer>B</answer>", "A"),
-        ("answer: B <answer>A</answer>", "A"), ("The answer is A", ""), ("answer: c", ""),
+        (" <think>a</think>\n<answer>A</answer>\n", 1, 1),
+        ("<think></think><answer></answer>", 1, 1),
+        ("so: <think>a</think>\n <answer>A</answer>", 1, 0),
+        ("<think>a</think><answer>A</answer> !! ", 1, 0),
+        ("<think>a</think><answer>A</answer> and", 0, 0),
+        ("<think>a</think> so <answer>A</answer>", 0, 0),
+        ("<think>a</think><think>b</think><answer>A</answer>", 0, 0),
+        ("<think>a<answer>A</answer>", 0, 0),
     ],
-)  # fmt: skip
-def test_what_the_evaluators_take_for_the_answer(text, answer):
-    assert extract_answer(text) == answer
+)
+def test_format(text, reward, strict):
+    """Training's form, and the evaluators', who allow nothing before or after."""
+    assert (format_reward(text), strict_format_reward(text)) == (reward, strict)
+
+
+def official_format(text: str) -> float:
+    """aa529ff grpo.py: duplicate tags fail, then a search of the stripped text."""
+    if text.count("<think>") > 1 or text.count("<answer>") > 1:
+        return 0.0
+    pattern = r"<think>.*?</think>\s*<answer>.*?</answer>[\s!]*$"
+    return float(bool(re.search(pattern, text.strip(), re.DOTALL)))
 
 
 def official_strict_format(text: str) -> float:
@@ -126,10 +99,35 @@ def official_extraction(text: str) -> str:
     return named.group(1).strip() if named else ""
 
 
-@given(COMPLETIONS)
-@example("<think></think><answer></answer></answer>")
-@example("<think><answer></think><answer></answer>")
-def test_the_evaluators_rules_equal_the_official_expressions(text):
+def official_accuracy(text: str, solution: str) -> float:
+    """aa529ff grpo.py, after the symbolic check that never fires on letters."""
+
+    def answers(t):
+        match = re.search(r"<answer>(.*?)</answer>", t, re.DOTALL)
+        t = match.group(1).strip() if match else t.strip()
+        return {part.strip() for part in t.replace(" ", "").split(",")}
+
+    student, truth = answers(text), answers(solution)
+    return len(student) / len(truth) if student.issubset(truth) else 0.0
+
+
+@given(COMPLETIONS, COMPLETIONS)
+@example("A", "<answer>A</answer>")
+@example("<answer>A", "<answer>A")
+@example("<answer>A</answer> <answer>B</answer>", "A")
+@example("answer: B <answer>A</answer>", "B")
+@example("The answer is A", "A")
+@example("the answer\n B", "B")
+@example("ANSWER:A , C. And B", "A,C")
+@example("aNSWER: A", "A")
+@example("answer: c", "c")
+@example("<think>a</think><answer>b</answer></answer>!", "b")
+@example("<think></think></think> <answer></answer>", "")
+@example("<think></think><answer></answer></answer>", "")
+@example("<think><answer></think><answer></answer>", "")
+def test_rewards_equal_the_official_rules(text, solution):
+    assert accuracy_reward(text, solution) == official_accuracy(text, solution)
+    assert format_reward(text) == official_format(text)
     assert strict_format_reward(text) == official_strict_format(text)
     assert extract_answer(text) == official_extraction(text)
 
@@ -146,50 +144,20 @@ def test_any_two_strings_get_a_reward_between_0_and_1(text, solution):
     assert accuracy_reward(solution, solution) == 1.0  # the truth itself is right
 
 
-def official_format(text: str) -> float:
-    """aa529ff grpo.py: duplicate tags fail, then a search of the stripped text."""
-    if text.count("<think>") > 1 or text.count("<answer>") > 1:
-        return 0.0
-    pattern = r"<think>.*?</think>\s*<answer>.*?</answer>[\s!]*$"
-    return float(bool(re.search(pattern, text.strip(), re.DOTALL)))
-
-
-def official_accuracy(text: str, solution: str) -> float:
-    """aa529ff grpo.py, after the symbolic check that never fires on letters."""
-
-    def answers(t):
-        match = re.search(r"<answer>(.*?)</answer>", t, re.DOTALL)
-        t = match.group(1).strip() if match else t.strip()
-        return {part.strip() for part in t.replace(" ", "").split(",")}
-
-    student, truth = answers(text), answers(solution)
-    return len(student) / len(truth) if student.issubset(truth) else 0.0
-
-
-@given(COMPLETIONS)
-@example("<think>a</think><answer>b</answer></answer>!")
-@example("<think></think></think> <answer></answer>")
-def test_format_equals_the_official_expression(text):
-    assert format_reward(text) == official_format(text)
-
-
-@given(COMPLETIONS, COMPLETIONS)
-def test_accuracy_equals_the_official_rule(text, solution):
-    assert accuracy_reward(text, solution) == official_accuracy(text, solution)
-
-
 def test_published_completions_earn_their_logged_format_reward(sample):
-    lines = sample("training_completions_head.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = [json.loads(s) for s in sample("training_completions_head.jsonl").open(encoding="utf-8")]
     assert len(rows) == 400
     assert all(format_reward(row["completion"]) == row["format_reward"] for row in rows)
 
 
+PIECES_OF_ATTACKS = (
+    "<think>|<answer>|</answer>|! |<think></think>|,| |A,|9|9,|answer|answer:|answer A|answer A , "
+)
+
+
 @pytest.mark.parametrize(
-    "piece",
-    ["<think>", "<answer>", "</answer>", "! ", "<think></think>", ",", " ", "A,", "9", "9,",
-     "answer", "answer:", "answer A", "answer " + " " * 500, "answer A , ", "ANSWER\n\n"],
-)  # fmt: skip
+    "piece", [*PIECES_OF_ATTACKS.split("|"), "answer " + " " * 500, "ANSWER\n\n"]
+)
 def test_a_megabyte_takes_no_time(piece):
     """All rewards and both readings take about 0.1 s of CPU; quadratic time would be minutes."""
     text = piece * (2**20 // len(piece))
