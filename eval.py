@@ -71,7 +71,7 @@ def run(args: argparse.Namespace, cfg: Config) -> None:
     args.prompt = args.prompt or BENCHMARKS[args.benchmark]
     records = {score.question_key(r.row): r for r in load_records(args.data, args.video_root)}
     records = dict(itertools.islice(records.items(), args.limit))
-    log = score.open_log(args.out, {name: getattr(args, name) for name in DECIDES_ANSWERS})
+    log = score.RowLog(args.out, {name: getattr(args, name) for name in DECIDES_ANSWERS})
 
     def append(group: Group) -> None:
         log.append(log_row(group, args.prompt))

@@ -1,6 +1,6 @@
 """Evaluation logs, this project's and the official ones: written a row at a time, and scored.
 
-    open_log     the log of a run, shared by its ranks; a killed run is resumed in it
+    RowLog       the log of a run, shared by its ranks; a killed run is resumed in it
     read_log     JSONL of answered questions -> Log: one Answer per question, duplicates set aside
     summarize    Log -> accuracy with 95 % intervals: overall, single, multi, by task
     table        several logs side by side, for a terminal or a Markdown document
@@ -88,7 +88,7 @@ def score_row(row: object, where: str) -> Answer:
     """Raises ValueError if the row has no output or no truth."""
     if not isinstance(row, dict) or not isinstance(row.get("model_output"), str):
         raise ValueError("needs 'model_output', a text")
-    question = row.get("question", where)
+    question = row.get("question")
     facts = question if isinstance(question, dict) else {}
     truth = row.get("ground_truth", facts.get("solution"))
     if not isinstance(truth, str) or not truth.strip():
@@ -102,7 +102,7 @@ def score_row(row: object, where: str) -> Answer:
     elif _LETTERS.fullmatch(truth):
         is_choice, fits = True, _LETTERS.fullmatch(answer) is not None
     return Answer(
-        key=question_key(question),
+        key=question_key(where if question is None else question),
         name=next((str(i) for i in ids if i is not None), where),
         soft=soft,
         form=strict_format_reward(row["model_output"]),
@@ -128,13 +128,20 @@ def answer_of(row: dict) -> str:
 # ----------------------------------------------------------------------------------- a log to write
 
 
-@dataclass
 class RowLog:
-    """The JSONL log of a run. All its ranks append to it, and kill -9 loses at most one row."""
+    """The JSONL log of a run. All its ranks append to it, and kill -9 loses at most one row.
 
-    path: str
-    settings: dict  # written into every row
-    done: set[str]  # keys of the questions that are answered already
+    Raises UserError on every rank, and leaves the file as it is, if it is not the log of a run with
+    these settings.
+    """
+
+    def __init__(self, path: str, settings: dict):
+        self.path, self.settings = path, settings
+        try:
+            self.done = ranks.on_first(mend, Path(path), settings)  # keys of answered questions
+        except (UserError, OSError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"--out {path}: {reason}") from None
 
     def append(self, row: dict) -> None:
         """Raises UserError if it cannot be written. A part of the row may then be in the log; the
@@ -146,15 +153,6 @@ class RowLog:
         except OSError as error:
             reason = f"cannot be written ({error.strerror}); the same command resumes it"
             raise UserError(f"--out {self.path}: {reason}") from None
-
-
-def open_log(path: str, settings: dict) -> RowLog:
-    """The log for all ranks of this run. Raises UserError on every rank, and leaves the file as it
-    is, if it is not a log of a run with these settings."""
-    try:
-        return RowLog(path, settings, ranks.on_first(mend, Path(path), settings))
-    except (UserError, OSError) as error:
-        raise UserError(f"--out {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def mend(path: Path, settings: dict) -> set[str]:
