@@ -9,7 +9,7 @@ import pytest
 from files import UserError
 from records import LETTERS, load_records, option_texts
 from rewards import answer_set
-from tools.convert import clevrer_file, invert, negate, qai_file, qai_rows
+from tools.convert import clevrer_rows, invert, main, negate, qai_rows
 
 NEXT = {
     "id": "1_1",
@@ -146,8 +146,8 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path):
     """Rows do not depend on each other."""
     rows = generated(200)
     (tmp_path / "in.json").write_text(json.dumps(rows))
-    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
-        qai_file(str(tmp_path / "in.json"), str(tmp_path / f"{name}.json"), seed)
+    for name, seed in (("a", "5"), ("b", "5"), ("c", "6")):
+        main(["qai", f"{tmp_path}/in.json", f"{tmp_path}/{name}.json", "--seed", seed])
     a, b, c = ((tmp_path / f"{n}.json").read_bytes() for n in "abc")
     assert a == b != c
     assert json.loads(a)[:20] == qai_rows(rows[:20], 5)[0]
@@ -160,8 +160,8 @@ def test_p_is_the_share_that_is_inverted():
 
 def test_inverted_rows_load_as_records(tmp_path):
     (tmp_path / "in.jsonl").write_text("\n".join(json.dumps(r) for r in (NEXT, STAR)))
-    qai_file(str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), 0, p=1.0)
-    records = load_records(tmp_path / "out.jsonl", tmp_path)
+    main(["qai", f"{tmp_path}/in.jsonl", f"{tmp_path}/out.json", "--p", "1"])
+    records = load_records(tmp_path / "out.json", tmp_path)
     assert records[0].problem.startswith("why didn't the Boy run\nA ")
     assert records[1].problem.startswith("What didn't the person do with the Clothes?\nA ")
     assert all(r.options == () for r in records)  # they stand in the problem already
@@ -179,8 +179,8 @@ def test_a_row_that_cannot_be_inverted_is_kept_and_counted():
 
 def test_bad_rows_are_all_named_and_nothing_is_written(tmp_path):
     (tmp_path / "in.json").write_text(json.dumps([NEXT, 5, dict(NEXT, answer="(Z)")]))
-    with pytest.raises(UserError, match=r"(?s)2 bad row.*row 2: .*row 3: "):
-        qai_file(str(tmp_path / "in.json"), str(tmp_path / "out.json"), 0)
+    with pytest.raises(SystemExit, match=r"(?s)error: .*2 bad row.*row 2: .*row 3: "):
+        main(["qai", f"{tmp_path}/in.json", f"{tmp_path}/out.json"])
     assert not (tmp_path / "out.json").exists()
 
 
@@ -203,10 +203,11 @@ SCENE = {
 }
 
 
-def test_clevrer_scenes_become_records(tmp_path):
+def test_clevrer_scenes_become_records(tmp_path, capsys):
     (tmp_path / "raw.json").write_text(json.dumps([SCENE]))
-    counts = clevrer_file(str(tmp_path / "raw.json"), str(tmp_path / "out.json"))
-    assert counts == {"written": 1, "of another type": 1, "left out, without a correct choice": 1}
+    main(["clevrer", f"{tmp_path}/raw.json", f"{tmp_path}/out.json"])
+    counts = "1 written, 1 of another type, 1 left out, without a correct choice"
+    assert counts in capsys.readouterr().out
     (record,) = load_records(tmp_path / "out.json", "clips")
     assert record.id == "10000-11" and record.solution == "<answer>A,C</answer>"
     assert str(record.video) == "clips/video_10000.mp4"
@@ -222,4 +223,4 @@ NO_ANSWER = {"question_type": "counterfactual", "choices": [{"choice": 1}]}
 def test_a_file_that_is_not_clevrers_is_named(scene, tmp_path):
     (tmp_path / "raw.json").write_text(json.dumps([SCENE, scene]))
     with pytest.raises(UserError, match="raw.json: scene 2: .*CLEVRER's own question file"):
-        clevrer_file(str(tmp_path / "raw.json"), str(tmp_path / "out.json"))
+        clevrer_rows(tmp_path / "raw.json")

@@ -22,7 +22,6 @@ import argparse
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -34,13 +33,14 @@ from rewards import answer_set
 # ------------------------------------------------------------------------------------------ clevrer
 
 
-def clevrer_rows(scenes: list, counts: Counter) -> Iterator[dict]:
-    """Counterfactual questions of CLEVRER's own file as training rows; counts what is left out.
+def clevrer_rows(path: str) -> tuple[list[dict], Counter]:
+    """Counterfactual questions of CLEVRER's own file as training rows, and what was left out.
 
     A question may have several right choices; one with none is left out, as in the official file
-    (9,238 remain in validation). Raises ValueError naming the scene that is not of this form.
+    (9,238 remain in validation). Raises UserError naming the first scene that is not of this form.
     """
-    for k, scene in enumerate(scenes, 1):
+    rows, counts, errors = [], Counter(written=0), []
+    for k, (_, scene) in enumerate(read_rows(Path(path), errors), 1):
         try:
             for question in scene["questions"]:
                 if question["question_type"] != "counterfactual":
@@ -48,11 +48,15 @@ def clevrer_rows(scenes: list, counts: Counter) -> Iterator[dict]:
                 elif (row := clevrer_row(scene, question))["solution"] == "<answer></answer>":
                     counts["left out, without a correct choice"] += 1
                 else:
-                    as_record(row, "", Path())  # which checks it
-                    yield row
+                    rows.append(as_record(row, "", Path()).row)  # which checks it
         except (KeyError, TypeError, ValueError) as error:
             reason = f"needs {error}" if isinstance(error, KeyError) else str(error)
-            raise ValueError(f"scene {k}: {reason[:200]}") from None
+            errors.append(f"scene {k}: {reason}")
+    if errors:
+        expected = "expected CLEVRER's own question file, a list of scenes"
+        raise UserError(f"{path}: {errors[0][:200]}; {expected}")
+    counts["written"] = len(rows)
+    return rows, counts
 
 
 def clevrer_row(scene: dict, question: dict) -> dict:
@@ -66,22 +70,6 @@ def clevrer_row(scene: dict, question: dict) -> dict:
         "video": scene["video_filename"],
         "question_type": "counterfactual",
     }
-
-
-def clevrer_file(raw: str, out: str) -> Counter:
-    """RAW.json, CLEVRER's questions as published -> OUT, a JSON list of records."""
-    errors, counts = [], Counter(written=0)
-    scenes = [scene for _, scene in read_rows(Path(raw), errors)]
-    try:
-        if errors:
-            raise ValueError(errors[0])
-        rows = list(clevrer_rows(scenes, counts))
-    except ValueError as error:
-        message = f"{raw}: {error}; expected CLEVRER's own question file, a list of scenes"
-        raise UserError(message) from None
-    write_rows(rows, out)
-    counts["written"] = len(rows)
-    return counts
 
 
 # --------------------------------------------------------------------------------------------- QAI
@@ -183,15 +171,6 @@ def qai_row(record: Record, question: str, options: list[str], right: list[str] 
     return new
 
 
-def qai_file(path: str, out: str, seed: int, p: float = 0.5) -> Counter:
-    """A file of NExT-GQA or STAR rows -> OUT. Raises UserError naming every bad row of it."""
-    if not 0 <= p <= 1 or seed < 0:
-        raise UserError("--p is a share of the questions, 0 to 1; --seed is 0 or more")
-    made, counts = qai_rows([record.row for record in load_records(path)], seed, p)
-    write_rows(made, out)
-    return counts
-
-
 # ------------------------------------------------------------------------------------- command line
 
 
@@ -204,7 +183,7 @@ def write_rows(rows: list[dict], out: str) -> None:
         raise UserError(f"{out}: cannot be written ({error.strerror})") from None
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     clevrer = commands.add_parser("clevrer", help="CLEVRER's own questions -> records")
@@ -214,12 +193,16 @@ def main() -> None:
         command.add_argument("out")
     qai.add_argument("--seed", type=int, default=42, help="the same seed gives the same bytes")
     qai.add_argument("--p", type=float, default=0.5, help="share of the questions to invert")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     try:
         if args.command == "clevrer":
-            counts = clevrer_file(args.file, args.out)
+            rows, counts = clevrer_rows(args.file)
+        elif 0 <= args.p <= 1 and args.seed >= 0:
+            records = load_records(args.file)
+            rows, counts = qai_rows([record.row for record in records], args.seed, args.p)
         else:
-            counts = qai_file(args.file, args.out, args.seed, args.p)
+            raise UserError("--p is a share of the questions, 0 to 1; --seed is 0 or more")
+        write_rows(rows, args.out)
     except (UserError, OSError) as error:
         raise SystemExit(f"error: {printable(str(error))}") from None
     print(f"{args.out}: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
