@@ -107,5 +107,4 @@ def in_batches(
         else:  # not inside `except`, where the failed batch's tensors are still alive
             batch_size = len(batch) // 2
             tqdm.write(f"out of memory: {batch_size} questions at a time from here", sys.stderr)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()

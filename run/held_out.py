@@ -91,43 +91,29 @@ class Measures:
 
     def __init__(self, directory: Path, resumed: bool):
         self.path = directory / "eval.json"
-        self.rows = ranks.on_first(read_measures, self.path) if resumed else {}
+        remedy = "remove it, and what it held is measured once more"
+        is_there = resumed and ranks.on_first(self.path.exists)
+        self.rows = ranks.on_first(files.read_json, self.path, remedy) if is_there else {}
 
     def before(self, *measured) -> None:
         """Measures the untrained policy, unless that is done; arguments as for `measure`."""
         if "before" not in self.rows:
-            self._write(before=measure(*measured))
+            self.rows["before"] = measure(*measured)
+            ranks.on_first(self._write)
 
     def after(self, step: int, *measured) -> None:
         if self.rows.get("after_step") != step:
-            self._write(after_step=step, after=measure(*measured))
+            self.rows |= dict(after_step=step, after=measure(*measured))
+            ranks.on_first(self._write)
 
-    def _write(self, **rows) -> None:
-        self.rows |= rows
-        ranks.on_first(write_json, self.path, self.rows)
+    def _write(self) -> None:
+        with files.replacing(self.path) as beside:
+            beside.write_text(json.dumps(self.rows, indent=2) + "\n", encoding="utf-8")
 
     def print(self, count: int) -> None:
         print(f"\n{count} held-out questions    soft accuracy     exact accuracy    format")
         print(f"{'':20}" + "    before   after" * 3)
-        before, after = self.rows["before"], self.rows["after"]
-        for name in before:
-            pairs = [(before[name][key], after[name][key]) for key in MEASURES]
-            print(f"{name:20}" + "".join(f"    {a:6.3f}  {b:6.3f}" for a, b in pairs))
-
-
-def read_measures(path: Path) -> dict:
-    """eval.json as far as there is one. Raises UserError if it is damaged."""
-    remedy = "remove it, and what it held is measured once more"
-    measures = files.read_json(path, remedy) if path.exists() else {}
-    try:
-        for name in measures.keys() & {"before", "after"}:
-            for row in measures[name].values():
-                [float(row[key]) for key in MEASURES]
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise UserError(f"{path} is not the eval.json of a run; {remedy}") from None
-    return measures
-
-
-def write_json(path: Path, value: dict) -> None:
-    with files.replacing(path) as beside:
-        beside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        for name, before in self.rows["before"].items():
+            after = self.rows["after"][name]
+            pairs = "".join(f"    {before[key]:6.3f}  {after[key]:6.3f}" for key in MEASURES)
+            print(f"{name:20}{pairs}")

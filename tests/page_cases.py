@@ -7,18 +7,13 @@ from pathlib import Path
 
 from conftest import PROJECT
 
-CONFIG = dict(alpha=1.7, divergence="official", ended_rows="uniform", loss_type="tw_grpo")
+CONFIG = dict(alpha=1.7, divergence="official", ended_rows="uniform")
 CONFIG |= dict(fps=2.0, max_frames=4, min_pixels=3136, max_pixels=3136)
 
 
-def command(tool: str, *arguments) -> list[str]:
-    return [sys.executable, "-m", f"tools.{tool}", *map(str, arguments)]
-
-
-def run_tool(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(*arguments), cwd=PROJECT, capture_output=True, text=True, timeout=120
-    )
+def run_tool(tool: str, *arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", f"tools.{tool}", *map(str, arguments)]
+    return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=120)
 
 
 def write_lines(path: Path, lines: list) -> Path:

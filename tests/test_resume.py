@@ -218,11 +218,11 @@ def test_a_model_of_another_shape_does_not_resume(policy, whole):
         checkpoint.load(whole / f"checkpoint-{STEPS}", wide, optimizer)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"before": 1}', '{"before": {"greedy": {"soft": 1}}}'])
+@pytest.mark.parametrize("text", ["", "[]"])
 def test_a_damaged_eval_json_is_one_sentence(text, tmp_path):
     (tmp_path / "eval.json").write_text(text)
     with pytest.raises(UserError, match="eval.json .*remove it"):
-        held_out.read_measures(tmp_path / "eval.json")
+        held_out.Measures(tmp_path, resumed=True)
 
 
 # ------------------------------------------------------------------------------ errors in the loop

@@ -6,14 +6,13 @@ Exits with 1 if there is a fault. The formats of the files are in records.py.
 """
 
 import argparse
-import collections
-import os
+from collections import Counter
 
 from tqdm import tqdm
 
 import video
 from files import UserError
-from records import CLIP_KEYS, Record, printable, read_records
+from records import Record, printable, read_records
 from rewards import answer_set
 from run.decoder import ClipReader
 
@@ -22,19 +21,17 @@ def check(path: str, video_root: str, decode: bool, timeout: float) -> bool:
     """Prints what a file holds and every fault of it, rows and clips; True if there is none."""
     records, errors = read_records(path, video_root)
     print(f"{path}: {len(records)} records, {len(errors)} bad row(s)")
-    sources, kinds, answers = [r.source for r in records], [r.kind for r in records], []
-    for k, record in enumerate(records):
-        if record.kind == "multiple choice":
-            answers.append(len(answer_set(record.solution)))
-            kinds[k] = "multiple" if answers[-1] > 1 else "single"
-    titles = {"source": sources, "question type": kinds, "right answers": answers}
-    for title, values in titles.items():
-        counts = sorted(collections.Counter(values).items())
+    choices = [r for r in records if r.kind == "multiple choice"]
+    for title, values in {
+        "source": [r.source for r in records],
+        "question type": [r.kind for r in records],
+        "right answers": [len(answer_set(r.solution)) for r in choices],
+    }.items():
+        counts = sorted(Counter(values).items())
         print(printable(f"  by {title}: " + ", ".join(f"{name} {n}" for name, n in counts)))
     clip_errors = check_clips(records, decode, timeout)
-    clips = len({r.video for r in records})
     state = "decoded" if decode else "looked for, not decoded (--decode does)"
-    print(f"  clips: {clips}, {state}; {len(clip_errors)} with a fault")
+    print(f"  clips: {len({r.video for r in records})}, {state}; {len(clip_errors)} with a fault")
     errors += clip_errors
     if not records and not errors:
         errors.append(f"{path}: holds no records")
@@ -44,15 +41,8 @@ def check(path: str, video_root: str, decode: bool, timeout: float) -> bool:
 
 
 def check_clips(records: list[Record], decode: bool, timeout: float) -> list[str]:
-    """A sentence for every clip that is missing, unreadable or too short, and for every file that
-    the records know under several names (two clips may have collided, or there are two roots)."""
-    names, errors = collections.defaultdict(set), []
-    for record in records:
-        given = (record.row[k] for k in CLIP_KEYS if isinstance(record.row.get(k), str))
-        names[os.path.realpath(record.video)].add(next(given, ""))
-    for path, given in names.items():
-        if len(given) > 1:
-            errors.append(f"{path}: known under {len(given)} names: {', '.join(sorted(given))}")
+    """A sentence for every clip that is missing, unreadable or too short."""
+    errors = []
     with ClipReader(timeout) as reader:
         read = reader.load_clip if decode else video.check_file
         paths = dict.fromkeys(str(r.video) for r in records)

@@ -33,33 +33,33 @@ from rewards import answer_set
 # ------------------------------------------------------------------------------------------ clevrer
 
 
-def clevrer_rows(scenes: object) -> tuple[list[dict], Counter]:
+def clevrer_rows(path: str) -> tuple[list[dict], Counter]:
     """Counterfactual questions of CLEVRER's own file as training rows, and what was left out.
 
     A question may have several right choices; one with none is left out, as in the official file
-    (9,238 remain in validation). Raises ValueError naming the scene that is not of this form.
+    (9,238 remain in validation). Raises UserError naming the first scene that is not of this form.
     """
-    rows, counts = [], Counter(written=0)
-    for k, scene in enumerate(scenes, 1):
+    rows, counts, errors = [], Counter(written=0), []
+    for k, (_, scene) in enumerate(read_rows(Path(path), errors), 1):
         try:
             for question in scene["questions"]:
                 if question["question_type"] != "counterfactual":
                     counts["of another type"] += 1
-                    continue
-                row = _clevrer_row(scene, question)
-                if row["solution"] == "<answer></answer>":
+                elif (row := clevrer_row(scene, question))["solution"] == "<answer></answer>":
                     counts["left out, without a correct choice"] += 1
-                    continue
-                as_record(row, "", Path())
-                rows.append(row)
+                else:
+                    rows.append(as_record(row, "", Path()).row)  # which checks it
         except (KeyError, TypeError, ValueError) as error:
             reason = f"needs {error}" if isinstance(error, KeyError) else str(error)
-            raise ValueError(f"scene {k}: {reason[:200]}") from None
+            errors.append(f"scene {k}: {reason}")
+    if errors:
+        expected = "expected CLEVRER's own question file, a list of scenes"
+        raise UserError(f"{path}: {errors[0][:200]}; {expected}")
     counts["written"] = len(rows)
     return rows, counts
 
 
-def _clevrer_row(scene: dict, question: dict) -> dict:
+def clevrer_row(scene: dict, question: dict) -> dict:
     choices = dict(zip(LETTERS, question["choices"], strict=False))
     right = [letter for letter, choice in choices.items() if choice["answer"] == "correct"]
     lines = [f"{letter}. {choice['choice']}" for letter, choice in choices.items()]
@@ -72,25 +72,10 @@ def _clevrer_row(scene: dict, question: dict) -> dict:
     }
 
 
-def clevrer_file(raw: str, out: str) -> Counter:
-    """RAW.json, CLEVRER's questions as published -> OUT, a JSON list (or .jsonl) of records."""
-    errors: list[str] = []
-    scenes = [scene for _, scene in read_rows(Path(raw), errors)]
-    try:
-        if errors:
-            raise ValueError(errors[0])
-        rows, counts = clevrer_rows(scenes)
-    except ValueError as error:
-        message = f"{raw}: {error}; expected CLEVRER's own question file, a list of scenes"
-        raise UserError(message) from None
-    write_rows(rows, out)
-    return counts
-
-
 # --------------------------------------------------------------------------------------------- QAI
 
-# An auxiliary that negation is added to: right after the question word ("why did", NExT-GQA), or
-# after "which object", "which other object", "what else" (STAR's templates).
+# The auxiliary that is negated: right after the question word ("why did", NExT-GQA), or after
+# "which object", "which other object", "what else" (STAR's templates).
 _QUESTION = re.compile(
     r"(?P<start>\s*(?:what|which|who|whom|why|how|where|when)(?:\s+(?:other\s+)?object|\s+else)?\s+)"
     r"(?P<word>did|does|do|is|are|was|were|would|will|happened|happens)(?![\w'’])",
@@ -112,17 +97,14 @@ def negate(question: str) -> str | None:
     found = _QUESTION.match(question)
     if not found or _NEGATION.search(question):
         return None
-    start, word, rest = found["start"], found["word"], question[found.end() :]
-    able = re.match(r"[^.?!]*?\bable(?= to\b)", rest)
+    word, rest = found["word"], question[found.end() :]
+    able = re.match(r"([^.?!]*?\b)able to\b", rest)
     if word.lower() in ("is", "are", "was", "were") and able:
-        end = able.end() - len("able")
-        return start + word + rest[:end] + "un" + rest[end:]
+        return question[: found.end()] + able[1] + "un" + rest[len(able[1]) :]
     negated = _NEGATED.get(word.lower(), word.lower() + "n't")
-    if word.isupper():
-        negated = negated.upper()
-    elif word[0].isupper():
-        negated = negated.capitalize()
-    return start + negated + rest
+    if word[0].isupper():
+        negated = negated.upper() if word.isupper() else negated.capitalize()
+    return found["start"] + negated + rest
 
 
 def invert(
@@ -137,24 +119,19 @@ def invert(
     offered = LETTERS[: len(options)]
     if len(right) != 1 or not right <= set(offered):
         raise ValueError("not a single-choice question with options")
-    answer = offered.index(*right)
-    negated = negate(question)
-    if negated is None:
+    if (negated := negate(question)) is None:
         raise ValueError("cannot be negated")
-    same = [_plain(o) for o in options]
-    if same.count(same[answer]) > 1:
+    answer = offered.index(*right)
+    plain = [" ".join(option.casefold().split()).rstrip(".") for option in options]
+    if plain.count(plain[answer]) > 1:
         raise ValueError("right option occurs twice")
-    others = [k for k in range(len(options)) if k != answer and same.index(same[k]) == k]
+    others = [k for k in range(len(options)) if k != answer and plain.index(plain[k]) == k]
     if not others:
         raise ValueError("no other option")
     kept = rng.permutation(others)[: rng.integers(1, len(others) + 1)]
     order = rng.permutation([answer, *kept]).tolist()
     letters = [a for a, k in zip(LETTERS, order, strict=False) if k != answer]
     return negated, [options[k] for k in order], letters
-
-
-def _plain(option: str) -> str:
-    return " ".join(option.casefold().split()).rstrip(".")
 
 
 def qai_rows(rows: list[dict], seed: int, p: float = 0.5) -> tuple[list[dict], Counter]:
@@ -165,77 +142,67 @@ def qai_rows(rows: list[dict], seed: int, p: float = 0.5) -> tuple[list[dict], C
     """
     out, counts = [], Counter(rows=len(rows), inverted=0)
     for k, row in enumerate(rows):
-        record = as_record(row, f"row {k + 1}", Path())
+        record, rng = as_record(row, f"row {k + 1}", Path()), np.random.default_rng([seed, k])
         question = row["question"] if isinstance(row.get("question"), str) else record.problem
         options, right = option_texts(row.get("options")), None  # None: as in the row
-        rng = np.random.default_rng([seed, k])
         if rng.random() < p:
+            answers = answer_set(record.solution)
             try:
-                question, options, right = invert(
-                    question, options, answer_set(record.solution), rng
-                )
+                question, options, right = invert(question, options, answers, rng)
             except ValueError as reason:
                 counts[f"kept ({reason})"] += 1
         counts["inverted"] += right is not None
-        out.append(_qai_row(record, question, options, right))
+        out.append(qai_row(record, question, options, right))
     return out, counts
 
 
-def _qai_row(record: Record, question: str, options: list[str], right: list[str] | None) -> dict:
+def qai_row(record: Record, question: str, options: list[str], right: list[str] | None) -> dict:
     """The row in the official converter's form: problem with lines "A unwrap it", solution,
     options "(A) unwrap it", and answer "(A),(C)" where the row had one."""
     lettered = list(zip(LETTERS, options, strict=False))
-    problem = "\n".join([question, *(f"{letter} {text}" for letter, text in lettered)])
-    new = dict(record.row, question=question, problem=problem)
-    new["options"] = [f"({letter}) {text}" for letter, text in lettered]
-    new["solution"] = record.solution if right is None else f"<answer>{','.join(right)}</answer>"
+    lines = [f"{letter} {text}" for letter, text in lettered]
+    new = dict(record.row, question=question, problem="\n".join([question, *lines]))
+    new |= dict(options=[f"({letter}) {text}" for letter, text in lettered])
+    new |= dict(solution=record.solution, is_negated=right is not None)
+    if right is not None:
+        new["solution"] = f"<answer>{','.join(right)}</answer>"
     if right is not None and "answer" in new:
         new["answer"] = ",".join(f"({letter})" for letter in right)
-    return dict(new, is_negated=right is not None)
-
-
-def qai_file(path: str, out: str, seed: int, p: float = 0.5) -> Counter:
-    """A file of NExT-GQA or STAR rows -> OUT. Raises UserError naming every bad row of it."""
-    made, counts = qai_rows([record.row for record in load_records(path)], seed, p)
-    write_rows(made, out)
-    return counts
-
-
-def write_rows(rows: list[dict], out: str) -> None:
-    """A JSON list, or JSONL if the name ends so. Raises UserError if it cannot be written."""
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    is_jsonl = out.endswith(".jsonl")
-    text = "\n".join(lines) if is_jsonl else "[\n" + ",\n".join(lines) + "\n]"
-    try:
-        with replacing(Path(out)) as beside:
-            # Half a character becomes "\\ud800", which is how JSON spells it.
-            beside.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror})") from None
+    return new
 
 
 # ------------------------------------------------------------------------------------- command line
 
 
-def main() -> None:
+def write_rows(rows: list[dict], out: str) -> None:
+    """Writes a JSON list, one row a line. Raises UserError if it cannot be written."""
+    try:
+        with replacing(Path(out)) as beside:
+            beside.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror})") from None
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("clevrer", help="CLEVRER's own questions -> records")
-    command.add_argument("raw")
-    command.add_argument("out")
-    command = commands.add_parser("qai", help="question-answer inversion of NExT-GQA or STAR rows")
-    command.add_argument("file")
-    command.add_argument("out")
-    command.add_argument("--seed", type=int, default=42, help="the same seed gives the same bytes")
-    command.add_argument("--p", type=float, default=0.5, help="share of the questions to invert")
-    args = parser.parse_args()
+    clevrer = commands.add_parser("clevrer", help="CLEVRER's own questions -> records")
+    qai = commands.add_parser("qai", help="question-answer inversion of NExT-GQA or STAR rows")
+    for command in (clevrer, qai):
+        command.add_argument("file")
+        command.add_argument("out")
+    qai.add_argument("--seed", type=int, default=42, help="the same seed gives the same bytes")
+    qai.add_argument("--p", type=float, default=0.5, help="share of the questions to invert")
+    args = parser.parse_args(arguments)
     try:
         if args.command == "clevrer":
-            counts = clevrer_file(args.raw, args.out)
+            rows, counts = clevrer_rows(args.file)
+        elif 0 <= args.p <= 1 and args.seed >= 0:
+            records = load_records(args.file)
+            rows, counts = qai_rows([record.row for record in records], args.seed, args.p)
         else:
-            if not 0 <= args.p <= 1 or args.seed < 0:
-                raise UserError("--p is a share of the questions, 0 to 1; --seed is 0 or more")
-            counts = qai_file(args.file, args.out, args.seed, args.p)
+            raise UserError("--p is a share of the questions, 0 to 1; --seed is 0 or more")
+        write_rows(rows, args.out)
     except (UserError, OSError) as error:
         raise SystemExit(f"error: {printable(str(error))}") from None
     print(f"{args.out}: " + ", ".join(f"{count} {what}" for what, count in counts.items()))

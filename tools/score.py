@@ -1,9 +1,9 @@
 """Evaluation logs, this project's and the official ones: written a row at a time, and scored.
 
-    open_log     the log of a run, locked for its ranks; a killed run is resumed in it
+    RowLog       the log of a run, shared by its ranks; a killed run is resumed in it
     read_log     JSONL of answered questions -> Log: one Answer per question, duplicates set aside
     summarize    Log -> accuracy with 95 % intervals: overall, single, multi, by task
-    report, markdown    the same as text, and as one table of several logs
+    table        several logs side by side, for a terminal or a Markdown document
 
 A row is {"question": {the dataset's row}, "ground_truth", "model_output", ...}. Its accuracy is
 recomputed from model_output, and compared with the logged one if there is one. Soft accuracy is
@@ -16,13 +16,10 @@ OURS: all rows, but only the first row of each question.
 Letters in shapes: Q questions, R resamples.
 """
 
-import contextlib
 import fcntl
 import json
-import os
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,6 +39,7 @@ MANY_TASKS = 40  # a breakdown into more is not shown
 class Answer:
     """One question of a log, scored."""
 
+    key: str  # the same for every row about this question
     name: str  # its id
     soft: float
     form: float  # 1 if the output is in the strict format, else 0
@@ -55,7 +53,7 @@ class Answer:
 @dataclass
 class Log:
     path: Path
-    answers: list[Answer]
+    answers: list[Answer] = field(default_factory=list)
     duplicates: list[str] = field(default_factory=list)  # the id of every repeated row
     errors: list[str] = field(default_factory=list)  # a sentence for every bad row
 
@@ -67,30 +65,27 @@ def question_key(row: object) -> str:
 
 def read_log(path: str | Path) -> Log:
     """Raises UserError if no row of the file can be scored."""
-    path = Path(path)
-    log, seen = Log(path, []), set()
-    for where, row in read_rows(path, log.errors):
+    log, seen = Log(Path(path)), set()
+    for where, row in read_rows(log.path, log.errors):
         try:
-            answer, key = score_row(row, where)
+            answer = score_row(row, where)
         except ValueError as error:
             log.errors.append(f"{where}: {error}")
             continue
-        if key in seen:
+        if answer.key in seen:
             log.duplicates.append(answer.name)
         else:
-            seen.add(key)
             log.answers.append(answer)
+        seen.add(answer.key)
     if not log.answers:
-        first = f"; {log.errors[0]}" if log.errors else ""
-        raise UserError(
-            f"{path}: holds no row that can be scored; expected an evaluation log, JSONL of "
-            f'{{"question", "ground_truth", "model_output"}}{first}'
-        )
+        expected = 'JSONL of {"question", "ground_truth", "model_output"}'
+        reason = "; ".join(["holds no row that can be scored", *log.errors[:1]])
+        raise UserError(f"{path}: {reason}; expected an evaluation log, {expected}")
     return log
 
 
-def score_row(row: object, where: str) -> tuple[Answer, str]:
-    """(the scored answer, the key of its question). Raises ValueError if the row has none."""
+def score_row(row: object, where: str) -> Answer:
+    """Raises ValueError if the row has no output or no truth."""
     if not isinstance(row, dict) or not isinstance(row.get("model_output"), str):
         raise ValueError("needs 'model_output', a text")
     question = row.get("question")
@@ -101,15 +96,14 @@ def score_row(row: object, where: str) -> tuple[Answer, str]:
     truth, answer = tagged_answer(truth), answer_of(row)
     soft, logged = compare_answers(answer, truth), row.get("accuracy_score")
     ids = (facts.get(k) for k in ("id", "question_id", "problem_id"))
-    is_number = number(truth) is not None
-    is_choice = not is_number and _LETTERS.fullmatch(truth) is not None
-    fits = bool(answer)
-    if is_number:
+    is_choice, fits = False, answer != ""
+    if number(truth) is not None:
         fits = number(answer) is not None
-    elif is_choice:
-        fits = _LETTERS.fullmatch(answer) is not None
-    scored = Answer(
-        name=next((str(i)[:80] for i in ids if i is not None), where),
+    elif _LETTERS.fullmatch(truth):
+        is_choice, fits = True, _LETTERS.fullmatch(answer) is not None
+    return Answer(
+        key=question_key(where if question is None else question),
+        name=next((str(i) for i in ids if i is not None), where),
         soft=soft,
         form=strict_format_reward(row["model_output"]),
         answer=answer,
@@ -118,7 +112,6 @@ def score_row(row: object, where: str) -> tuple[Answer, str]:
         fits=fits,
         agrees=not isinstance(logged, int | float) or abs(logged - soft) < 1e-6,
     )
-    return scored, question_key(question if question is not None else [where])
 
 
 def answer_of(row: dict) -> str:
@@ -136,87 +129,51 @@ def answer_of(row: dict) -> str:
 
 
 class RowLog:
-    """The JSONL log of a run. All its ranks append to it, and kill -9 loses at most one row."""
+    """The JSONL log of a run. All its ranks append to it, and kill -9 loses at most one row.
 
-    def __init__(self, path: str, settings: dict, done: set[str]):
-        self.path, self.settings, self.done = path, settings, done
-        self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    Raises UserError on every rank, and leaves the file as it is, if it is not the log of a run with
+    these settings.
+    """
+
+    def __init__(self, path: str, settings: dict):
+        self.path, self.settings = path, settings
+        try:
+            self.done = ranks.on_first(mend, Path(path), settings)  # keys of answered questions
+        except (UserError, OSError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"--out {path}: {reason}") from None
 
     def append(self, row: dict) -> None:
-        """Raises UserError if the row does not fit on the disk; the log is then as it was."""
-        text = json.dumps(row | {"run": self.settings}, ensure_ascii=False) + "\n"
-        rest = text.encode(errors="backslashreplace")  # half a character, as JSON spells it
-        fcntl.flock(self.descriptor, fcntl.LOCK_EX)
+        """Raises UserError if it cannot be written. A part of the row may then be in the log; the
+        run that resumes it cuts that off."""
         try:
-            before = os.fstat(self.descriptor).st_size
-            while rest:  # a disk that is nearly full takes a part, and then refuses
-                rest = rest[os.write(self.descriptor, rest) :]
+            with open(self.path, "a") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed; other ranks wait
+                file.write(json.dumps(row | {"run": self.settings}) + "\n")
         except OSError as error:
-            os.ftruncate(self.descriptor, before)
-            raise UserError(
-                f"--out {self.path}: cannot be written ({error.strerror}); its rows are whole, and "
-                "the same command resumes it"
-            ) from None
-        finally:
-            fcntl.flock(self.descriptor, fcntl.LOCK_UN)
-
-
-@contextlib.contextmanager
-def open_log(path: str, settings: dict) -> Iterator[RowLog]:
-    """The log for all ranks of this run, locked against other runs until the block ends.
-
-    Raises UserError on every rank, and leaves the file as it is, if it is another run's.
-    """
-    real = Path(os.path.realpath(path))
-    beside, lock = real.with_name(f".{real.name}.lock"), None
-
-    def take() -> set[str]:
-        nonlocal lock
-        lock = files.lock(beside)
-        if lock is None:
-            raise UserError("another eval.py run is writing to it")
-        try:
-            return mend(real, settings)
-        except (UserError, OSError):
-            beside.unlink()  # it would lie beside a file that is not ours
-            raise
-
-    try:
-        try:
-            done = ranks.on_first(take)
-        except (UserError, OSError) as error:
-            raise UserError(f"--out {path}: {getattr(error, 'strerror', None) or error}") from None
-        yield RowLog(path, settings, done)
-        ranks.barrier()  # the first rank holds the lock for all
-    finally:
-        if lock is not None:
-            os.close(lock)
+            reason = f"cannot be written ({error.strerror}); the same command resumes it"
+            raise UserError(f"--out {self.path}: {reason}") from None
 
 
 def mend(path: Path, settings: dict) -> set[str]:
-    """Cuts off an unfinished last row, and returns the keys of the answered questions. Raises
-    UserError, and changes nothing, if this is not a log of a run with these settings."""
+    """Cuts off an unfinished last row, and returns the keys of the answered questions."""
     if path.exists() and not path.is_file():
         raise UserError("is not a file")
-    data = path.read_bytes() if path.exists() else b""
-    whole, done = data[: data.rfind(b"\n") + 1], set()
-    torn = data[len(whole) :]
-    for k, row in files.json_lines(data):
-        is_last = k > whole.count(b"\n")
-        if is_last and isinstance(row, Exception) and torn.startswith(b'{"question": '):
-            break
-        if not isinstance(row, dict) or not isinstance(row.get("run"), dict):
-            raise UserError(f"line {k} is not a row of eval.py run; choose another file")
-        changed = [name for name, value in settings.items() if row["run"].get(name) != value]
-        if changed:
-            raise UserError(
-                f"line {k} was made with another {', '.join(changed)}; choose another file"
-            )
-        if not is_last:
-            done.add(question_key(row.get("question")))
-    if torn:
-        os.truncate(path, len(whole))
-    return done
+    with open(path, "a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        data = file.read()
+        whole, rows = data[: data.rfind(b"\n") + 1], list(files.json_lines(data))
+        if data[len(whole) :].startswith(b'{"question": ') and isinstance(rows[-1][1], Exception):
+            rows.pop()  # it was being written when the run was killed
+        for k, row in rows:
+            if not isinstance(row, dict) or not isinstance(row.get("run"), dict):
+                raise UserError(f"line {k} is not a row of eval.py run; choose another file")
+            if changed := [name for name in settings if row["run"].get(name) != settings[name]]:
+                another = ", ".join(changed)
+                raise UserError(f"line {k} was made with another {another}; choose another file")
+        file.truncate(len(whole))
+    return {question_key(row.get("question")) for _, row in files.json_lines(whole)}
 
 
 # ------------------------------------------------------------------------------------------ numbers
@@ -279,52 +236,38 @@ def summarize(log: Log, resamples: int = 1000, seed: int = 0) -> Summary:
     )
 
 
-# --------------------------------------------------------------------------------------------- text
+# ------------------------------------------------------------------------------------------ a table
 
 
-def report(log: Log, summary: Summary) -> str:
-    lines = [f"{one_line(log.path.name, 200)}: {len(log.answers)} questions"]
-    lines.append(f"{'':32} questions   strict [95 %]           soft [95 %]")
-    for name, s in summary.shares.items():
-        cells = [
-            f"{mean:6.2f} [{low:5.1f}, {high:5.1f}]"
-            for mean, (low, high) in ((s.strict, s.strict_interval), (s.soft, s.soft_interval))
-        ]
-        lines.append(f"  {one_line(name, 30):30} {s.questions:9}   {'   '.join(cells)}")
-    unfit, repeated = summary.unfit.total(), len(log.duplicates)
-    examples = ", ".join(repr(one_line(a, 30)) for a, _ in summary.unfit.most_common(5))
-    names = ", ".join([one_line(n, 40) for n in log.duplicates[:10]] + ["..."] * (repeated > 10))
-    lines += [
-        f"  format rate {summary.form:.2f}",
-        f"  answers that fit no rule: {unfit}" + (f" ({examples})" if unfit else ""),
-        f"  duplicate rows, counted once: {repeated}" + (f" (questions {names})" if names else ""),
-    ]
-    if summary.disagreements:
-        lines.append(f"  rows whose logged accuracy_score differs: {summary.disagreements}")
-    lines += [f"  bad row, not counted: {one_line(error, 200)}" for error in log.errors[:10]]
-    if len(log.errors) > 10:
-        lines.append(f"  ... and {len(log.errors) - 10} more bad rows")
-    return "\n".join(lines)
+def table(logs: list[tuple[Log, Summary]]) -> str:
+    """A Markdown table, a line for each part of each log, and under it what else is known of the
+    logs."""
+    rows = [("log", "part", "questions", "strict", "95 % interval", "soft", "95 % interval")]
+    rows.append(("---",) * 7)
+    for part in dict.fromkeys(part for _, summary in logs for part in summary.shares):
+        for log, summary in logs:
+            if s := summary.shares.get(part):
+                cells = [one_line(log.path.stem, 80), one_line(part, 30), f"{s.questions:9}"]
+                for mean, (low, high) in ((s.strict, s.strict_interval), (s.soft, s.soft_interval)):
+                    cells += [f"{mean:6.2f}", f"{low:5.1f} to {high:5.1f}"]
+                rows.append([cell.replace("|", "\\|") for cell in cells])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
+    return "\n".join([*lines, *(notes(*scored) for scored in logs)])
 
 
-def markdown(logs: list[tuple[Log, Summary]]) -> str:
-    """One table, a line for each log; intervals are of the strict accuracy."""
-    lines = [
-        "| log | questions | strict | 95 % | soft | single | multi strict | multi soft | format "
-        "| fit no rule | duplicates |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for log, summary in logs:
-        overall = summary.shares["overall"]
-        single, multi = summary.shares.get("single"), summary.shares.get("multi")
-        low, high = overall.strict_interval
-        name = one_line(log.path.stem, 80).replace("|", "\\|")
-        multis = f"{multi.strict:.2f} | {multi.soft:.2f}" if multi else "- | -"
-        lines.append(
-            f"| {name} | {overall.questions} | {overall.strict:.2f} | {low:.1f} to {high:.1f} "
-            f"| {overall.soft:.2f} | {f'{single.strict:.2f}' if single else '-'} | {multis} "
-            f"| {summary.form:.1f} | {summary.unfit.total()} | {len(log.duplicates)} |"
-        )
+def notes(log: Log, summary: Summary) -> str:
+    """Format rate, and how many rows are odd, with up to five examples of each kind."""
+    unfit = [repr(answer) for answer, _ in summary.unfit.most_common(5)]
+    lines = [f"\n{one_line(log.path.name, 200)}: format rate {summary.form:.2f}"]
+    for what, count, examples in (
+        ("answers that fit no rule", summary.unfit.total(), unfit),
+        ("duplicate rows, counted once", len(log.duplicates), log.duplicates),
+        ("bad rows, not counted", len(log.errors), log.errors),
+        ("rows whose logged accuracy_score differs", summary.disagreements, []),
+    ):
+        shown = "; ".join(one_line(example, 100) for example in examples[:5])
+        lines.append(f"- {what}: {count}" + (f" ({shown})" if shown else ""))
     return "\n".join(lines)
 
 
