@@ -61,11 +61,7 @@ def test_json_list_and_jsonl_are_read_alike(tmp_path):
     assert listed[1] == lines[1]
 
 
-def test_every_bad_row_is_reported_not_just_the_first(tmp_path):
-    lines = [json.dumps(ROW), "{broken", json.dumps({**ROW, "solution": "E"}), json.dumps(ROW)[:-3]]
-    with pytest.raises(UserError, match="3 bad row") as error:
-        load_records(write(tmp_path, "\n".join(lines), "q.jsonl"))
-    assert all(f"line {k}: " in str(error.value) for k in (2, 3, 4))
+SEVERAL = [json.dumps(ROW), "{broken", json.dumps({**ROW, "solution": "E"}), json.dumps(ROW)[:-3]]
 
 
 @pytest.mark.parametrize(
@@ -80,6 +76,7 @@ def test_every_bad_row_is_reported_not_just_the_first(tmp_path):
         (b'{"problem": ' + b"9" * 5000 + b"}", "line 1: is not valid JSON"),
         (b"\x00", "line 1: is not valid JSON"),
         (b'["\xff\xfe"]', "cannot be read as UTF-8 text"),
+        ("\n".join(SEVERAL).encode(), "3 bad row.*line 2: .*line 3: .*line 4: "),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named(data, sentence, tmp_path):
