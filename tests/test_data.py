@@ -1,21 +1,17 @@
-"""Records from files, and the prompts made of them."""
+"""Records from files, which of them are trained on, and the tools that check and write them."""
 
 import json
 import os
-import re
 import sys
 import time
-from dataclasses import replace
 
 import pytest
 from conftest import twgrpo_command
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from prompt_cases import GOLDEN, TOKENIZER, as_file, rendered
 
 import toy
-import video
-from data import STYLES, check_prompts, question_text, select_records, step_records
+from data import STYLES, question_text, select_records, step_records
 from files import UserError
 from records import (
     MAX_TEXT,
@@ -30,15 +26,9 @@ from run import plan
 from run.config import parse_config
 from run.log import RunLog
 from tools import check, convert
-from video import VideoError
 
-ROW = {
-    "problem": "What?\nA. red\nB. blue",
-    "solution": "<answer>A,B</answer>",
-    "video": "clips/1.mp4",
-}
+ROW = dict(problem="What?\nA. red\nB. blue", solution="<answer>A,B</answer>", video="clips/1.mp4")
 ESCAPES = "\x1b]0;owned\x07\x1b[31mred\x9b2J\u202e"  # what a terminal would obey
-MANY_FIXTURES = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def is_printable(text: str) -> bool:
@@ -62,11 +52,7 @@ def test_json_list_and_jsonl_are_read_alike(tmp_path):
     assert listed[1] == lines[1]
 
 
-def test_every_bad_row_is_reported_not_just_the_first(tmp_path):
-    lines = [json.dumps(ROW), "{broken", json.dumps({**ROW, "solution": "E"}), json.dumps(ROW)[:-3]]
-    with pytest.raises(UserError, match="3 bad row") as error:
-        load_records(write(tmp_path, "\n".join(lines), "q.jsonl"))
-    assert all(f"line {k}: " in str(error.value) for k in (2, 3, 4))
+SEVERAL = [json.dumps(ROW), "{broken", json.dumps({**ROW, "solution": "E"}), json.dumps(ROW)[:-3]]
 
 
 @pytest.mark.parametrize(
@@ -81,19 +67,15 @@ def test_every_bad_row_is_reported_not_just_the_first(tmp_path):
         (b'{"problem": ' + b"9" * 5000 + b"}", "line 1: is not valid JSON"),
         (b"\x00", "line 1: is not valid JSON"),
         (b'["\xff\xfe"]', "cannot be read as UTF-8 text"),
+        (None, "cannot be read"),  # a directory
+        ("\n".join(SEVERAL).encode(), "3 bad row.*line 2: .*line 3: .*line 4: "),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named(data, sentence, tmp_path):
-    (tmp_path / "q.json").write_bytes(data)
+    path = tmp_path / "q.json"
+    path.write_bytes(data) if data is not None else path.mkdir()
     with pytest.raises(UserError, match=f"(?s)q.json: .*{sentence}"):
-        load_records(tmp_path / "q.json")
-
-
-def test_missing_files_and_directories_are_named(tmp_path):
-    with pytest.raises(UserError, match="nowhere.json: no such file"):
-        load_records(tmp_path / "nowhere.json")
-    with pytest.raises(UserError, match="cannot be read"):
-        load_records(tmp_path)
+        load_records(path)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +224,7 @@ NOISE = st.sampled_from([b""] * 12 + [b"\xff", b"{", b"\x00", b"]"])
 MUTATED = st.builds(lambda row, key, value: {**row, key: value}, GOOD, st.sampled_from(KEYS), JSON)
 
 
-@MANY_FIXTURES
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.lists(GOOD | MUTATED | JSON, max_size=3), as_list=st.booleans(), noise=NOISE)
 def test_any_file_gives_records_or_a_user_error(rows, as_list, noise, tmp_path):
     text = json.dumps(rows) if as_list else "\n".join(map(json.dumps, rows))
@@ -353,117 +335,6 @@ def test_each_epoch_shows_every_record_once_in_a_fresh_order():
     assert all(sorted(epoch) == list("01234") for epoch in epochs)
     assert len(set(epochs)) > 1
     assert step_records(records, 7, 2, seed=1) == step_records(records, 7, 2, seed=1)
-
-
-@pytest.mark.parametrize("style", STYLES)
-def test_prompts_equal_the_golden_files(style):
-    """tests/golden was compared with the official templates, blank for blank. The ids are those of
-    tokenizing the prompt as a whole."""
-    prompts = rendered(style)
-    assert as_file(prompts) == (GOLDEN / f"{style}.txt").read_text(encoding="utf-8")
-    for prompt, ids in prompts.values():
-        assert ids == TOKENIZER(prompt, add_special_tokens=False)["input_ids"]
-
-
-def test_fixed_timing_tells_one_second_per_patch(prompter, policy, records):
-    video_id, ids = policy.model.config.video_token_id, []
-    # 4 frames of 2 s: 7 / 12 s apart, 7 / 6 s a patch; two positions a second
-    for told, gap in ((None, 2), (1.0, 2), (0.5, 1)):
-        question = replace(prompter, seconds_per_patch=told)(records[0])
-        first, second = question.positions_3P[0][question.ids_P == video_id].unique().tolist()
-        assert second - first == gap
-        ids.append(question.ids_P.tolist())
-    assert ids[0] == ids[1] == ids[2]
-
-
-def test_the_official_evaluators_frames_of_a_clevrer_clip(sample, prompter):
-    """10 sampled frames shown as 16, 1,496 tokens; in training 10 frames, 935 tokens."""
-    record = Record("1", "Why?", "A", sample("clevrer_video_12176.mp4"))
-    defaults = dict(max_frames=16, min_pixels=video.MIN_PIXELS, max_pixels=video.MAX_PIXELS)
-    for repeat, tokens, frames in ((0, 935, 5), (16, 1496, 8)):
-        question = replace(prompter, repeat_frames=repeat, **defaults)(record)
-        assert len(question.patches) // 4 == tokens and question.grid[0] == frames
-
-
-def test_a_question_holds_one_id_per_video_token(prompter, records, policy):
-    question = prompter(records[0])
-    video_ids = question.ids_P == policy.model.config.video_token_id
-    assert int(video_ids.sum()) == len(question.patches) // 4 == 8
-    assert question.positions_3P.shape == (3, len(question.ids_P))
-    assert question.seconds == pytest.approx(7 / 3 / 4)
-    text = policy.tokenizer.decode(question.ids_P[~video_ids])
-    assert text == question.prompt.replace("<|video_pad|>", "")
-
-
-def asking(problem: str, record: Record, id: str = "1") -> Record:
-    return Record(id, problem, "<answer>A</answer>", record.video)
-
-
-@pytest.mark.parametrize("token", toy.SPECIAL_TOKENS)
-def test_a_question_that_holds_a_special_token_is_refused(token, prompter, records):
-    """It would end the user's turn, or show a second video."""
-    with pytest.raises(
-        UserError, match=re.escape(f"its text holds the model's special token {token}")
-    ):
-        prompter.tokenize(asking(f"What is {token}?", records[0]))
-
-
-PROBLEMS = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
-
-
-@MANY_FIXTURES
-@given(problem=PROBLEMS | st.text("<|>/imend{answer} 0\n \u0301\u0958", max_size=30))
-@example(problem="What is {answer} {0} {{x}}?")
-def test_other_prompts_keep_the_ids_of_plain_tokenization(problem, prompter, records):
-    prompt, ids = prompter.tokenize(asking(problem, records[0]))
-    assert problem in prompt  # braces too
-    assert ids == prompter.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-
-
-def test_questions_that_cannot_become_a_prompt_are_all_named_before_a_run(prompter, records):
-    long = [asking("word " * 5000, records[0], f"long-{k}") for k in range(2)]
-    with pytest.raises(UserError, match=r"q.json: 2 question\(s\) that cannot") as error:
-        check_prompts(prompter, [*records, *long], "q.json")
-    for name in ("long-0", "long-1"):
-        assert f"record {name}: its prompt has " in str(error.value)
-    assert "--max_prompt_length and the model allow 4,096" in str(error.value)
-    # OFFICIAL: cut from the left, video tokens included.  OURS: never cut; refused by default.
-    _, ids = replace(prompter, max_prompt_length=10**5).tokenize(long[0])
-    assert len(ids) > 5000 and prompter.tokenize(records[0])[1][:10] == ids[:10]
-    check_prompts(prompter, records, "q.json")
-
-
-@pytest.mark.parametrize(
-    "template, reason",
-    [
-        ("{% for %}", "the model's chat template fails on it"),
-        ("{{ messages[0].content + 1 }}", "the model's chat template fails on it"),
-        ("{{ raise_exception('no videos') }}", r"fails on it \(no videos\)"),
-        ("{{ messages[0].content[1].text }}", "shows 0 videos"),
-        (toy.CHAT_TEMPLATE + toy.CHAT_TEMPLATE, "shows 2 videos"),
-    ],
-)
-def test_a_broken_chat_template_is_a_sentence(template, reason, prompter, records):
-    with pytest.raises(UserError, match=reason):
-        check_prompts(replace(prompter, chat_template=template), records[:1], "q.json")
-
-
-def test_two_thousand_prompts_are_checked_in_three_seconds(prompter, records):
-    many = [asking(f"Why {k}?\nA. red\nB. blue", records[0]) for k in range(2000)]
-    start = time.perf_counter()
-    check_prompts(prompter, many, "q.json")
-    assert time.perf_counter() - start < 3
-
-
-def test_a_clip_with_too_many_tokens_is_refused_like_an_unreadable_one(prompter, policy, records):
-    length = len(prompter.tokenize(records[0])[1])
-    prompter.max_prompt_length = length + 7
-    assert len(prompter(records[0]).ids_P) == length + 7
-    prompter.max_prompt_length -= 1
-    check_prompts(prompter, records[:1], "q.json")  # its text fits
-    with pytest.raises(VideoError, match=f".mp4: its prompt has {length + 7} tokens; --max"):
-        prompter(records[0])
-    assert policy.longest_prompt(10**9) == policy.text.config.max_position_embeddings
 
 
 def test_a_dry_run_and_notes_print_no_control_characters(world, tmp_path, capfd):

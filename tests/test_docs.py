@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -213,4 +211,4 @@ def test_official_lines_hold_what_is_said_of_them():
 
 def test_the_python_in_equations_runs():
     (code,) = blocks(EQUATIONS, "python")
-    subprocess.run([sys.executable, "-c", code], cwd=PROJECT, check=True, capture_output=True)
+    exec(code, {})

@@ -128,12 +128,11 @@ def values_of_the_tables(v) -> list[list[list]]:
         coefficients[t] = [*c[alive], c[alive].sum()]
     places = [[0, 4, *coefficients[0]], *([t, *coefficients[t]] for t in range(13, T))]
 
-    branches, takers = [], {k: [i for i in range(G) if TARGETS_N[fork[i]] == k] for k in range(V)}
+    branches = []
     for k in p[fork[0]].argsort()[::-1][:4]:
-        who = [names[i] for i in takers[k]] or ["none"]
-        branches.append(
-            [token(k), *who, p[fork[0], k], v["g"][fork, k].sum(), v["after"][fork[0], k]]
-        )
+        takers = [name for name, n in zip(names, fork, strict=True) if TARGETS_N[n] == k]
+        numbers = [p[fork[0], k], v["g"][fork, k].sum(), v["after"][fork[0], k]]
+        branches.append([token(k), *(takers or ["none"]), *numbers])
 
     own = []
     for i, t in ((3, FORK), (1, FORK), (2, 5), (1, 15)):
