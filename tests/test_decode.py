@@ -1,4 +1,4 @@
-"""Decoding: the attention kernels, on a GPU or interpreted; what a step launches."""
+"""Decoding: the attention kernels, on a GPU or interpreted; what a step launches; the draw."""
 
 from pathlib import Path
 from unittest import mock
@@ -171,8 +171,30 @@ with compiling_for(90) as found:
         launch_decode(G)
     checked = set(found)
     launch_decode(1, B=3, H=16, K=16, P=1, T=1)
-    launch_decode(8, B=2, H=16, K=2, P=37, T=1024, device="cpu")
-    launch_decode(24, H=32, K=8, P=5003, T=171)
+    launch_decode(24, B=2, H=32, K=8, P=5003, T=171, device="cpu")
     assert len(checked) == 5 and set(found) == checked, set(found) - checked
 """)
     assert result.returncode == 0, result.stderr
+
+
+@given(
+    V=st.sampled_from([5, 410, 512, 513, 3000]),
+    temperature=st.sampled_from([0.5, 1.0, 2.0]),
+    scale=st.sampled_from([0.0, 1.0, 20.0]),
+    seed=st.integers(0, 999),
+)
+def test_the_draw_in_two_levels_is_that_of_one_scan(V, temperature, scale, seed):
+    """At 0, at the last number below 1 and just below the borders of words, some of them banned."""
+    generator = torch.Generator().manual_seed(seed)
+    logits_RV = torch.randn(50, V, generator=generator) * scale
+    banned_V = torch.rand(V, generator=generator) < 0.3
+    banned_V[[0, 1, -1]] = torch.tensor([True, False, True])
+    allowed_RV = (logits_RV / temperature).masked_fill(banned_V, -torch.inf)
+    upto_RV = allowed_RV.softmax(-1).double().cumsum(-1)
+    words_R1 = torch.randint(V, (50, 1), generator=generator)
+    uniform_R1 = (upto_RV.gather(1, words_R1) / upto_RV[:, -1:] - 1e-12).clamp(min=0)
+    uniform_R1[0], uniform_R1[-1] = 0, 1 - 2**-53
+    tokens_R, _ = rollout.sample(logits_RV, temperature, uniform_R1[:, 0], banned_V)
+    one_scan_R1 = torch.searchsorted(upto_RV, uniform_R1 * upto_RV[:, -1:], right=True)
+    assert torch.equal(tokens_R[:-1], one_scan_R1[:-1, 0])  # the last scan may end beyond the words
+    assert not banned_V[tokens_R].any()
