@@ -1,14 +1,15 @@
-"""Every kernel compiled ahead of time, as the head launches it, without a GPU: registers, spills,
-shared memory, and barriers.
+"""Every kernel compiled ahead of time, as it is launched, without a GPU: registers, spills, shared
+memory, and barriers.
 
     python -m kernels.compile_check             # sm_80, sm_90 and sm_100
     python -m kernels.compile_check --arch 90
 
-The head itself runs, forward and backward, on tensors without storage (device "meta") at production
-size; each launch compiles what Triton would compile for these arguments. So types, constants, warps
-and alignment are those of a real launch and are stated nowhere else. Exits 1 if a kernel spills
-registers, needs too much shared memory, or if the group kernel waits inside its loop. Needs Triton;
-must not run under TRITON_INTERPRET=1, where a kernel is never compiled.
+The head itself runs, forward and backward, and so does the attention of a decoding step, on tensors
+without storage (device "meta") at production size; each launch compiles what Triton would compile
+for these arguments. So types, constants, warps and alignment are those of a real launch and are
+stated nowhere else. Exits 1 if a kernel spills registers, needs too much shared memory, or if the
+group kernel waits inside its loop. Needs Triton; must not run under TRITON_INTERPRET=1,
+where a kernel is never compiled.
 """
 
 import argparse
@@ -89,8 +90,23 @@ def launch_head(
     output.loss.backward()
 
 
+def launch_decode(G: int, B=1, H=28, K=4, P=1100, T=170, D=128, device="meta") -> None:
+    """The attention of one decoding step, by default of Qwen2.5-VL-7B, in bf16."""
+    from kernels import decode
+
+    R, bf16 = B * G, dict(dtype=torch.bfloat16, device=device)
+    new = [torch.empty(R, heads, D, **bf16) for heads in (H, K, K)]
+    rotation = [torch.empty(R, D, **bf16) for _ in range(2)]
+    prompt = [torch.empty(B, K, P, D, **bf16) for _ in range(2)]
+    own = [torch.empty(R, K, T, D, **bf16) for _ in range(2)]
+    lengths_B, t = (torch.empty(n, dtype=torch.int64, device=device) for n in (B, 1))
+    decode.launch(*new, *rotation, *prompt, lengths_B, *own, t, 0.09)
+
+
 def launch_everything(arch: int) -> None:
     """Each kernel under each of its constants: group sizes, forms of D_t, dtypes."""
+    for G in (2, 4, 8, 16):
+        launch_decode(G)
     for dtype, impl, G, divergence in itertools.product(
         (torch.bfloat16, torch.float32),
         ("chunked", "fused"),

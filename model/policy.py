@@ -274,8 +274,9 @@ class Policy:
         )
 
         # Prefill: each prompt once, right-padded, where causal attention does not look.
-        ids_BP, positions_3BP, segments_BP, _ = pack([Group(q) for q in questions], self.pad_id)
-        cache = GroupCache(len(self.text.layers), G, T, (segments_BP == 0).to(device))
+        ids_BP, positions_3BP, *_ = pack([Group(q) for q in questions], self.pad_id)
+        lengths_B = torch.tensor([len(q.ids_P) for q in questions], device=device)
+        cache = GroupCache(len(self.text.layers), lengths_B)
         self.text.eval()
         with self.compute():
             hidden_BPD = self.text(
@@ -283,12 +284,11 @@ class Policy:
                 position_ids=positions_3BP.to(device),
                 past_key_values=cache,
             ).last_hidden_state
-        last_B = torch.tensor([len(q.ids_P) - 1 for q in questions], device=device)
-        hidden_BD = hidden_BPD[torch.arange(len(questions), device=device), last_B]
+        hidden_BD = hidden_BPD[torch.arange(len(questions), device=device), lengths_B - 1]
 
         # Decode: R = B G rows side by side.
         following_B = torch.stack([q.positions_3P.max() + 1 for q in questions])
-        with self.compute(), self.attention(self.text, "group"):
+        with self.compute():
             decoder = Decoder(
                 self.text,
                 self.model.lm_head,

@@ -5,88 +5,130 @@ step can be captured as a graph and replayed: launching the kernels of a 7B mode
 more than running them. Eagerly the same function gives the same tokens.
 
 Letters in shapes: B questions, G completions of each, R = B G rows decoded side by side, P prompt
-tokens, T tokens of a completion, t the position being sampled, W >= t + 1 the part of the cache
-that a step reads, H query heads, d their size, V vocabulary, D hidden size.
+tokens, T tokens of a completion, t the position being sampled, H query heads, K key heads, d their
+size, V vocabulary, D hidden size.
 """
+
+import importlib.util
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from transformers import AttentionInterface
+from torch import Tensor, nn
 
-FIRST_WIDTH = 64  # W doubles from here, so a rollout captures few graphs and reads at most 2 t
+WORDS = 512  # of the vocabulary, in one block of `draw`
 
 
 class GroupCache:
     """Keys and values while decoding: a prompt's once per question, a completion's once per row.
 
     A cache repeated G times would hold the prompt, by far the longer part, G times, and every step
-    would read all of it. transformers fills this one through `update`; `group_attention` reads it.
+    would read all of it. transformers fills in the prompts, through `update`.
     """
 
-    def __init__(self, layers: int, num_generations: int, length: int, real_BP: Tensor):
-        self.num_generations, self.length = num_generations, length
-        # Added to scores: 0 where there is something to see, -inf where there is not.
-        self.unreal_B11P = torch.zeros_like(real_BP, dtype=torch.float32)
-        self.unreal_B11P = self.unreal_B11P.masked_fill(~real_BP, -torch.inf)[:, None, None]
-        self.prompt: list[tuple[Tensor, Tensor] | None] = [None] * layers  # (B, heads, P, d)
-        self.own: list[tuple[Tensor, Tensor] | None] = [None] * layers  # (R, heads, length, d)
-        self.t: Tensor | None = None  # (1,) int64, the position being written; None: prefill
-        self.width = 0
-
-    def begin_decoding(self, t: Tensor) -> None:
-        self.t = t
-        for layer, (key, value) in enumerate(self.prompt):
-            B, heads, _, d = key.shape
-            shape = (B * self.num_generations, heads, self.length, d)
-            # Each in its own dtype: under autocast, a float32 model has float32 keys, bf16 values.
-            self.own[layer] = (key.new_zeros(shape), value.new_zeros(shape))
-
-    def unwritten_W(self) -> Tensor:
-        """-inf at the positions of the own cache that are read but not yet written, else 0."""
-        position_W = torch.arange(self.width, device=self.t.device)
-        return torch.where(position_W <= self.t, 0.0, -torch.inf)
+    def __init__(self, layers: int, lengths_B: Tensor):
+        self.lengths_B = lengths_B  # of the prompts, which are padded on the right to P
+        self.prompt: list[tuple[Tensor, Tensor] | None] = [None] * layers  # (B, K, P, d)
+        self.own: list[tuple[Tensor, Tensor]] = []  # (R, K, T, d)
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        if self.t is None:
-            self.prompt[layer_idx] = (key, value)
-            return key, value
-        for buffer, new in zip(self.own[layer_idx], (key, value), strict=True):
-            buffer.index_copy_(2, self.t, new)
-        return tuple(buffer[:, :, : self.width] for buffer in self.own[layer_idx])
+        # Under autocast a float32 model has values in bf16, but float32 keys once they are rotated.
+        self.prompt[layer_idx] = (key.to(value.dtype).contiguous(), value.contiguous())
+        return key, value
+
+    def begin_decoding(self, R: int, T: int) -> None:
+        for key, value in self.prompt:
+            _, K, _, d = key.shape
+            self.own.append((key.new_zeros(R, K, T, d), value.new_zeros(R, K, T, d)))
 
 
-def group_attention(module, query, key, value, attention_mask, *, scaling, group_cache, **_):
-    """Attention of one new token per row over [prompt of its question, its own completion].
+def rotated(x_RHd: Tensor, cos_Rd: Tensor, sin_Rd: Tensor) -> Tensor:
+    """Rotary embedding: the features j and j + d / 2 turn as a pair."""
+    first, second = x_RHd.chunk(2, dim=-1)
+    turned_RHd = torch.cat([-second, first], dim=-1)
+    return x_RHd * cos_Rd[:, None] + turned_RHd * sin_Rd[:, None]
 
-    query (R, H, 1, d); key and value (R, heads, W, d) are the row's own, not all written yet; the
-    prompt's come from the cache. The G rows of a question, and the H / heads query heads that share
-    a key head, are rows of one matrix product with the prompt's keys. In float32, autocast or not.
-    Returns (R, 1, H, d), as transformers wants it.
+
+def group_attention(
+    query_RHd: Tensor,
+    key_RKd: Tensor,
+    value_RKd: Tensor,
+    cos_Rd: Tensor,
+    sin_Rd: Tensor,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    lengths_B: Tensor,
+    own_key: Tensor,
+    own_value: Tensor,
+    t: Tensor,
+    scale: float,
+) -> Tensor:
+    """Eq. 35: attention of one new token per row over [prompt of its question, its own completion].
+
+    query, key, value and the cosines and sines of its position are the new token's, before rotary
+    embedding. The prompts' keys and values are (B, K, P, d), of which lengths_B are real; the own
+    ones (R, K, T, d), where the new ones are written at position t, (1,) int64. The G rows of a
+    question, and the H / K query heads that share a key head, are rows of one matrix product with
+    the prompt's keys. In float32, autocast or not. Returns (R, H, d) in the cache's dtype. Waits
+    for t; `kernels.decode` does not.
     """
-    (R, H, _, d), (_, heads, W, _), dtype = query.shape, key.shape, query.dtype
-    prompt_key, prompt_value = group_cache.prompt[module.layer_idx]
-    B, G, shared, P = len(prompt_key), group_cache.num_generations, H // heads, prompt_key.shape[2]
-    query, key, value, prompt_key, prompt_value = (
-        x.float() for x in (query, key, value, prompt_key, prompt_value)
+    (R, H, d), (B, K, P, _), W = query_RHd.shape, prompt_key.shape, int(t) + 1
+    wide = torch.promote_types(torch.float32, own_key.dtype)
+    own_key.index_copy_(2, t, rotated(key_RKd, cos_Rd, sin_Rd)[:, :, None].to(own_key.dtype))
+    own_value.index_copy_(2, t, value_RKd[:, :, None])
+    key, value, prompt_key, prompt_value = (
+        x.to(wide) for x in (own_key[:, :, :W], own_value[:, :, :W], prompt_key, prompt_value)
     )
 
-    def by_question(x: Tensor) -> Tensor:  # (R, heads, shared, n) -> (B, heads, G * shared, n)
-        return x.view(B, G, heads, shared, -1).transpose(1, 2).reshape(B, heads, G * shared, -1)
+    def by_question(x: Tensor) -> Tensor:  # (R, K, H / K, n) -> (B, K, G H / K, n)
+        return x.reshape(B, R // B, K, H // K, -1).transpose(1, 2).flatten(2, 3)
 
     def by_row(x: Tensor) -> Tensor:  # and back
-        return x.reshape(B, heads, G, shared, -1).transpose(1, 2).reshape(R, heads, shared, -1)
+        return x.unflatten(2, (R // B, H // K)).transpose(1, 2).flatten(0, 1)
 
-    with torch.autocast(query.device.type, enabled=False):
-        q_own = query.view(R, heads, shared, d) * scaling
-        to_prompt = by_question(q_own) @ prompt_key.mT + group_cache.unreal_B11P
-        to_own = by_question(q_own @ key.mT + group_cache.unwritten_W())
+    padding_BP = torch.arange(P, device=t.device) >= lengths_B[:, None]
+    with torch.autocast(t.device.type, enabled=False):
+        q_own = rotated(query_RHd, cos_Rd, sin_Rd).to(wide).view(R, K, H // K, d) * scale
+        to_prompt = by_question(q_own) @ prompt_key.mT
+        to_prompt = to_prompt.masked_fill(padding_BP[:, None, None], -torch.inf)
+        to_own = by_question(q_own @ key.mT)
         p_prompt, p_own = torch.cat([to_prompt, to_own], -1).softmax(-1).split([P, W], -1)
         out = by_row(p_prompt @ prompt_value) + by_row(p_own) @ value
-    return out.reshape(R, 1, H, d).to(dtype), None
+    return out.reshape(R, H, d).to(own_value.dtype)
 
 
-AttentionInterface.register("group", group_attention)
+def attention_on(device: torch.device) -> Callable[..., Tensor]:
+    """The kernel on CUDA where Triton is installed, else `group_attention`."""
+    if device.type == "cuda" and importlib.util.find_spec("triton"):
+        from kernels.decode import decode_attention
+
+        return decode_attention
+    return group_attention
+
+
+def rms_norm(module: nn.Module, x: Tensor) -> Tensor:
+    """One kernel, in x's own dtype and float32 inside; the module's own forward launches eight."""
+    with torch.autocast(x.device.type, enabled=False):  # which would cast to float32 and back
+        return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
+
+
+def decode_layer(
+    layer: nn.Module, hidden_RD: Tensor, attend: Callable[..., Tensor], context: tuple[Tensor, ...]
+) -> Tensor:
+    """A decoder layer of transformers' models on one token of each row.
+
+    Its own forward rotates queries and keys, in ten kernels, before an attention function sees
+    them. `context`: what `attend` takes between the value and the scale.
+    """
+    attention = layer.self_attn
+    x_RD = rms_norm(layer.input_layernorm, hidden_RD)
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    query, key, value = (p(x_RD).view(len(x_RD), -1, attention.head_dim) for p in projections)
+    if hasattr(attention, "q_norm"):  # Qwen3-VL
+        query, key = rms_norm(attention.q_norm, query), rms_norm(attention.k_norm, key)
+    out_RHd = attend(query, key, value, *context, attention.scaling)
+    hidden_RD = hidden_RD + attention.o_proj(out_RHd.flatten(1))
+    return hidden_RD + layer.mlp(rms_norm(layer.post_attention_layernorm, hidden_RD))
 
 
 def sample(
@@ -117,12 +159,34 @@ def sample(
     if temperature == 0:
         tokens_R = allowed_RV.argmax(-1)
     else:
-        mass_RV = F.softmax(allowed_RV, dim=-1).double().cumsum(-1)
-        at_R1 = (uniform_R * mass_RV[:, -1])[:, None]
-        tokens_R = torch.searchsorted(mass_RV, at_R1, right=True)[:, 0]
-        # Only NaN logits can lie beyond. The log-prob is NaN too, and ends the rollout.
-        tokens_R = tokens_R.clamp(max=len(banned_V) - 1)
+        tokens_R = draw(F.softmax(allowed_RV, dim=-1), uniform_R)
     return tokens_R, logps_RV.gather(1, tokens_R[:, None])[:, 0]
+
+
+def draw(share_RV: Tensor, uniform_R: Tensor) -> Tensor:
+    """The first word whose cumulative share passes uniform times the total, (R,) int64.
+
+    In two levels, for a GPU is slow to scan a row of 152,064 words: first the block of words in
+    which the sum passes, then the word. Sums are float64; only where they pass within rounding
+    (1e-15) of the border between two words may it be the one or the other.
+    """
+    R, V = share_RV.shape
+    share_RNW = F.pad(share_RV, (0, -V % WORDS)).view(R, -1, WORDS)
+    upto_RN = share_RNW.sum(-1, dtype=torch.float64).cumsum(-1)
+    at_R1 = uniform_R[:, None] * upto_RN[:, -1:]
+    block_R1 = first_above(upto_RN, at_R1)
+    before_R1 = F.pad(upto_RN, (1, 0)).gather(1, block_R1)
+    share_RW = share_RNW.gather(1, block_R1[..., None].expand(-1, -1, WORDS))[:, 0]
+    word_R1 = first_above(share_RW.cumsum(-1, dtype=torch.float64), at_R1 - before_R1)
+    # Only NaN can lie beyond. The log-prob is NaN too, and ends the rollout.
+    return (block_R1 * WORDS + word_R1)[:, 0].clamp(max=V - 1)
+
+
+def first_above(upto_RN: Tensor, at_R1: Tensor) -> Tensor:
+    """The first place at which a row's cumulative sum is above `at`, (R, 1): so never a share of 0.
+    Where rounding has taken `at` to the end of the row, its last share that is not 0."""
+    at_R1 = torch.minimum(at_R1, upto_RN[:, -1:] * (1 - 2**-52))
+    return torch.searchsorted(upto_RN, at_R1, right=True).clamp(max=upto_RN.shape[1] - 1)
 
 
 def head_logits(hidden_RD: Tensor, weight_VD: Tensor) -> Tensor:
@@ -150,13 +214,14 @@ class Decoder:
         self.following_R, self.uniform_RT = following_R, uniform_RT
         self.temperature, self.top_p = temperature, top_p
         self.banned_V, self.eos_ids = banned_V, eos_ids
+        self.attend = attention_on(hidden_RD.device)
         (R, T), device = uniform_RT.shape, hidden_RD.device
         self.t = torch.zeros(1, dtype=torch.long, device=device)
         self.tokens_RT = torch.zeros(R, T, dtype=torch.long, device=device)
         self.logps_RT = torch.zeros(R, T, device=device)
         self.ended_R = torch.zeros(R, dtype=torch.bool, device=device)
         self.steps = 0
-        cache.begin_decoding(self.t)
+        cache.begin_decoding(R, T)
         self._sample(hidden_RD)
 
     def _sample(self, hidden_RD: Tensor) -> None:
@@ -172,31 +237,32 @@ class Decoder:
 
     def step(self) -> None:
         """Feeds column t, and samples column t + 1."""
-        tokens_R1 = self.tokens_RT.index_select(1, self.t)
-        hidden_R1D = self.text(
-            inputs_embeds=self.text.embed_tokens(tokens_R1),
-            position_ids=(self.following_R + self.t).expand(3, -1)[..., None],
-            attention_mask=None,
-            past_key_values=self.cache,
-            group_cache=self.cache,
-        ).last_hidden_state
+        hidden_RD = self.text.embed_tokens(self.tokens_RT.index_select(1, self.t)[:, 0])
+        positions_3R1 = (self.following_R + self.t).expand(3, -1)[..., None]
+        rotation = [x_R1d[:, 0] for x_R1d in self.text.rotary_emb(hidden_RD, positions_3R1)]
+        lengths_B, caches = (
+            self.cache.lengths_B,
+            zip(self.cache.prompt, self.cache.own, strict=True),
+        )
+        for layer, (prompt, own) in zip(self.text.layers, caches, strict=True):
+            context = (*rotation, *prompt, lengths_B, *own, self.t)
+            hidden_RD = decode_layer(layer, hidden_RD, self.attend, context)
         self.t += 1
-        self._sample(hidden_R1D[:, 0])
+        self._sample(rms_norm(self.text.norm, hidden_RD))
 
     def run(self, capture: bool, check_every: int) -> None:
-        T, step = self.uniform_RT.shape[1], None
+        T, step = self.uniform_RT.shape[1], self.step
         for t in range(T - 1):
             if t % check_every == 0 and bool(self.ended_R.all()):  # waits for the GPU
                 break
-            if t >= self.cache.width:
-                self.cache.width = min(max(FIRST_WIDTH, 2 * self.cache.width), self.cache.length)
-                step = self._captured_step() if capture else self.step
+            if t == 0 and capture and self.attend is not group_attention:
+                step = self._captured_step()
             step()
             self.steps = t + 1
         self.steps += 1
 
     def _captured_step(self):
-        """One step as a CUDA graph, over the first `cache.width` positions.
+        """One step as a CUDA graph.
 
         Capturing runs nothing, but the warm-up before it does: the state it moves is put back. What
         it writes beyond column t is written again by the replays.

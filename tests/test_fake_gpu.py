@@ -294,7 +294,6 @@ def test_the_memory_plan_counts_what_is_alive(gpu, monkeypatch, layers, checkpoi
     if checkpoints:
         policy.checkpoint_activations()
     optimizer = make_optimizer(cfg, policy)
-    monkeypatch.setattr(rollout, "FIRST_WIDTH", T)  # one step over the whole cache, then the end
     monkeypatch.setattr(gpu, "answer", lambda: gpu.waits.count("run") > 1)
     run = rollout.Decoder.run
     monkeypatch.setattr(
