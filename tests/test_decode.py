@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from fake_gpu import model_and_question
 from kernel_cases import DEVICE
+from test_fake_gpu import model_and_question
 from test_kernels import python
 from test_policy import as_qwen2_vl
 from test_qwen3 import as_qwen3_vl
@@ -26,7 +26,7 @@ from model import rollout
 from model.policy import Policy
 from records import Record
 
-pytest_plugins = ["fake_gpu"]
+pytest_plugins = ["test_fake_gpu"]
 BLOCK = 16
 FAMILIES = dict(qwen2_5_vl=lambda policy: policy, qwen2_vl=as_qwen2_vl, qwen3_vl=as_qwen3_vl)
 
