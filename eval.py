@@ -15,10 +15,9 @@ data.py; docs/prompts.md says which style belongs to which row of the paper.
 import argparse
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
-from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from data import STYLES, check_prompts
@@ -72,16 +71,14 @@ def run(args: argparse.Namespace, cfg: Config) -> None:
     records = {score.question_key(r.row): r for r in load_records(args.data, args.video_root)}
     records = dict(itertools.islice(records.items(), args.limit))
     log = score.RowLog(args.out, {name: getattr(args, name) for name in DECIDES_ANSWERS})
-
-    def append(group: Group) -> None:
-        log.append(log_row(group, args.prompt))
-
     todo = [k for k, key in enumerate(records) if key not in log.done]
     if len(todo) < len(records) and ranks.is_main():
         before = len(records) - len(todo)
         print(f"{args.out}: {before} of {len(records)} answered before", flush=True)
-    mine = [k for k in todo if k % ranks.world() == ranks.rank()]
-    answered = answer_all(args, cfg, list(records.values()), mine, append) if mine else 0
+    mine, answered = [k for k in todo if k % ranks.world() == ranks.rank()], 0
+    for group in answers(args, cfg, list(records.values()), mine) if mine else ():
+        log.append(log_row(group, args.prompt))
+        answered += 1
     count, asked = map(sum, zip(*ranks.gather((answered, len(mine))), strict=True))
     if not count and not log.done:
         raise UserError(f"{args.data}: none of its {len(todo)} questions has a readable clip")
@@ -113,20 +110,15 @@ def log_row(group: Group, style: str) -> dict:
     }
 
 
-def answer_all(
-    args: argparse.Namespace,
-    cfg: Config,
-    records: list[Record],
-    places: list[int],
-    use: Callable[[Group], None],
-) -> int:
-    """Calls use(group) with the answer to records[k] for every k of `places`, and returns how many
-    were answered. The place decides the seed, so that it is the same on any rank."""
+def answers(
+    args: argparse.Namespace, cfg: Config, records: list[Record], places: list[int]
+) -> Iterator[Group]:
+    """Yields the answer to records[k] for every k of `places`, as far as its clip can be read. The
+    place decides the seed, so an answer is the same on any rank."""
     transformers_logging.disable_progress_bar()
     asked = [(records[k], records[k], (cfg.seed, k)) for k in places]
     policy = Policy.load(args.model, ranks.start(), freeze_vision_modules=True)
-    bar = tqdm(total=len(asked), leave=False, disable=not ranks.is_main())
-    with policy.gathered() as policy, ClipReader(cfg.clip_timeout) as reader, bar:
+    with policy.gathered() as policy, ClipReader(cfg.clip_timeout) as reader:
         prompter = setup.make_prompter(
             cfg,
             policy,
@@ -136,8 +128,7 @@ def answer_all(
             load_clip=reader.load_clip,
         )
         check_prompts(prompter, records, args.data)
-        how = dict(batch_size=args.batch_size, top_p=args.top_p)
-        return answer(cfg, policy, prompter, asked, use, bar, **how)
+        yield from answer(cfg, policy, prompter, asked, args.batch_size, args.top_p)
 
 
 # --------------------------------------------------------------------------------- eval score, ask
@@ -155,15 +146,14 @@ def ask(args: argparse.Namespace, cfg: Config) -> None:
     lines = [f"{a}. {option}" for a, option in zip(LETTERS, args.options, strict=False)]
     kind = "multiple choice" if lines else "numerical" if args.prompt == "count" else "free-form"
     problem = "\n".join([args.question, *lines])
-
-    def show(group: Group) -> None:
-        cut = "" if group.finished[0] else ", cut off"
-        print(printable(group.texts[0]))
-        print(f"({len(group.completions[0])} tokens{cut}; prompt {len(group.question.ids_P)})")
-
     record = Record("asked", problem, "", Path(args.video), kind=kind)
-    if not answer_all(args, cfg, [record], [0], show):
-        raise UserError("without its clip, the question is not asked")
+    groups = list(answers(args, cfg, [record], [0]))
+    if not groups:
+        raise SystemExit(1)  # it was said that the clip cannot be read
+    (group,) = groups
+    cut = "" if group.finished[0] else ", cut off"
+    print(printable(group.texts[0]))
+    print(f"({len(group.completions[0])} tokens{cut}; prompt {len(group.question.ids_P)})")
 
 
 # ------------------------------------------------------------------------------------- command line

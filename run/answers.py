@@ -1,6 +1,6 @@
 """A policy's answers to questions: the one loop behind benchmarks and held-out evaluation.
 
-    answer       samples G completions of every question and hands each group to the caller
+    answer       samples G completions of every question, a batch at a time
     ahead        draws from an iterator before its items are needed
     in_batches   a batch at a time, halved when it does not fit in memory
 
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from data import Prompter, Question
 from files import UserError
+from model import ranks
 from model.packing import Group
 from model.policy import Policy
 from records import Record, printable
@@ -31,18 +32,17 @@ def answer(
     policy: Policy,
     prompter: Prompter,
     asked: list[tuple[Record, Record, tuple[int, ...]]],
-    use: Callable[[Group], None],
-    bar: tqdm,
-    *,
     batch_size: int,
     top_p: float = 1.0,
-) -> int:
-    """Calls use(group) for each question, in order, and returns how many were answered.
+    label: str = "answering",
+) -> Iterator[Group]:
+    """Yields the group of each question, in order.
 
     `asked` holds (record, record whose clip is shown, seed of its sampling). G completions of each
     are sampled as cfg says; temperature 0 is greedy. One thread decodes the clips ahead. Questions
-    whose clip cannot be read are skipped and reported on stderr. `bar` counts both.
+    whose clip cannot be read are skipped and reported on stderr.
     """
+    bar = tqdm(total=len(asked), desc=label, leave=False, disable=not ranks.is_main())
 
     def read(record: Record, clip_of: Record, seed: tuple[int, ...]):
         try:
@@ -57,17 +57,16 @@ def answer(
         G, length = cfg.num_generations, cfg.max_completion_length
         return policy.rollout(questions, features, G, length, cfg.temperature, seeds, top_p)
 
-    answered, thread = 0, ThreadPoolExecutor(1)
+    thread = ThreadPoolExecutor(1)
     try:
         futures = ahead((thread.submit(read, *one) for one in asked), batch_size)
         readable = (one for future in futures if (one := future.result()))
         for group in in_batches(readable, sample, batch_size):
-            use(group)
-            answered += 1
+            yield group
             bar.update()
     finally:  # an error must not wait for clips that nobody needs any more
         thread.shutdown(cancel_futures=True)
-    return answered
+        bar.close()
 
 
 def ahead(items: Iterable, depth: int) -> Iterator:

@@ -10,13 +10,11 @@ import json
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 import files
 from data import Prompter
 from files import UserError
 from model import ranks
-from model.packing import Group
 from model.policy import Policy
 from records import Record
 from rewards import accuracy_reward, format_reward, origin_accuracy_reward
@@ -52,19 +50,15 @@ def evaluate(
         (records[k], records[clip_of[k] if wrong_video else k], (cfg.seed, k, 0, 2))
         for k in range(ranks.rank(), len(records), ranks.world())
     ]  # 2: no other stream ends so
-    scores = []
-
-    def use(group: Group) -> None:
-        truth = group.question.record.solution
-        scores.extend([score(text, truth) for score in MEASURES.values()] for text in group.texts)
-
     label = ("greedy" if greedy else "sampled") + (", wrong video" if wrong_video else "")
     if greedy:
         cfg = dataclasses.replace(cfg, temperature=0.0, num_generations=1)
-    shown = dict(desc=f"evaluating ({label})", leave=False, disable=not ranks.is_main())
-    with tqdm(total=len(asked), **shown) as bar:
-        answered = answer(cfg, policy, prompter, asked, use, bar, batch_size=batch_size)
-    everyones, skipped = zip(*ranks.gather((scores, len(asked) - answered)), strict=True)
+    scores, skipped = [], len(asked)
+    for group in answer(cfg, policy, prompter, asked, batch_size, label=f"evaluating ({label})"):
+        truth = group.question.record.solution
+        scores += [[score(text, truth) for score in MEASURES.values()] for text in group.texts]
+        skipped -= 1
+    everyones, skipped = zip(*ranks.gather((scores, skipped)), strict=True)
     scores = [row for rows in everyones for row in rows]
     if not scores:
         raise UserError(f"none of the {len(records)} clips to evaluate on can be read")

@@ -235,7 +235,8 @@ def test_ask_answers_on_the_terminal_and_score_prints_one_table(world, sample, e
     flags += ["--question", "Which colours?", "--options", "red", "blue", *SMALL]
     printed = eval_py(*flags)
     assert re.search(r"^\(\d+ tokens(, cut off)?; prompt \d\d\)$", printed, re.MULTILINE)
-    assert "nowhere.mp4: no such video file" in eval_py(*flags, "--video", "/nowhere.mp4")
+    unread = eval_py(*flags, "--video", "/nowhere.mp4")
+    assert "nowhere.mp4: no such video file" in unread and unread.endswith("1")
     assert "--options takes at most 26" in eval_py(*flags, "--options", *"x" * 27)
     log = sample("mmvu_twgrpo_eval.jsonl")
     assert eval_py("score", log, log).count("| mmvu_twgrpo_eval | overall  ") == 2

@@ -25,8 +25,8 @@ from files import UserError, read_json, replacing
 
 TEMPLATE = Path(__file__).resolve().parent / "weights_page.html"
 FRAME_PIXELS = 168  # the longer side of a frame on the page, at most
-FLAGS = ("alpha", "token_weights", "normalize_token_weights", "divergence", "ended_rows")
-CLIP_SETTINGS = ("fps", "max_frames", "min_pixels", "max_pixels")
+FLAGS = "alpha token_weights normalize_token_weights divergence ended_rows loss_type".split()
+CLIP_SETTINGS = "fps max_frames min_pixels max_pixels".split()
 
 
 # -------------------------------------------------------------------- also used by the curves
