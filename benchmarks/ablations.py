@@ -16,10 +16,10 @@ from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
 
 import numpy as np
+import torch
 
 import toy
 from benchmarks.origin import PROJECT, Results, table
-from eval import within
 from tools import curves
 
 BASE = "alpha_1"  # token-normalised GRPO: all weights are 1
@@ -132,9 +132,9 @@ def markdown(data: dict, name: str) -> str:
     failed = [f"{row['setting']}, seed {row['seed']}" for row in rows if "failed" in row]
     return f"""# Ablation on the toy
 
-`python -m benchmarks.ablations`: {len(rows)} runs of {rows[0]["max_steps"]} steps, seeds {seeds}.
-Failed: {"; ".join(failed) or "none"}. Commit {data["commit"]}, {data["date"]},
-{machine["cores"]} cores of {machine["cpu"]}. [How to read it](README.md#the-ablation).
+`python -m benchmarks.ablations`: {len(rows)} runs of {rows[0]["max_steps"]} steps, seeds {seeds};
+failed: {"; ".join(failed) or "none"}. Commit {data["commit"]}, {data["date"]}, {machine["cores"]}
+cores of {machine["cpu"]}. [How to read it](README.md#the-ablation).
 
 <!-- computed: tests/test_ablations.py::test_the_committed_table_follows_from_the_numbers -->
 {table(compare(rows))}
@@ -161,12 +161,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--max_steps", type=within(1), default=toy.DEFAULTS["max_steps"])
-    parser.add_argument("--jobs", type=within(1), default=2, help="runs at a time")
+    parser.add_argument("--max_steps", type=int, default=toy.DEFAULTS["max_steps"])
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--work_dir", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--out", default="runs/ablations/all", help="files, without their suffix")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
+    torch.set_num_threads(1)  # a world's numbers depend on it; its runs do the same
     results = Results(Path(f"{args.out}.json"))
     keys = [dict(setting=name, seed=k) for k in args.seeds for name in args.settings]
     keys = [key | dict(max_steps=args.max_steps) for key in keys]

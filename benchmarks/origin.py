@@ -19,7 +19,7 @@ from files import replacing
 from run.log import SECONDS
 
 PROJECT = Path(__file__).resolve().parent.parent
-PACKAGES = "torch triton transformers numpy flash-attn liger-kernel trl".split()
+PACKAGES = "torch triton transformers numpy flash_attn flash-attn liger_kernel trl".split()
 
 
 def provenance() -> dict:
@@ -82,7 +82,8 @@ class Results:
             text = json.dumps(self.about | dict(rows=self.rows), indent=1)
             with replacing(self.path) as beside:
                 beside.write_text(text + "\n", encoding="utf-8")
-        print({k: v for k, v in row.items() if not isinstance(v, dict | list)}, flush=True)
+        short = {k: v for k, v in row.items() if not isinstance(v, dict | list)}
+        print(json.dumps(short), flush=True)
         return row
 
     def measure(self, work: Callable[..., dict], **key) -> dict:

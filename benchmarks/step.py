@@ -158,21 +158,20 @@ def run(shape: dict, completions: list[int], results: Results) -> None:
 
 
 def scaling(shape: dict, results: Results) -> None:
-    """Ours with one factor changed at a time, and the exponents between two of its values:
-    log(t2 / t1) / log(x2 / x1) of the rollout, and of scoring with its backward pass."""
+    """Ours with one factor changed at a time: seconds of the rollout, and of scoring with its
+    backward pass, and the exponents since the value before, log(t2 / t1) / log(x2 / x1)."""
     for factor, changes in FACTORS.items():
         before, x = None, "tokens" if factor == "prompt" else factor
         for change in changes:
             changed = {factor: int(change * shape[factor])}
             row = results.measure(measure, way="ours", **shape | changed)
+            now = dict(rollout=row["rollout_s"], score=row["score_s"] + row["backward_s"], x=row[x])
+            line = dict(rollout_s=now["rollout"], score_s=now["score"])
             if before:
-                pair = [
-                    (r["rollout_s"], r["score_s"] + r["backward_s"], r[x]) for r in (before, row)
-                ]
-                rollout, score, size = (math.log(b / a) for a, b in zip(*pair, strict=True))
-                exponents = dict(rollout_exponent=rollout / size, score_exponent=score / size)
-                results.add(dict(factor=factor, x1=before[x], x2=row[x]), exponents)
-            before = row
+                grown = {name: math.log(now[name] / before[name]) for name in now}
+                line |= {f"{n}_exponent": grown[n] / grown["x"] for n in ("rollout", "score")}
+            results.add(dict(factor=factor, x=row[x]), line)
+            before = now
 
 
 def main() -> None:
@@ -190,7 +189,7 @@ def main() -> None:
         scaling(shape | dict(max_completion_length=completions[0]), results)
     else:
         run(shape, completions, results)
-    print(table(results.rows))
+    print(table([row for row in results.rows if "factor" in row] or results.rows))
 
 
 if __name__ == "__main__":

@@ -118,8 +118,7 @@ def plot(result: dict, path: Path) -> None:
         longest = max(result["toy"]["groups"], key=lambda g: len(g["alive"]) - g["alive"].count(8))
         panels.append((f"toy completions, step {longest['step']}", longest))
     figure = Figure(figsize=(3.4 * len(panels), 5.2), layout="constrained")
-    shared = dict(sharex="col", sharey="row", squeeze=False)
-    axes = figure.subplots(2, len(panels), height_ratios=[3, 1], **shared)
+    axes = figure.subplots(2, len(panels), sharex="col", sharey="row", height_ratios=[3, 1])
     for (title, group), (upper, lower) in zip(panels, axes.T, strict=True):
         for name in FORMS:
             upper.plot(group["weights"][name], label=name)

@@ -64,13 +64,13 @@ def test_the_same_command_makes_only_what_is_missing(ablation):
     rows = json.loads((ablation["work"] / "a.json").read_text())["rows"]
     assert rows[0] == kept and kept["setting"] == "alpha_1"
     assert {row["setting"] for row in rows[1:]} == {"alpha_1.7", "grpo"}
-    assert "'setting': 'alpha_1'," not in ablation["second"].stdout
+    assert '"setting": "alpha_1",' not in ablation["second"].stdout
 
 
 def test_a_failing_run_is_named_and_the_others_go_on(ablation):
     second, text = ablation["second"], (ablation["work"] / "a.md").read_text()
     assert second.returncode == 1 and "FileExistsError" in second.stdout
-    assert "Failed: grpo, seed 3." in text and re.search(r"^\| grpo \|( none \|)+$", text, re.M)
+    assert "failed: grpo, seed 3." in text and re.search(r"^\| grpo \|( none \|)+$", text, re.M)
 
 
 def test_the_table_holds_what_the_runs_measured(ablation):

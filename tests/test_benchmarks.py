@@ -160,8 +160,8 @@ def test_exponents_are_those_of_the_measured_seconds(small, tmp_path, monkeypatc
 
     monkeypatch.setattr(step, "measure", measure)
     rows = run_step(monkeypatch, tmp_path / "growth.json", "--scaling", "--completion", "64")
-    grown = {(row["factor"], row["x2"]): row for row in rows if "factor" in row}
-    assert len(rows) == 7 + len(grown) and len(grown) == 6
+    grown = {(row["factor"], row["x"]): row for row in rows if "factor" in row}
+    assert len(rows) == 7 + len(grown) and len(grown) == 9
     assert grown["max_completion_length", 256]["rollout_exponent"] == pytest.approx(2)
     assert grown["num_generations", 4]["score_exponent"] == pytest.approx(1)
     assert 0.9 < grown["prompt", 240]["score_exponent"] < 1.5
