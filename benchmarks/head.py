@@ -1,38 +1,24 @@
-"""Speed and memory of the head beside the matmuls it cannot avoid and the alternatives installed.
+"""Speed and memory of the head on a GPU, beside the matmuls it cannot avoid and the alternatives.
 
-    python -m benchmarks.gpu --part kernels --out runs/h200
+    python -m benchmarks.head --json runs/head.json
 
-Groups of G = 8 equally long completions, bf16, on-policy, forward and backward with D_t and w_t.
-The ceiling is three bare cuBLAS products of the same shape: H Wᵀ, its gradient times W, times H.
-Without CUDA it says so and measures nothing.
+Groups of G = 8 completions, bf16, on-policy, forward and backward with D_t and w_t. `ratio` is to
+three bare products of the same shape: H Wᵀ, its gradient times W, its transpose times H.
 """
 
+import argparse
 import functools
-import statistics
 from collections.abc import Callable
-from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
-from benchmarks.origin import Results
-from kernels import reference, tw_grpo_head
+from benchmarks.origin import Results, medians, table
+from kernels import tw_grpo_head
+from run.log import phase
 
-G = 8
-SHAPES = [(N, 3584, 152064) for N in (8192, 1024, 32768)]
-# What an alternative leaves out, printed with its numbers.
-NOTES = {
-    "frozen head": "no gradient of lm_head",
-    "60 % full": "lengths from 20 to 100 % of the longest, 60 % of the tokens",
-    "compiled reference": "float32 matmuls",
-    "Liger": "no group weights",
-    "TRL": "log-probs only, no group weights",
-    "QuACK": "cross-entropy only, no advantages",
-    "CCE": "cross-entropy only; leaves out small gradients",
-}
-COLUMNS = dict(
-    impl="", N="", D="", V="", forward_ms=".1f", backward_ms=".1f", total_ms=".1f", spread_ms=".1f",
-    tflops=".0f", peak_mb=".0f", forward_ratio=".2f", ratio=".2f", note="",
-)  # fmt: skip
+G, D, V = 8, 3584, 152064
+RAGGED = [int(1024 * (0.2 + 0.8 * i / (G - 1))) for i in range(G)]
 
 
 def make_group(N: int, D: int, V: int, device, dtype, lengths=None, frozen=False) -> dict:
@@ -42,7 +28,7 @@ def make_group(N: int, D: int, V: int, device, dtype, lengths=None, frozen=False
     group = dict(
         hidden_ND=torch.randn(sum(lengths), D, device=device, dtype=dtype, requires_grad=True),
         # Logits with a standard deviation of about 3, as a trained head's.
-        weight_VD=(torch.randn(V, D, device=device, dtype=dtype) * 3 / D**0.5).requires_grad_(),
+        weight_VD=torch.randn(V, D, device=device, dtype=dtype) * 3 / D**0.5,
         targets_N=torch.randint(V, (sum(lengths),), device=device),
         lengths_G=torch.tensor(lengths, device=device),
         advantages_G=torch.linspace(-1, 1, len(lengths), device=device),
@@ -51,27 +37,21 @@ def make_group(N: int, D: int, V: int, device, dtype, lengths=None, frozen=False
     return group
 
 
-def official(hidden_ND, weight_VD, targets_N, lengths_G, advantages_G, alpha=1.7):
-    """The official computation restated: padded G x T rows, all logits at once, in bf16.
-
-    Source: official aa529ff grpo_trainer.py, compute_loss. Like it, w_t is not detached.
-    """
-    completion_N, position_N = reference.positions_of_tokens(lengths_G)
-    logps_NV = (hidden_ND @ weight_VD.T).log_softmax(-1)
-    logps_N = logps_NV.gather(1, targets_N[:, None])[:, 0]
-    rows_GTV = logps_NV.new_zeros(len(lengths_G), int(lengths_G.max()), logps_NV.shape[1])
-    rows_GTV = rows_GTV.index_put((completion_N, position_N), logps_NV)
-    weights_T = reference.token_weights(reference.group_divergence(rows_GTV, lengths_G), alpha)
-    gain_N = (logps_N - logps_N.detach()).exp() * advantages_G[completion_N]
-    return -(weights_T[position_N] * gain_N).mean()
+def matmuls(hidden_ND, weight_VD, **_) -> Callable:
+    return lambda: hidden_ND @ weight_VD.T
 
 
-def ours(impl: str) -> Callable:
-    return lambda **group: lambda: tw_grpo_head(**group, impl=impl).loss
+def ours(impl: str, **group) -> Callable:
+    return lambda: tw_grpo_head(**group, impl=impl).loss
 
 
-def liger(hidden_ND, weight_VD, targets_N, lengths_G, advantages_G):
-    """liger-kernel 0.8.5."""
+def compiled(**group) -> Callable:
+    plain = torch.compile(tw_grpo_head)
+    return lambda: plain(**group, impl="reference").loss
+
+
+def liger(hidden_ND, weight_VD, targets_N, lengths_G, advantages_G) -> Callable:
+    """liger-kernel 0.8.5. Raises ImportError if it is not installed."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     shape = len(lengths_G), int(lengths_G[0])
@@ -81,145 +61,59 @@ def liger(hidden_ND, weight_VD, targets_N, lengths_G, advantages_G):
     return lambda: head(hidden_GTD, weight_VD, targets_GT, mask, advantages_G)[0]
 
 
-def trl(hidden_ND, weight_VD, targets_N, lengths_G, advantages_G):
-    """trl 1.16."""
-    from trl.kernels import ChunkedLogProbFunction
-
-    advantages_N = advantages_G.repeat_interleave(lengths_G)
-    arguments = hidden_ND, weight_VD, None, targets_N, 1.0, 8192, None, 1.0, ()
-
-    def forward():
-        logps_N = ChunkedLogProbFunction.apply(*arguments)[0]
-        return -((logps_N - logps_N.detach()).exp() * advantages_N).mean()
-
-    return forward
+CHUNKED, FUSED = (functools.partial(ours, impl) for impl in ("chunked", "fused"))
+VARIANTS = {  # name: a group -> the forward to time, options of `make_group`
+    "3 bare matmuls": (matmuls, {}),
+    "chunked": (CHUNKED, {}),
+    "fused": (FUSED, {}),
+    "chunked, frozen head": (CHUNKED, dict(frozen=True)),
+    "chunked, lengths from 20 to 100 %": (CHUNKED, dict(lengths=RAGGED)),
+    "compiled reference, float32": (compiled, {}),
+    "Liger, no group weights": (liger, {}),
+}
 
 
-def quack(hidden_ND, weight_VD, targets_N, **_):
-    """quack-kernels 0.6.5."""
-    from quack.linear_cross_entropy import chunked_linear_cross_entropy
-
-    return functools.partial(chunked_linear_cross_entropy, hidden_ND, weight_VD, targets_N)
-
-
-def cce(hidden_ND, weight_VD, targets_N, **_):
-    """cut-cross-entropy 25.1.1."""
-    from cut_cross_entropy import linear_cross_entropy
-
-    return functools.partial(linear_cross_entropy, hidden_ND, weight_VD, targets_N)
-
-
-def variants() -> dict[str, Callable]:
-    """{name: function of a group that returns the forward to time} of everything that can run."""
-    plain = torch.compile(lambda **group: tw_grpo_head(**group, impl="reference").loss)
-    found = {
-        "chunked": ours("chunked"),
-        "fused": ours("fused"),
-        "official": lambda **group: functools.partial(official, **group),
-        "compiled reference": lambda **group: functools.partial(plain, **group),
-    }
-    for name, package, prepare in (
-        ("Liger", "liger_kernel", liger),
-        ("TRL", "trl", trl),
-        ("QuACK", "quack", quack),
-        ("CCE", "cut_cross_entropy", cce),
-    ):
-        if find_spec(package):
-            found[name] = prepare
-        else:
-            print(f"left out, not installed: {name} ({package})")
-    return found
-
-
-def milliseconds(work: list[Callable], repeats: int = 7) -> list[tuple[float, float]]:
-    """(median, spread) of each function in the list `work`, run one after another."""
-    work_times = [[] for _ in work]
-    for repeat in range(repeats + 2):
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(work) + 1)]
-        events[0].record()
-        for function, event in zip(work, events[1:], strict=True):
-            function()
-            event.record()
-        torch.cuda.synchronize()
-        if repeat >= 2:  # the first two compile, load and allocate
-            for times, a, b in zip(work_times, events, events[1:], strict=False):
-                times.append(a.elapsed_time(b))
-    return [(statistics.median(t), max(t) - min(t)) for t in work_times]
-
-
-def bare_matmuls(N: int, D: int, V: int) -> dict:
-    """The row of the three bare products: the ceiling."""
-    hidden, weight = (torch.randn(n, D, device="cuda", dtype=torch.bfloat16) for n in (N, V))
-    logits = hidden @ weight.T
-    products = [
-        lambda: torch.mm(hidden, weight.T, out=logits),
-        lambda: logits @ weight,
-        lambda: logits.T @ hidden,
-    ]
-    times = [median for median, _ in milliseconds(products)]
-    total = sum(times)
-    return dict(forward_ms=times[0], total_ms=total, tflops=6 * N * D * V / total / 1e9, ratio=1.0)
-
-
-def measure(prepare: Callable, ceiling: dict, N: int, D: int, V: int, **options) -> dict:
-    """What the row of a variant holds. "peak_mb" is memory beyond the inputs and the gradients.
-
-    ceiling  what `bare_matmuls` measured;  options  of `make_group`
-    """
+def measure(prepare: Callable, N: int, D: int, V: int, **options) -> dict:
+    """Milliseconds, TFLOP/s, and MB of memory beyond the inputs and the gradients, of a group that
+    `make_group` makes with these options."""
     group = make_group(N, D, V, "cuda", torch.bfloat16, **options)
     leaves = [group[k] for k in ("hidden_ND", "weight_VD") if group[k].requires_grad]
-    run, kept = prepare(**group), {}
+    forward = prepare(**group)
+    before = torch.cuda.memory_allocated() + sum(leaf.nbytes for leaf in leaves)
 
-    def forward():
+    def work():
         for leaf in leaves:
             leaf.grad = None
-        kept["loss"] = run()
+        with phase("forward"):
+            loss = forward()
+        with phase("backward"):
+            loss.backward(loss.detach() if loss.dim() else None)  # any gradient of the matmuls
 
-    def backward():
-        kept.pop("loss").backward()
-
-    (forward_ms, forward_spread), (backward_ms, spread) = milliseconds([forward, backward])
-    for leaf in leaves:
-        leaf.grad = None
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    forward()
-    backward()
-    gradients = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
-    total = forward_ms + backward_ms
-    return dict(
-        forward_ms=forward_ms,
-        backward_ms=backward_ms,
-        total_ms=total,
-        spread_ms=forward_spread + spread,
-        tflops=6 * len(group["hidden_ND"]) * D * V / total / 1e9,
-        peak_mb=(torch.cuda.max_memory_allocated() - before - gradients) / 1e6,
-        forward_ratio=forward_ms / ceiling["forward_ms"],
-        ratio=total / ceiling["total_ms"],
-    )
+    row = {f"{name}_ms": 1e3 * s for name, s in medians(work, repeats=7, warm_up=2).items()}
+    total, tokens = sum(row.values()), len(group["hidden_ND"])
+    peak = torch.cuda.max_memory_allocated() - before
+    tflops = 6 * tokens * D * V / total / 1e9
+    return row | dict(total_ms=total, tflops=tflops, peak_mb=peak / 1e6)
 
 
-def run(shapes: list[tuple[int, int, int]], results: Results) -> None:
-    """Every variant at every shape, and the frozen and the ragged head at N = 8,192; our own at all
-    shapes first."""
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path, help="write the results to this file, row by row")
+    results = Results(parser.parse_args().json)
     if not torch.cuda.is_available():
-        return print("left out: No CUDA device; the head is measured on a GPU only")
-    found = variants()
-    mine = {name: found.pop(name) for name in ("chunked", "fused")}
-    for these in (mine, found):
-        for N, D, V in shapes:
-            shape = dict(N=N, D=D, V=V)
-            bare = functools.partial(bare_matmuls, **shape)
-            ceiling = results.measure(bare, impl="3 bare matmuls", **shape)
-            if not ceiling or "failed" in ceiling:
-                continue
-            cases = [(name, prepare, {}) for name, prepare in these.items()]
-            if these is mine and N == 8192:
-                ragged = [int(N // G * (0.2 + 0.8 * i / (G - 1))) for i in range(G)]
-                cases.append(("chunked, frozen head", mine["chunked"], dict(frozen=True)))
-                cases.append(("chunked, 60 % full", mine["chunked"], dict(lengths=ragged)))
-            for name, prepare, options in cases:
-                work = functools.partial(measure, prepare, ceiling, **shape, **options)
-                note = NOTES.get(name.removeprefix("chunked, "), "")
-                results.measure(work, impl=name, **shape, note=note)
-                torch.cuda.empty_cache()
+        raise SystemExit("error: the head is measured on a CUDA device only")
+
+    def work(impl: str, N: int) -> dict:
+        prepare, options = VARIANTS[impl]
+        row = measure(prepare, N, D, V, **options)
+        bare = results.find(impl="3 bare matmuls", N=N) or row
+        return row | dict(ratio=row["total_ms"] / bare["total_ms"])
+
+    for name, (_, options) in VARIANTS.items():
+        for N in (8192,) if options else (8192, 1024, 32768):
+            results.measure(work, impl=name, N=N)
+    print(table(results.rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,273 +1,195 @@
 """One training step of Qwen2.5-VL with random weights, phase by phase, against the official way.
 
-    python -m benchmarks.step --size tiny
-    python -m benchmarks.step --size 7b --prompt 1100 --completion 170 --json step.json
+    python -m benchmarks.step --size 7b --prompt 1100 --completion 170 400 --json step.json
+    python -m benchmarks.step --scaling         # how ours grows with G, prompt and completion
 
-ours      the video encoded once, the prompt prefilled once, one packed row, the head of `kernels`
-official  restated from aa529ff grpo_trainer.py: generate(num_return_sequences=G), which encodes the
-          video and prefills the prompt G times, then G padded copies with the logits of every
-          position materialised, and the group divergence over their log-softmax
-
-Both sample completions of the same length and take one optimizer step from it; both keep the vision
-tower frozen. Seconds are medians over `--repeats`. The model has float32 parameters and computes in
-bf16 on a GPU, in float32 on a CPU. The frames are random: no codec is needed.
-
-Ours comes first, under each attention at each length. Each way is written to the file as it ends,
-one that needs more memory than there is as well, and the same command goes on where it was
-interrupted. Decoding a token reads every weight of the language model once, and keys and values:
-`roofline` is the time that takes at the speed of a large copy on this device, as a share of the
-time that a token took.
+The model has float32 parameters and computes in bf16 on a GPU, in float32 on a CPU. The frames are
+random: no codec is needed. README.md says what the two ways do, and what a row holds.
 """
 
 import argparse
-import contextlib
-import functools
 import math
-import statistics
-import time
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
 import torch
+from torch import Tensor
+from torch.optim import SGD, AdamW, Optimizer
 
 import toy
 import twgrpo
-import video
-from benchmarks.origin import Results
+from benchmarks.origin import Results, medians, table
 from data import TEMPLATES, Prompter, Question
-from files import UserError
 from kernels import reference
-from model import rollout
 from model.packing import ATTENTION
 from model.policy import Policy
+from model.rollout import Decoder
 from records import Record
-from run.config import Config, check_attention
+from run.config import Config
+from run.log import phase
+from video import Clip
 
 SIZES = {
     "tiny": dict(hidden_size=512, layers=10, heads=8, kv_heads=2, intermediate_size=1408,
                  vision_depth=2, vision_hidden_size=256),
-    "3b": dict(hidden_size=2048, layers=36, heads=16, kv_heads=2, intermediate_size=11008,
-               vision_depth=32, vision_hidden_size=1280, vision_heads=16, vocab_size=151936),
     "7b": dict(hidden_size=3584, layers=28, heads=28, kv_heads=4, intermediate_size=18944,
                vision_depth=32, vision_hidden_size=1280, vision_heads=16, vocab_size=152064),
 }  # fmt: skip
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FACTORS = dict(num_generations=(0.5, 1, 2), prompt=(0.5, 1, 2), max_completion_length=(1, 2, 4))
 
 
-PHASES = ("data", "rollout", "score", "update")
-COLUMNS = dict(way="", attention="", prompt="", completion="") | {
-    name: ".2f" for name in (*(f"{phase}_s" for phase in PHASES), "step_s", "decode_ms", "read_gb")
-} | dict(roofline=".0%", peak_gb=".1f")  # fmt: skip
-
-
-def build(size: str, prompt: int, device: str):
-    """A model of that size, and a function that makes a question of about `prompt` tokens."""
+def build(size: str, prompt: int, device: str) -> tuple[Policy, Callable[[], Question], Optimizer]:
+    """A model of that size, what makes a question of about `prompt` tokens, and an optimizer."""
     tokenizer = toy.build_tokenizer(list(TEMPLATES.values()))
     with torch.device(device):
         model = toy.build_model(tokenizer, **SIZES[size]).eval()
     policy = Policy(model, tokenizer, toy.CHAT_TEMPLATE)
     policy.vision.requires_grad_(False)
     policy.eos_ids = torch.tensor([-1])  # every completion runs to its full length
+    if size == "7b":
+        policy.checkpoint_activations()
+    kind = SGD if size == "7b" else AdamW  # whose moments would not fit beside 7b
+    optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=1e-9, fused=True)
     side = 28 * max(2, round(((prompt - 90) / 5) ** 0.5))  # 10 frames: 5 temporal patches
-    frames = torch.randint(255, (10, 3, side, side), dtype=torch.uint8)
+    clip = Clip(torch.randint(255, (10, 3, side, side), dtype=torch.uint8), seconds=0.5)
     prompter = Prompter(tokenizer, toy.CHAT_TEMPLATE, policy.geometry)
     record = Record("1", "What?", "<answer>A</answer>", Path("random frames"))
-    return policy, lambda: prompter.question(record, video.Clip(frames, seconds=0.5))
-
-
-class Phases:
-    """Seconds by phase; waits for the GPU at both ends."""
-
-    def __init__(self):
-        self.seconds: dict[str, list[float]] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, name: str):
-        synchronize()
-        start = time.perf_counter()
-        yield
-        synchronize()
-        self.seconds.setdefault(name, []).append(time.perf_counter() - start)
-
-    def medians(self) -> dict[str, float]:
-        return {name: statistics.median(values) for name, values in self.seconds.items()}
-
-    @contextlib.contextmanager
-    def decoding(self):
-        """Times what the decoder does after its prefill, as the phase "decode"."""
-        run = rollout.Decoder.run
-
-        def timed(decoder, *args, **options):
-            with self("decode"):
-                run(decoder, *args, **options)
-
-        with mock.patch.object(rollout.Decoder, "run", timed):
-            yield
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    return policy, lambda: prompter.question(record, clip), optimizer
 
 
 def bandwidth(device: str) -> float:
     """Bytes a second of a large copy on this device, those read and those written."""
     source = torch.ones(2**30 if device == "cuda" else 2**27, dtype=torch.uint8, device=device)
-    copy, phase = torch.empty_like(source), Phases()
-    for _ in range(7):
-        with phase("copy"):
-            copy.copy_(source)
-    return 2 * source.numel() / min(phase.seconds["copy"])
+    copy = phase("copy")(torch.empty_like(source).copy_)
+    return 2 * source.nbytes / medians(lambda: copy(source), repeats=5)["copy"]
 
 
-def bytes_of_a_token(policy: Policy, prompt: int, cfg: Config) -> float:
-    """What decoding one token of G completions has to read, on average: the weights of the language
-    model once, the prompt's keys and values once, half of the completions' own."""
-    G, T, text = cfg.num_generations, cfg.max_completion_length, policy.text.config
-    embedding = policy.text.embed_tokens.weight.numel()
-    weights = sum(p.numel() for p in policy.text.parameters()) - embedding + policy.head_VD.numel()
-    head_dim = text.hidden_size // text.num_attention_heads
-    cached = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * (prompt + G * T / 2)
-    return (weights + cached) * policy.compute_dtype.itemsize
+def bytes_of_a_token(policy: Policy) -> int:
+    """What decoding one token of each row reads: the language model, but for its embedding, once.
+    Keys and values of 8 x 400 tokens are 1 % of 7B, and left out."""
+    weights = sum(p.numel() for p in policy.text.layers.parameters()) + policy.head_VD.numel()
+    return weights * policy.compute_dtype.itemsize
 
 
-def ours(cfg: Config, policy: Policy, ask, optimizer, phase) -> None:
-    with phase("data"):
-        question: Question = ask()
-    with phase("rollout"), phase.decoding():
-        (group,) = twgrpo.sample_groups(cfg, policy, [question], [(0, 0, 0, 1)])
-    group.rewards_GK = twgrpo.rewards_of(cfg, group)
+def ours(cfg: Config, policy: Policy, question: Question) -> Tensor:
+    """Samples a group; its loss."""
+    (group,) = twgrpo.sample_groups(cfg, policy, [question], [(0, 0, 0, 1)])
     group.advantages_G = torch.linspace(-1, 1, cfg.num_generations)
-    with phase("score"):
-        loss, _ = twgrpo.score_groups(cfg, policy, [group])
-    with phase("update"):
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    loss, _ = twgrpo.score_groups(cfg, policy, [group])
+    return loss
 
 
-def official(cfg: Config, policy: Policy, ask, optimizer, phase) -> None:
-    G, T = cfg.num_generations, cfg.max_completion_length
-    device, model = policy.device, policy.model
-    with phase("data"):
-        question: Question = ask()
+def official(cfg: Config, policy: Policy, question: Question) -> Tensor:
+    """Samples a group; its loss."""
+    G, T, device = cfg.num_generations, cfg.max_completion_length, policy.device
     ids = question.ids_P[None].to(device)
-    is_video = (ids == model.config.video_token_id).int()
     patches, grid = question.patches.to(device), torch.tensor([question.grid], device=device)
+    sampling = dict(num_return_sequences=G, do_sample=True, top_k=0, max_new_tokens=T)
+    sampling |= dict(min_new_tokens=T, suppress_tokens=policy.banned_V.nonzero()[:, 0].tolist())
     policy.text.eval()
     with phase("rollout"), torch.no_grad(), policy.compute():
-        ids_GL = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=2 * is_video,
-            pixel_values_videos=patches, video_grid_thw=grid, num_return_sequences=G,
-            do_sample=True, max_new_tokens=T, min_new_tokens=T, top_k=0,
-            suppress_tokens=policy.banned_V.nonzero()[:, 0].tolist(),  # random weights draw them
-        )  # fmt: skip
-    P = ids.shape[1]
+        ids_GL = policy.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            mm_token_type_ids=2 * (ids == policy.model.config.video_token_id).int(),
+            pixel_values_videos=patches,
+            video_grid_thw=grid,
+            **sampling,
+        )
     after = question.positions_3P.max() + 1 + torch.arange(T).expand(3, -1)
-    positions = torch.cat([question.positions_3P, after], dim=1).to(device)
-    lengths_G = torch.full((G,), T, device=device)
+    positions_3L = torch.cat([question.positions_3P, after], dim=1).to(device)
+    policy.text.train(policy.gradient_checkpointing)
     with phase("score"):
-        policy.text.train(policy.gradient_checkpointing)
         with policy.compute():
-            logits = model(
-                input_ids=ids_GL, position_ids=positions[:, None].expand(-1, G, -1),
-                pixel_values_videos=patches.repeat(G, 1), video_grid_thw=grid.repeat(G, 1),
-            ).logits  # fmt: skip
-        logps_GLV = logits[:, :-1].log_softmax(-1)
-        logps_GT = logps_GLV.gather(2, ids_GL[:, 1:, None])[..., 0][:, P - 1 :]
-        divergence_T = reference.group_divergence(logps_GLV[:, P - 1 :].detach(), lengths_G)
-        weights_T = reference.token_weights(divergence_T, cfg.alpha)
+            logits_GLV = policy.model(
+                input_ids=ids_GL,
+                position_ids=positions_3L[:, None].expand(-1, G, -1),
+                pixel_values_videos=patches.repeat(G, 1),
+                video_grid_thw=grid.repeat(G, 1),
+            ).logits
+        logps_GTV = logits_GLV[:, :-1].log_softmax(-1)[:, -T:]
+        logps_N = logps_GTV.gather(2, ids_GL[:, -T:, None]).flatten()
+        lengths_G = torch.full((G,), T, device=device)
         advantages_G = torch.linspace(-1, 1, G, device=device)
-        ratio_GT = torch.exp(logps_GT - logps_GT.detach())
-        loss = -(ratio_GT * advantages_G[:, None] * weights_T).mean()
-    with phase("update"):
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        divergence_T = reference.group_divergence(logps_GTV, lengths_G)
+        inputs = logps_N, divergence_T, lengths_G, advantages_G
+        return reference.weighted_loss(*inputs, None, None, reference.LossOptions()).loss
 
 
-WAYS = {"ours": ours, "official": official}
-
-
-def measure(way: str, cfg: Config, policy: Policy, ask, optimizer, repeats: int) -> dict:
-    """What the row of one way holds: seconds by phase, and the largest memory, GB (1e9 bytes)."""
-    on_cuda, phases = policy.device.type == "cuda", Phases()
+def measure(way: str, size: str, prompt: int, repeats: int, **flags) -> dict:
+    """The tokens of the prompt, medians of the seconds by phase and of the step, for ours of
+    decoding a token, and on a GPU the peak memory in GB (1e9 bytes). `flags` are of Config."""
+    cfg = Config(**flags)
+    policy, ask, optimizer = build(size, prompt, DEVICE)
     policy.attend_with(cfg.attn_implementation)
-    try:
-        for repeat in range(repeats + 1):  # the first compiles, loads and allocates
-            if on_cuda:
-                torch.cuda.reset_peak_memory_stats()
-            WAYS[way](cfg, policy, ask, optimizer, phases if repeat else Phases())
-    finally:
-        optimizer.zero_grad(set_to_none=True)  # also where it ran out of memory
-    seconds = phases.medians()
-    row = {f"{name}_s": seconds[name] for name in PHASES}
-    row["step_s"] = sum(row.values())
-    if "decode" in seconds and cfg.max_completion_length > 1:
-        a_token = seconds["decode"] / (cfg.max_completion_length - 1)
-        read = bytes_of_a_token(policy, len(ask().ids_P), cfg)
-        share = read / bandwidth(policy.device.type) / a_token
-        row |= dict(decode_ms=1e3 * a_token, read_gb=read / 1e9, roofline=share)
-    return row | (dict(peak_gb=torch.cuda.max_memory_allocated() / 1e9) if on_cuda else {})
+
+    def step():
+        with phase("data"):
+            question = ask()
+        loss = (ours if way == "ours" else official)(cfg, policy, question)
+        with phase("backward"):
+            loss.backward()
+        with phase("optimizer"):
+            optimizer.step()
+            optimizer.zero_grad()
+
+    with mock.patch.object(Decoder, "run", phase("decode")(Decoder.run)):
+        seconds = medians(step, repeats)
+    decode = seconds.pop("decode", None)
+    row = {f"{name}_s": value for name, value in seconds.items()}
+    row |= dict(step_s=sum(row.values()), tokens=len(ask().ids_P))
+    row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9  # 0 on a CPU
+    if decode:
+        token_s = decode / (cfg.max_completion_length - 1)
+        shortest_s = bytes_of_a_token(policy) / bandwidth(DEVICE)
+        row |= dict(decode_ms=1e3 * token_s, roofline=shortest_s / token_s)
+    return row
 
 
-def run(args: argparse.Namespace, results: Results) -> None:
-    """The rows of every way under every attention at every length, ours first."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    policy, ask = build(args.size, args.prompt, device)
-    if args.gradient_checkpointing:
-        policy.checkpoint_activations()
-    trained = [p for p in policy.model.parameters() if p.requires_grad]
-    kind = torch.optim.AdamW if args.optimizer == "adamw" else torch.optim.SGD
-    optimizer = kind(trained, lr=1e-9)
-    settings = dict(
-        size=args.size, prompt=len(ask().ids_P), num_generations=args.num_generations,
-        optimizer=args.optimizer, gradient_checkpointing=args.gradient_checkpointing,
-    )  # fmt: skip
-    cases = []
-    for attention in args.attn_implementation:
-        try:
-            check_attention(Config(attn_implementation=attention), policy.device)
-            cases += [("ours", attention, T) for T in args.completion]
-        except UserError as error:
-            print(f"left out: {error}")
-    cases += [("official", "sdpa", T) for T in args.completion]
-    for way, attention, T in cases:
-        if way == (args.only or way):
-            lengths = dict(num_generations=args.num_generations, max_completion_length=T)
-            cfg = Config(**lengths, attn_implementation=attention)
-            work = functools.partial(measure, way, cfg, policy, ask, optimizer, args.repeats)
-            results.measure(work, way=way, attention=attention, completion=T, **settings)
-    for T in args.completion:
-        mine, theirs = (results.find(way=w, completion=T, **settings) for w in WAYS)
-        if mine and theirs and not {"failed"} & (mine.keys() | theirs.keys()):
-            names = [f"{phase}_s" for phase in (*PHASES[1:], "step")]
-            faster = {name: theirs[name] / mine[name] for name in names}
-            results.measure(lambda f=faster: f, way="times faster", completion=T, **settings)
+def run(shape: dict, completions: list[int], results: Results) -> None:
+    """The rows of ours under every attention at every length, then of the official way."""
+    cases = [("ours", name) for name in ATTENTION if name == "sdpa" or DEVICE == "cuda"]
+    for way, attention in [*cases, ("official", "sdpa")]:
+        for T in completions:
+            key = dict(way=way, attn_implementation=attention, max_completion_length=T)
+            results.measure(measure, **key | shape)
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    top.add_argument("--size", choices=SIZES, default="tiny")
-    top.add_argument("--prompt", type=int, default=600, help="tokens of the prompt, about")
-    top.add_argument("--completion", type=int, nargs="+", default=[64], help="tokens of each")
-    top.add_argument("--num_generations", type=int, default=8)
-    top.add_argument("--repeats", type=int, default=3)
-    top.add_argument("--attn_implementation", choices=ATTENTION, nargs="+", default=["sdpa"],
-                     help="how our packed row is scored")  # fmt: skip
-    top.add_argument("--gradient_checkpointing", action="store_true", help="in both ways")
-    top.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw",
-                     help="sgd keeps no moments, so that 7b leaves room")  # fmt: skip
-    top.add_argument("--only", choices=WAYS, help="one of the two")
-    top.add_argument("--minutes", type=float, default=math.inf, help="then begin nothing new")
-    top.add_argument("--json", type=Path, help="write the results to this file, way by way")
-    return top
+def scaling(shape: dict, results: Results) -> None:
+    """Ours with one factor changed at a time: seconds of the rollout, and of scoring with its
+    backward pass, and the exponents since the value before, log(t2 / t1) / log(x2 / x1)."""
+    for factor, changes in FACTORS.items():
+        before, x = None, "tokens" if factor == "prompt" else factor
+        for change in changes:
+            changed = {factor: int(change * shape[factor])}
+            row = results.measure(measure, way="ours", **shape | changed)
+            now = dict(rollout=row["rollout_s"], score=row["score_s"] + row["backward_s"], x=row[x])
+            line = dict(rollout_s=now["rollout"], score_s=now["score"])
+            if before:
+                grown = {name: math.log(now[name] / before[name]) for name in now}
+                line |= {f"{n}_exponent": grown[n] / grown["x"] for n in ("rollout", "score")}
+            results.add(dict(factor=factor, x=row[x]), line)
+            before = now
 
 
 def main() -> None:
-    args = parser().parse_args()
-    results = Results(args.json, COLUMNS, args.minutes)
-    run(args, results)
-    print(results.json())
+    top = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    top.add_argument("--size", choices=SIZES, default="tiny")
+    top.add_argument("--prompt", type=int, default=600, help="tokens of the prompt, about")
+    top.add_argument("--completion", type=int, nargs="+", default=[64], help="tokens, at least 2")
+    top.add_argument("--num_generations", type=int, default=8)
+    top.add_argument("--repeats", type=int, default=3)
+    top.add_argument("--scaling", action="store_true", help="ours at other G, prompts, lengths")
+    top.add_argument("--json", type=Path, help="write the results to this file, row by row")
+    shape = vars(top.parse_args())
+    results, completions = Results(shape.pop("json")), shape.pop("completion")
+    if shape.pop("scaling"):
+        scaling(shape | dict(max_completion_length=completions[0]), results)
+    else:
+        run(shape, completions, results)
+    print(table([row for row in results.rows if "factor" in row] or results.rows))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
 """The group that docs/walkthrough.md follows, from a run of the toy: walkthrough.npz and .png.
 
-    python twgrpo.py --seed 42
-    python -m benchmarks.walkthrough runs/toy
+    python twgrpo.py --seed 42 && python -m benchmarks.walkthrough runs/toy
 
-Samples G = 4 completions of one question from the model before training, and keeps what cannot be
-recomputed without that model. tests/test_walkthrough.py recomputes the rest. Nothing is trained.
+Samples G = 4 completions of one question from the model before training. The .npz keeps what cannot
+be recomputed without that model; tests/test_walkthrough.py recomputes the rest.
 """
 
 import argparse
@@ -14,13 +13,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from torch import Tensor
 
 import toy
-from benchmarks import origin
-from data import Prompter
+from benchmarks.origin import PROJECT, provenance
+from data import Prompter, Question
 from files import UserError
+from model.packing import Group
 from model.policy import Policy
-from records import load_records
+from records import Record, load_records
 from video import VideoError
 
 QUESTION = "train-170"
@@ -28,28 +29,39 @@ SEED = (42, 0, 0, 1)  # as (seed, step, slot, 1) in training, whose steps start 
 G, T = 4, toy.DEFAULTS["max_completion_length"]
 
 
-def collect(run: Path) -> dict:
-    """What the .npz holds; letters as in `kernels/reference.py`, P prompt tokens, F frames."""
+def load(run: Path) -> tuple[Policy, Prompter, list[Record]]:
+    """The model of a toy run before its training, and its questions."""
     policy = Policy.load(run / "toy" / "model")
     prompter = Prompter(policy.tokenizer, policy.chat_template, policy.geometry, **toy.CLIP)
-    records = {r.id: r for r in load_records(run / "toy" / "train.jsonl", run / "toy")}
-    if QUESTION not in records:
+    return policy, prompter, load_records(run / "toy" / "train.jsonl", run / "toy")
+
+
+@torch.no_grad()
+def sample(policy: Policy, question: Question, G: int, seed: tuple) -> tuple[Group, Tensor]:
+    """G completions of a question, and the hidden states that predict their tokens, (N, D)."""
+    features = policy.encode_videos([question])
+    (group,) = policy.rollout([question], features, G, T, temperature=1.0, seeds=[seed])
+    return group, policy.hidden_states([group], features)[0]
+
+
+def collect(run: Path) -> dict:
+    """What the .npz holds; letters as in `kernels/reference.py`, P prompt tokens, F frames."""
+    policy, prompter, records = load(run)
+    record = next((r for r in records if r.id == QUESTION), None)
+    if not record:
         raise UserError(f"{run}/toy/train.jsonl has no question {QUESTION}; give a run of the toy")
-    clip = prompter.load_clip(*prompter.clip_arguments(records[QUESTION]))
-    question = prompter.question(records[QUESTION], clip)
-    with torch.no_grad():
-        features = policy.encode_videos([question])
-        (group,) = policy.rollout([question], features, G, T, temperature=1.0, seeds=[SEED])
-        (hidden_ND,) = policy.hidden_states([group], features)
-    head_VD = policy.head_VD.detach().numpy()
+    clip = prompter.load_clip(*prompter.clip_arguments(record))
+    question = prompter.question(record, clip)
+    group, hidden_ND = sample(policy, question, G, SEED)
+    head_VD = policy.head_VD.detach()
     return dict(
-        id=QUESTION, problem=question.record.problem, solution=question.record.solution,
-        frames_F3HW=clip.frames.numpy(), seconds=clip.seconds, ids_P=question.ids_P.numpy(),
-        video_token_id=policy.model.config.video_token_id, end_token_id=policy.pad_id,
+        id=QUESTION, problem=record.problem, solution=record.solution, frames_F3HW=clip.frames,
+        seconds=clip.seconds, ids_P=question.ids_P, end_token_id=policy.pad_id,
+        video_token_id=policy.model.config.video_token_id,
         words_V=[policy.tokenizer.decode([v]) for v in range(len(head_VD))],
-        lengths_G=group.lengths_G.numpy(), targets_N=group.targets_N.numpy(), seed=SEED,
-        banned_V=policy.banned_V.numpy(), max_completion_length=T, hidden_ND=hidden_ND.numpy(),
-        head_VD=head_VD, origin=json.dumps(origin.provenance()),
+        lengths_G=group.lengths_G, targets_N=group.targets_N, seed=SEED, banned_V=policy.banned_V,
+        max_completion_length=T, hidden_ND=hidden_ND, head_VD=head_VD,
+        origin=json.dumps(provenance()),
     )  # fmt: skip
 
 
@@ -68,14 +80,14 @@ def picture(frames_F3HW: np.ndarray, size: int = 168, gap: int = 6) -> Image.Ima
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="a run of the toy")
-    parser.add_argument("--out", type=Path, default=origin.PROJECT / "docs", help="a directory")
+    parser.add_argument("--out", type=Path, default=PROJECT / "docs", help="a directory")
     args = parser.parse_args()
     try:
         data = collect(args.run)
-        np.savez_compressed(args.out / "walkthrough.npz", **data)
-        picture(data["frames_F3HW"]).save(args.out / "walkthrough.png")
     except (UserError, VideoError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
+    np.savez_compressed(args.out / "walkthrough.npz", **data)
+    picture(data["frames_F3HW"].numpy()).save(args.out / "walkthrough.png")
 
 
 if __name__ == "__main__":

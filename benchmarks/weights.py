@@ -1,20 +1,9 @@
 """What the token weights react to: w_t over position, by three forms of D_t, on ragged groups.
 
-    python -m benchmarks.weights                            # synthetic rows, V = 152064: minutes
-    python -m benchmarks.weights --toy runs/toy             # and the toy's own completions
+    python -m benchmarks.weights --toy runs/toy
     python -m benchmarks.weights --plot_only                # the figure again, from the JSON
 
-Synthetic rows: G = 8 completions of 25 to 60 tokens. Every position has logits that the group
-shares, and each completion adds its own part and its own favourite word: a spread of `scale` nats
-and a peak that gives the favourite a probability of roughly 0.3 to 0.99. How much the completions
-have in common is drawn anew for each position, from nearly all to nearly nothing, and position 0
-is the row they all share, the prompt's last. These are not a language model's logits; the sweep
-over scales is there to show what does not hang on their shape.
-
-Toy: G = 8 completions of each of its first questions, sampled from the model before training, and
-weighed by every form.
-
-The figure and docs/equations.md's table come from the JSON this writes (benchmarks/weights.json).
+README.md says what the groups are. The figure and docs/equations.md's table come from the JSON.
 """
 
 import argparse
@@ -25,29 +14,26 @@ from statistics import fmean
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-import toy
-from benchmarks.origin import provenance
-from data import Prompter
-from kernels import tw_grpo_head
-from kernels.reference import group_divergence, token_weights
-from model.policy import Policy
-from records import load_records
+from benchmarks import walkthrough
+from benchmarks.origin import PROJECT, provenance
+from kernels.reference import group_divergence, token_weights, vocab_logps
 
-HERE = Path(__file__).resolve().parent
-FORMS = {  # name: (divergence, ended_rows)
+FORMS = {  # name: divergence, ended_rows
     "official": ("official", "uniform"),
     "official, ended excluded": ("official", "exclude"),
     "textbook": ("textbook", "uniform"),
 }
-COLOURS = {
-    "official": "#D55E00",
-    "official, ended excluded": "#E69F00",
-    "textbook": "#0072B2",
-}
 LENGTHS = [60, 52, 47, 43, 38, 34, 29, 25]
 ALPHA = 1.7
 SCALES = (1.0, 2.0, 3.0)
+COLUMNS = "all_alive_mean all_alive_max half_or_fewer_mean half_or_fewer_max last_position_mean"
+HEAD = """\
+| rows | form of D_t | w, all alive: mean | largest | w, half or fewer alive: mean \
+| largest | w, last position | D, half or fewer / all alive |
+|---|---|---|---|---|---|---|---|
+"""
 
 
 def synthetic_rows(t: int, G: int, V: int, scale: float, seed: int) -> Tensor:
@@ -67,55 +53,32 @@ def synthetic_rows(t: int, G: int, V: int, scale: float, seed: int) -> Tensor:
     return logits_GV.log_softmax(-1)
 
 
+def weighed(rows_GTV: Tensor, lengths_G: Tensor) -> dict:
+    """How many completions are alive at each position, and D_t and w_t by every form."""
+    alive = [int((lengths_G > t).sum()) for t in range(rows_GTV.shape[1])]
+    group = dict(alive=alive, divergence={}, weights={})
+    for name, options in FORMS.items():
+        divergence_T = group_divergence(rows_GTV, lengths_G, *options)
+        group["divergence"][name] = divergence_T.tolist()
+        group["weights"][name] = token_weights(divergence_T, ALPHA).tolist()
+    return group
+
+
 def synthetic_group(V: int, scale: float, seed: int, lengths: list[int]) -> dict:
-    """D_t and w_t of one synthetic group by every form; a position at a time, so G x V floats."""
-    lengths_G, T = torch.tensor(lengths), max(lengths)
-    divergence = {name: [] for name in FORMS}
-    for t in range(T):
-        rows_G1V = synthetic_rows(t, len(lengths), V, scale, seed)[:, None]
-        alive_G = (lengths_G > t).long()  # at this position, a completion is 1 long or 0
-        for name, (form, ended_rows) in FORMS.items():
-            divergence[name].append(group_divergence(rows_G1V, alive_G, form, ended_rows).item())
-    weights = {n: token_weights(torch.tensor(d), ALPHA).tolist() for n, d in divergence.items()}
-    alive = [sum(t < length for length in lengths) for t in range(T)]
-    return dict(scale=scale, seed=seed, alive=alive, divergence=divergence, weights=weights)
+    G, T = len(lengths), max(lengths)
+    rows_GTV = torch.stack([synthetic_rows(t, G, V, scale, seed) for t in range(T)], dim=1)
+    return dict(scale=scale, seed=seed) | weighed(rows_GTV, torch.tensor(lengths))
 
 
 def toy_groups(run: Path, steps: int) -> list[dict]:
-    """A group of each of the first questions, from the toy model before its training, weighed by
-    every form."""
-    policy = Policy.load(run / "toy" / "model")
-    prompter = Prompter(policy.tokenizer, policy.chat_template, policy.geometry, **toy.CLIP)
+    """A group of each of the first questions, from the toy model before its training."""
+    policy, prompter, records = walkthrough.load(run)
     groups = []
-    for step, row in enumerate(load_records(run / "toy" / "train.jsonl", run / "toy")[:steps], 1):
-        question = prompter(row)
-        with torch.no_grad():
-            features = policy.encode_videos([question])
-            (group,) = policy.rollout(
-                [question],
-                features,
-                8,
-                toy.DEFAULTS["max_completion_length"],
-                1.0,
-                [(0, step, 0, 1)],
-            )
-            (hidden_ND,) = policy.hidden_states([group], features)
-        alive = [int((group.lengths_G > t).sum()) for t in range(group.lengths_G.max())]
-        heads = {
-            name: tw_grpo_head(
-                hidden_ND, policy.head_VD, group.targets_N, group.lengths_G, torch.zeros(8),
-                divergence=form, ended_rows=ended_rows, alpha=ALPHA,
-            )
-            for name, (form, ended_rows) in FORMS.items()
-        }  # fmt: skip
-        groups.append(
-            dict(
-                step=step,
-                alive=alive,
-                divergence={name: head.divergence_T.tolist() for name, head in heads.items()},
-                weights={name: head.weights_T.tolist() for name, head in heads.items()},
-            )
-        )
+    for step, record in enumerate(records[:steps], 1):
+        group, hidden_ND = walkthrough.sample(policy, prompter(record), 8, (0, step, 0, 1))
+        logps_NV = vocab_logps(hidden_ND, policy.head_VD.detach())
+        rows_GTV = pad_sequence(logps_NV.split(group.lengths_G.tolist()), batch_first=True)
+        groups.append(dict(step=step) | weighed(rows_GTV, group.lengths_G))
     return groups
 
 
@@ -126,16 +89,14 @@ def summary(groups: list[dict]) -> dict:
     for name in FORMS:
         weights, tails, last, ratios = [], [], [], []
         for group in groups:
-            G, w, D = group["alive"][0], group["weights"][name], group["divergence"][name]
-            full = [t for t, alive in enumerate(group["alive"]) if alive == G][1:]
-            late = [t for t, alive in enumerate(group["alive"]) if alive <= G / 2]
-            if not full or not late:
-                continue
-            weights += [w[t] for t in full]
-            tails += [w[t] for t in late]
-            last.append(w[-1])
-            live, dead = (fmean(D[t] for t in positions) for positions in (full, late))
-            ratios.append(dead / live if live > 0 else float("inf"))
+            w, D, alive = group["weights"][name], group["divergence"][name], group["alive"]
+            full = [t for t, count in enumerate(alive) if count == alive[0]][1:]
+            late = [t for t, count in enumerate(alive) if count <= alive[0] / 2]
+            if full and late:
+                weights += [w[t] for t in full]
+                tails += [w[t] for t in late]
+                last.append(w[-1])
+                ratios.append(fmean(D[t] for t in late) / fmean(D[t] for t in full))
         out[name] = dict(
             groups=len(last),
             all_alive_mean=fmean(weights),
@@ -151,94 +112,60 @@ def summary(groups: list[dict]) -> dict:
 def plot(result: dict, path: Path) -> None:
     from matplotlib.figure import Figure  # no pyplot: no display, no global state
 
-    panels = [(f"synthetic, V = {result['V']:,}, scale {g['scale']:g}", g)
-              for g in result["synthetic"]["groups"] if g["seed"] == 0]  # fmt: skip
+    groups = [group for group in result["synthetic"]["groups"] if group["seed"] == 0]
+    panels = [(f"synthetic, V = {result['V']:,}, scale {g['scale']:g}", g) for g in groups]
     if "toy" in result:
-        shown = max(result["toy"]["groups"], key=lambda g: len(g["alive"]) - g["alive"].count(8))
-        panels.append((f"toy completions, step {shown['step']}", shown))
+        longest = max(result["toy"]["groups"], key=lambda g: len(g["alive"]) - g["alive"].count(8))
+        panels.append((f"toy completions, step {longest['step']}", longest))
     figure = Figure(figsize=(3.4 * len(panels), 5.2), layout="constrained")
-    axes = figure.subplots(2, len(panels), sharex="col", height_ratios=[3, 1], squeeze=False)
+    axes = figure.subplots(2, len(panels), sharex="col", sharey="row", height_ratios=[3, 1])
     for (title, group), (upper, lower) in zip(panels, axes.T, strict=True):
         for name in FORMS:
-            upper.plot(group["weights"][name], color=COLOURS[name], label=name, linewidth=1.4)
+            upper.plot(group["weights"][name], label=name)
         upper.set_title(title, fontsize=9)
-        upper.set_ylim(0.97, ALPHA + 0.03)
-        upper.grid(alpha=0.3)
-        lower.fill_between(range(len(group["alive"])), group["alive"], step="mid", color="#999999")
-        lower.set_ylim(0, max(group["alive"]) * 1.1)
+        lower.fill_between(range(len(group["alive"])), group["alive"], step="mid", color="0.6")
         lower.set_xlabel("position t")
-        lower.grid(alpha=0.3)
     axes[0, 0].set_ylabel("token weight w_t")
     axes[1, 0].set_ylabel("alive")
-    lines, names = axes[0, 0].get_legend_handles_labels()
-    figure.legend(lines, names, loc="outside upper center", ncols=len(names), fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     figure.savefig(path, dpi=110)
 
 
 def table(result: dict) -> str:
     """The summary as docs/equations.md shows it."""
-    lines = [
-        "| rows | form of D_t | w, all alive: mean | largest | w, half or fewer alive: mean "
-        "| largest | w, last position | D, half or fewer / all alive |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    blocks = [(f"synthetic, scale {s}", b) for s, b in result["synthetic"]["summary"].items()]
-    blocks += [("toy completions", result["toy"]["summary"])] if "toy" in result else []
-    for label, block in blocks:
-        for name, x in block.items():
-            w = [x["all_alive_mean"], x["all_alive_max"], x["half_or_fewer_mean"],
-                 x["half_or_fewer_max"], x["last_position_mean"]]  # fmt: skip
-            cells = [*(f"{value:.3f}" for value in w), f"{x['divergence_ratio']:.2f}"]
-            lines.append(f"| {label} | {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def rounded(value, digits: int = 5):
-    if isinstance(value, dict):
-        return {k: rounded(v, digits) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [rounded(v, digits) for v in value]
-    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
-
-
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    top.add_argument("--vocabulary", type=int, default=152064, help="V of the synthetic rows")
-    top.add_argument("--seeds", type=int, default=2, help="synthetic groups of each scale")
-    top.add_argument("--toy", help="a finished run of the toy, for its model and questions")
-    top.add_argument("--steps", type=int, default=20, help="groups of the toy")
-    top.add_argument("--json", default=str(HERE / "weights.json"))
-    top.add_argument("--plot", default=str(HERE.parent / "docs" / "weights.png"))
-    top.add_argument("--plot_only", action="store_true", help="read the JSON, draw the figure")
-    return top
+    blocks = {f"synthetic, scale {s}": b for s, b in result["synthetic"]["summary"].items()}
+    blocks |= {"toy completions": result["toy"]["summary"]} if "toy" in result else {}
+    lines = []
+    for label, block in blocks.items():
+        for form, measures in block.items():
+            weights = " | ".join(f"{measures[name]:.3f}" for name in COLUMNS.split())
+            lines.append(f"| {label} | {form} | {weights} | {measures['divergence_ratio']:.2f} |")
+    return HEAD + "\n".join(lines)
 
 
 def main() -> None:
-    args = parser().parse_args()
+    top = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    top.add_argument("--vocabulary", type=int, default=152064, help="V of the synthetic rows")
+    top.add_argument("--seeds", type=int, default=3, help="synthetic groups of each scale")
+    top.add_argument("--toy", type=Path, help="a run of the toy, for its model and questions")
+    top.add_argument("--json", type=Path, default=PROJECT / "benchmarks" / "weights.json")
+    top.add_argument("--plot", type=Path, default=PROJECT / "docs" / "weights.png")
+    top.add_argument("--plot_only", action="store_true", help="read the JSON, draw the figure")
+    args = top.parse_args()
     if not args.plot_only:
-        start = time.perf_counter()
-        groups = [
-            synthetic_group(args.vocabulary, scale, seed, LENGTHS)
-            for scale in SCALES
-            for seed in range(args.seeds)
-        ]
-        result = provenance() | dict(
-            alpha=ALPHA,
-            V=args.vocabulary,
-            lengths=LENGTHS,
-            synthetic=dict(
-                summary={f"{s:g}": summary([g for g in groups if g["scale"] == s]) for s in SCALES},
-                groups=groups,
-            ),
-        )
+        start, V, K = time.perf_counter(), args.vocabulary, args.seeds
+        result = provenance() | dict(alpha=ALPHA, V=V, lengths=LENGTHS)
+        groups = {s: [synthetic_group(V, s, k, LENGTHS) for k in range(K)] for s in SCALES}
+        summaries = {f"{scale:g}": summary(groups[scale]) for scale in SCALES}
+        result["synthetic"] = dict(summary=summaries, groups=sum(groups.values(), []))
         if args.toy:
-            groups = toy_groups(Path(args.toy), args.steps)
+            groups = toy_groups(args.toy, 20)
             result["toy"] = dict(summary=summary(groups), groups=groups)
-        result["seconds"] = time.perf_counter() - start
-        Path(args.json).write_text(json.dumps(rounded(result)) + "\n", encoding="utf-8")
-    result = json.loads(Path(args.json).read_text(encoding="utf-8"))
-    plot(result, Path(args.plot))
+        text = json.dumps(result | dict(seconds=time.perf_counter() - start))
+        result = json.loads(text, parse_float=lambda digits: float(f"{float(digits):.5g}"))
+        args.json.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    result = json.loads(args.json.read_text(encoding="utf-8"))
+    plot(result, args.plot)
     print(table(result))
 
 
