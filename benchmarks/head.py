@@ -30,7 +30,7 @@ def make_group(N: int, D: int, V: int, device, dtype, lengths=None, frozen=False
         # Logits with a standard deviation of about 3, as a trained head's.
         weight_VD=torch.randn(V, D, device=device, dtype=dtype) * 3 / D**0.5,
         targets_N=torch.randint(V, (sum(lengths),), device=device),
-        lengths_G=torch.tensor(lengths, device=device),
+        lengths_G=torch.tensor(lengths),  # on the host: nothing waits for the GPU
         advantages_G=torch.linspace(-1, 1, len(lengths), device=device),
     )
     group["weight_VD"].requires_grad_(not frozen)
