@@ -315,5 +315,4 @@ def test_the_memory_plan_counts_what_is_alive(gpu, monkeypatch, layers, checkpoi
     for phase, most in held.items():
         planned = sum(size for part, size in parts.items() if part.startswith(phase))
         measured = most - (held["always"] if phase != "always" else 0)
-        print(f"{phase:8} {measured / 1e9:8.2f} GB held, {planned / 1e9:8.2f} planned")
         assert planned == pytest.approx(measured, rel=0.1), phase
