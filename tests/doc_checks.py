@@ -23,10 +23,6 @@ class Table:
     header: list[str]
     rows: list[list[str]]
 
-    @property
-    def columns(self) -> dict[str, list[str]]:
-        return dict(zip(self.header, map(list, zip(*self.rows, strict=True)), strict=True))
-
 
 def prose(text: str) -> str:
     """The document without its fenced blocks."""
@@ -61,7 +57,6 @@ def shows(cell: str, value: float) -> bool:
     return f"{value:z.{len(digits.partition('.')[2])}f}" == digits
 
 
-def all_shown(cells: list[str], values: Iterable[float]) -> bool:
-    """Do the cells that are not empty show these values, in this order?"""
-    cells = [cell for cell in cells if cell != "-"]
+def all_shown(cells: Iterable[str], values: Iterable[float]) -> bool:
+    """Do the cells show these values, in this order?"""
     return all(shows(cell, float(x)) for cell, x in zip(cells, values, strict=True))

@@ -20,9 +20,9 @@ def small_cuts():
         patch.setattr(logits, "CHUNK_ROWS", 7)
         patch.setattr(plain, "CHUNK_ELEMENTS", 7 * 97)
         patch.setattr(logits, "ROW_BLOCK", 64)
-        patch.setattr(logits, "GROUP_ELEMENTS", 256)
-        patch.setattr(logits, "GRADIENT_BLOCK", 32)
-        patch.setattr(backward, "words_of_slice", lambda *_: 48)
+        patch.setattr(logits, "GROUP_ELEMENTS", 512)
+        patch.setattr(logits, "GRADIENT_BLOCK", 64)
+        patch.setattr(backward, "words_of_slice", lambda *_: 80)
         tile = fused.Tile(32, 32, 16, warps=4, stages=2)
         patch.setattr(fused, "tile_for", lambda hidden_ND: tile)
         yield

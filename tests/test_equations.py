@@ -48,11 +48,12 @@ def test_the_two_divergences_rank_these_tokens_differently():
     p_TGV = floats([line[2:] for line in rows.rows]).view(3, 2, 4)
     assert_close(p_TGV.sum(-1), torch.ones(3, 2, dtype=torch.float64))
     assert (p_TGV[2, 0, 2] / p_TGV[2, 0, 3]).item() == pytest.approx(199)
-    assert result.columns["position"] == ["agreed", "content", "tail"]
+    columns = dict(zip(result.header, zip(*result.rows, strict=True), strict=True))
+    assert columns["position"] == ("agreed", "content", "tail")
     for form, order in (("official", [0, 1, 2]), ("textbook", [0, 2, 1])):
         D_T = group_divergence(p_TGV.log().transpose(0, 1), torch.tensor([3, 3]), form)
-        assert all_shown(result.columns[f"D {form}"], D_T) and D_T.argsort().tolist() == order
-        assert all_shown(result.columns[f"w {form}"], token_weights(D_T, 1.7))
+        assert all_shown(columns[f"D {form}"], D_T) and D_T.argsort().tolist() == order
+        assert all_shown(columns[f"w {form}"], token_weights(D_T, 1.7))
 
 
 @pytest.mark.parametrize("scale, ratio, reach", [(3.0, "1.72", "16"), (5.0, "27", "23")])
