@@ -8,30 +8,9 @@ import sys
 import conftest
 import pytest
 import torch
-from torch.testing import assert_close
 
 from benchmarks import head, peers, step
 from benchmarks.origin import Results, table
-from kernels import tw_grpo_head
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.mark.parametrize("impl", ["chunked", "fused"])
-def test_what_is_timed_never_waits_for_the_gpu(impl, monkeypatch):
-    """And is the head: with the lengths on the host beforehand, nothing is read back."""
-    pytest.importorskip("triton")
-    group = head.make_group(16, 8, 31, DEVICE, torch.float32, [5, 9, 2])
-    forward, expected = head.ours(impl, **group), tw_grpo_head(**group, impl="reference").loss
-
-    def refuse(tensor):
-        raise AssertionError("the host reads a value back")
-
-    for name in ("tolist", "item", "__bool__", "__int__", "__float__"):
-        monkeypatch.setattr(torch.Tensor, name, refuse)
-    loss = forward()
-    monkeypatch.undo()
-    assert_close(loss, expected)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU")
