@@ -256,7 +256,7 @@ def warm_start(policy: Policy, questions: list[Question], seed: int, steps: int)
     """Supervised training, 16 prompts x 4 imperfect targets a step; returns the last loss, nats."""
     rng = np.random.default_rng([seed, 1])
     optimizer = torch.optim.AdamW(
-        policy.model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0
+        policy.model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda k: min(1.0, (k + 1) / 20) * (0.1 + 0.9 * (1 - k / steps))

@@ -207,9 +207,18 @@ class Decoder:
     """
 
     def __init__(
-        self, text, lm_head, cache: GroupCache, hidden_RD: Tensor, following_R: Tensor,
-        uniform_RT: Tensor, temperature: float, top_p: float, banned_V: Tensor, eos_ids: Tensor,
-    ):  # fmt: skip
+        self,
+        text,
+        lm_head,
+        cache: GroupCache,
+        hidden_RD: Tensor,
+        following_R: Tensor,
+        uniform_RT: Tensor,
+        temperature: float,
+        top_p: float,
+        banned_V: Tensor,
+        eos_ids: Tensor,
+    ):
         self.text, self.lm_head, self.cache = text, lm_head, cache
         self.following_R, self.uniform_RT = following_R, uniform_RT
         self.temperature, self.top_p = temperature, top_p

@@ -66,7 +66,7 @@ def make_optimizer(cfg: Config, policy: Policy) -> torch.optim.Optimizer:
         lr=cfg.learning_rate,
         betas=(cfg.adam_beta1, cfg.adam_beta2),
         weight_decay=cfg.weight_decay,
-        fused=policy.device.type == "cuda",  # elsewhere AdamW makes copies as large as its states
+        fused=True,  # or AdamW makes copies as large as its states
     )
 
 

@@ -140,13 +140,13 @@ def test_the_benchmark_writes_what_the_page_shows(world, tmp_path, monkeypatch, 
     paths = [
         f"--{name}={tmp_path / file}" for name, file in dict(json="w.json", plot="w.png").items()
     ]
-    flags = ["--vocabulary=300", "--seeds=1", f"--toy={tmp_path}", "--steps=3"]
+    flags = ["--vocabulary=300", "--seeds=1", f"--toy={tmp_path}"]
     monkeypatch.setattr("sys.argv", ["weights", *flags, *paths])
     weights.main()
     result = json.loads((tmp_path / "w.json").read_text())
     assert capsys.readouterr().out.strip() == weights.table(result)
     assert (tmp_path / "w.png").read_bytes()[1:4] == b"PNG"
-    assert len(result["synthetic"]["groups"]) == len(result["toy"]["groups"]) == 3
+    assert len(result["synthetic"]["groups"]) == 3 and len(result["toy"]["groups"]) == 20
     for group in result["toy"]["groups"]:
         assert group["alive"][0] == 8 and len(group["alive"]) <= 20
         for form in weights.FORMS:

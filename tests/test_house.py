@@ -10,9 +10,18 @@ from conftest import PROJECT
 
 # A room imports from those after it, and none from its own place in the line but itself.
 ROOMS = [
-    ["benchmarks"], ["twgrpo"], ["eval"], ["tools"], ["run"], ["toy"], ["model"], ["data"],
-    ["records"], ["rewards", "video", "kernels"], ["files"],
-]  # fmt: skip
+    ["benchmarks"],
+    ["twgrpo"],
+    ["eval"],
+    ["tools"],
+    ["run"],
+    ["toy"],
+    ["model"],
+    ["data"],
+    ["records"],
+    ["rewards", "video", "kernels"],
+    ["files"],
+]
 PLACE = {room: place for place, rooms in enumerate(ROOMS) for room in rooms}
 
 

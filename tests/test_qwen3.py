@@ -3,6 +3,7 @@ transformers' own model and processor."""
 
 import copy
 import json
+import re
 import subprocess
 import time
 import types
@@ -199,12 +200,10 @@ def test_dry_run_and_ask(policy, world, tmp_path, monkeypatch, capsys):
     assert "4 frames x 64 x 64 pixels, 0.58 s apart = 8 video tokens" in capsys.readouterr().out
     clip = world / "clips" / "train_000.mp4"
     flags = f"ask --model {tmp_path / 'model'} --video {clip} --question What? --max_frames 4 "
-    flags += "--min_pixels 4096 --max_pixels 4096 --max_completion_length 6 --weights"
-    monkeypatch.setattr("sys.argv", ["eval.py", *flags.split(), "--num_generations", "2"])
+    flags += "--min_pixels 4096 --max_pixels 4096 --max_completion_length 6"
+    monkeypatch.setattr("sys.argv", ["eval.py", *flags.split()])
     evaluation.main()
-    out = capsys.readouterr().out
-    assert out.startswith("4 frames of 64 x 64 pixels, 0.58 s apart: 8 video tokens")
-    assert "tokens of the 2 answers" in out
+    assert re.search(r"\([1-6] tokens(, cut off)?; prompt [0-9]+\)", capsys.readouterr().out)
 
 
 def test_models_with_linear_attention_are_refused_with_the_reason(tmp_path):

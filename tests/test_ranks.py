@@ -35,8 +35,10 @@ def run_two(world, out, *flags, fault=(), timeout=LIMIT):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     return subprocess.run(
         [str(part) for part in (*launch, *script, *command)],
-        capture_output=True, text=True, timeout=timeout,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
 
 
 FIVE = "--max_steps 5 --learning_rate 1e-3 --per_device_train_batch_size".split()
