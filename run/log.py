@@ -58,6 +58,7 @@ class RunLog:
         self.sums: dict[str, float] = defaultdict(float)  # since the last line, as all below
         self.numbers: dict[str, int] = defaultdict(int)  # of the values in each sum
         self.tokens = self.steps = 0
+        SECONDS.clear()
         self.named: set[str] = set()
         if ranks.is_main():
             write_settings(cfg, directory, done)

@@ -54,6 +54,14 @@ def pytest_xdist_auto_num_workers(config) -> int:
     return 0 if len(config.args) == 1 and ".py" in config.args[0] else 2
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
+def pytest_collection_modifyitems(items) -> None:
+    """Tests that need the toy world are slow: making it takes ten seconds in each process."""
+    for item in items:
+        if "world" in item.fixturenames:
+            item.add_marker(pytest.mark.slow)
+
+
 def lacking(error: BaseException | None) -> str | None:
     """What this machine lacks, if that is why a test failed."""
     while error:

@@ -27,6 +27,7 @@ from model.policy import Policy
 from records import Record
 
 pytest_plugins = ["test_fake_gpu"]
+pytestmark = pytest.mark.slow
 BLOCK = 16
 FAMILIES = dict(qwen2_5_vl=lambda policy: policy, qwen2_vl=as_qwen2_vl, qwen3_vl=as_qwen3_vl)
 
@@ -59,7 +60,6 @@ def step_inputs(lengths, G, K, shared, d, t, T, scale=1.0, dtype=torch.float32):
     return [*new, angle_Rd.cos(), angle_Rd.sin(), *prompt, lengths_B, *own, t, d**-0.5]
 
 
-@pytest.mark.slow
 @few
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=2),

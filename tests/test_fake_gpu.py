@@ -286,6 +286,7 @@ def test_a_step_waits_for_what_it_has_to_know(gpu, attention):
     assert gpu.waits == ["optimizer_step"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers, checkpoints, T", [(28, True, 1024), (6, False, 170)])
 def test_the_memory_plan_counts_what_is_alive(gpu, monkeypatch, layers, checkpoints, T):
     """What each phase holds beside parameters and moments, within 10 %."""

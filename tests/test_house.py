@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import PROJECT
 
 # A room imports from those after it, and none from its own place in the line but itself.
@@ -64,6 +65,7 @@ def install(site: Path, version: str) -> None:
     (site / "kernels" / "layer" / "mode.py").write_text("class Mode: pass\n")
 
 
+@pytest.mark.slow
 def test_hugging_faces_package_of_the_same_name_may_be_installed(tmp_path):
     install(tmp_path, "0.16.0")  # within the range that transformers 5.17 uses
     both = (

@@ -62,6 +62,7 @@ def test_several_runs_are_drawn_over_each_other(tmp_path):
     assert "bold: moving mean over 1/20 of the run" in picture and str(runs[0]) in picture
 
 
+@pytest.mark.slow
 def test_curves_draw_what_there_is_and_count_what_is_left_out(tmp_path, capsys):
     huge = [math.nan, math.inf, 10**400]
     logs = {
@@ -132,6 +133,7 @@ def test_lines_that_are_no_groups_are_left_out_and_counted(tmp_path, capsys):
 # --------------------------------------------------------------------------------------------- both
 
 
+@pytest.mark.slow
 def test_what_is_wrong_is_said_in_one_sentence(tmp_path):
     group, metrics = group_row(1, [words("x", 3)]), metric_row(1)
 

@@ -214,6 +214,7 @@ def test_captured_steps_draw_the_tokens_of_eager_ones(policy, questions):
         assert (a.sampled_logps_N - b.sampled_logps_N).abs().max() < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_sampling_follows_the_whole_softmax(temperature):
     """100,000 draws against the probabilities: no hidden top-k, the temperature applied once."""

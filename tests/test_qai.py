@@ -117,6 +117,7 @@ def check_rules(rows: list[dict]) -> dict:
     return counts
 
 
+@pytest.mark.slow
 def test_ten_thousand_generated_rows_break_no_rule():
     counts = check_rules(generated(10_000))
     assert 2500 < counts["inverted"] < 4500

@@ -472,6 +472,7 @@ for ending in ("pass", "raise SystemExit('error: a sentence')", "raise SystemExi
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank, shutdown", [({"RANK": "0"}, ""), ({}, "shut down\n")])
 def test_a_rank_ends_with_the_right_exit_code_and_without_shutdown(rank, shutdown):
     result = subprocess.run(
