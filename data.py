@@ -224,7 +224,10 @@ class Prompter:
             clip = video.repeat_frames(clip, self.repeat_frames)
         patches, grid = video.patchify(clip.frames, self.geometry)
         times = patch_times(clip, self.geometry) if self.geometry.timestamps else ()
-        prompt, ids = self.tokenize(record, times)
+        try:
+            prompt, ids = self.tokenize(record, times)
+        except UserError as error:  # `check_prompts` was content: the clip has too many times
+            raise video.VideoError(f"{record.video}: {error}") from None
         video_id = self.tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
         ids_P, tokens = torch.tensor(ids), len(patches) // self.geometry.merge_size**2
         per_placeholder = tokens // ids.count(video_id)
@@ -262,10 +265,10 @@ def with_times(prompt: str, times: Sequence[float]) -> str:
 def check_prompts(prompter: Prompter, records: list[Record], path: str) -> None:
     """Renders and tokenizes every question of the file `path`, without its clip. Raises UserError
     naming all that cannot become a prompt."""
-    errors = []
+    errors, times = [], (0.0,) if prompter.geometry.timestamps else ()
     for record in records:
         try:
-            prompter.tokenize(record)
+            prompter.tokenize(record, times)
         except UserError as error:
             errors.append(f"record {record.id}: {error}")
     refuse(path, "question(s) that cannot become a prompt", errors)

@@ -149,7 +149,7 @@ def ask(args: argparse.Namespace, cfg: Config) -> None:
     record = Record("asked", problem, "", Path(args.video), kind=kind)
     groups = list(answers(args, cfg, [record], [0]))
     if not groups:
-        raise SystemExit(1)  # it was said that the clip cannot be read
+        raise SystemExit(1)  # already reported: the clip cannot be read
     (group,) = groups
     cut = "" if group.finished[0] else ", cut off"
     print(printable(group.texts[0]))
@@ -169,7 +169,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--out", required=True, help="log to append to; an existing one is resumed")
     one.add_argument("--prompt", choices=STYLES, help="default: the paper's for the benchmark")
     one.add_argument("--batch_size", type=int, default=16, help="questions at once, at most")
-    one.add_argument("--limit", type=int, help="only the first so many questions")
+    one.add_argument("--limit", type=int, help="only the first N questions")
     add_model_flags(one)
     one = commands.add_parser("score", help="accuracy of logs, this project's or the official ones")
     one.add_argument("logs", nargs="+")
@@ -189,7 +189,7 @@ def add_model_flags(command: argparse.ArgumentParser) -> None:
     add("--model", required=True, help="Qwen3-VL, Qwen2.5-VL or Qwen2-VL checkpoint")
     add("--temperature", type=float, default=0.0, help="0: greedy; official: 0.1")
     add("--top_p", type=float, default=1.0, help="official: 0.001")
-    add("--repeat_frames", type=int, default=0, help="show exactly so many; official: 16")
+    add("--repeat_frames", type=int, default=0, help="show exactly this many frames; official: 16")
     told = "what the model is told of time: the clip's own, or 1 s per temporal patch (official)"
     add("--timing", choices=("true", "fixed"), default="true", help=told)
     for field in dataclasses.fields(Config):

@@ -1,7 +1,7 @@
-"""A run's own files: each is written completely or not at all, by one process at a time.
+"""A run's own files: each is written completely or not at all.
 
     replacing       write beside a file, then rename over it
-    lock            one process at a time in a run directory or at a log
+    lock            one process at a time in a run directory
     new_directory   a fresh directory that no other process can choose too
     read_json       a JSON object, or a sentence that says why not
     json_lines      the values of JSONL, line by line

@@ -216,9 +216,9 @@ def score_groups(
         tw_grpo_head(
             hidden_ND.to(dtype),
             policy.head_VD.to(dtype),
-            group.targets_N.to(hidden_ND.device),
+            group.targets_N.to(hidden_ND.device, non_blocking=True),
             group.lengths_G,
-            group.advantages_G.to(hidden_ND.device),
+            group.advantages_G.to(hidden_ND.device, non_blocking=True),
             old_logps_N=group.old_logps_N,
             ref_logps_N=group.ref_logps_N,
             alpha=cfg.alpha,

@@ -1,5 +1,4 @@
-"""From a video file to what Qwen2-VL and Qwen2.5-VL read: frames and their times, patches, and
-position ids.
+"""From a video file to what Qwen-VL models read: frames and their times, patches, and position ids.
 
 The path of one clip:
     read_clip   file -> F frames and the seconds between them (decoded by PyAV, that is FFmpeg)
@@ -30,8 +29,8 @@ MIN_FRAMES, MAX_FRAMES = 4, 16
 MIN_PIXELS, MAX_PIXELS = 128 * 28 * 28, 196 * 28 * 28  # per frame, after resizing
 MAX_ASPECT = 200
 MAX_FRAME_PIXELS = 4096 * 4096  # before resizing; 16 such frames take 0.8 GB
-# FFmpeg's names of the formats that hold clips. A playlist is none of them: FFmpeg would open
-# whatever files and addresses it lists.
+# FFmpeg's names of the formats that hold clips. Playlists are left out: FFmpeg would open whatever
+# files and addresses one lists.
 FORMATS = "mov mp4 m4a 3gp 3g2 mj2 matroska webm avi gif mpegts mpeg flv ogg asf".split()
 # Of red, green and blue in 0..1, for Qwen2-VL's and Qwen2.5-VL's vision towers.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)

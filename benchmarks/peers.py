@@ -111,6 +111,7 @@ def main() -> None:
     for way in args.rounds * ways:
         rounds[way].append(one_round(way, args))
         key = dict(way=way, prompt=args.prompt, completion=args.completion)
+        key |= dict(num_generations=args.num_generations)
         results.add(key, summary(rounds[way], rounds["ours"]))
     print(table(results.rows))
 

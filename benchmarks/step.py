@@ -165,6 +165,8 @@ def scaling(shape: dict, results: Results) -> None:
         for change in changes:
             changed = {factor: int(change * shape[factor])}
             row = results.measure(measure, way="ours", **shape | changed)
+            if "failed" in row:
+                break
             now = dict(rollout=row["rollout_s"], score=row["score_s"] + row["backward_s"], x=row[x])
             line = dict(rollout_s=now["rollout"], score_s=now["score"])
             if before:

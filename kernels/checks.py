@@ -39,10 +39,8 @@ def check_inputs(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Non
         )
     if N == 0:
         raise ValueError("hidden_ND has no rows: a group needs at least one completion token")
-    in_range, message = (
-        (targets_N >= 0) & (targets_N < V),
-        f"targets_N holds a word outside the vocabulary of {V}",
-    )
+    in_range = (targets_N >= 0) & (targets_N < V)
+    message = f"targets_N holds a word outside the vocabulary of {V}"
     if device.type == "cpu" and not in_range.all():
         raise ValueError(message)
     if device.type == "cuda":  # the assertion fails when the GPU gets there

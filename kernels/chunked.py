@@ -1,5 +1,5 @@
-"""The fast forward: torch multiplies a chunk of positions (on a GPU by cuBLAS), and Triton or plain
-torch does the rest while the chunk is in memory.
+"""The forward in chunks: torch multiplies a chunk of positions (on a GPU by cuBLAS), and Triton or
+plain torch does the rest while the chunk is in memory.
 
 Recomputing a logit costs D = 3584 multiplications, reading it back one access, so on a GPU a chunk
 of about 2,048 rows is written once in float32 and read twice: by rows for the log-sum-exp, by
@@ -38,8 +38,9 @@ def lay_out(lengths: list[int], device: torch.device | str) -> Layout:
     _, position_N = reference.positions_of_tokens(lengths_G)
     order_N = torch.argsort(position_N, stable=True)
     starts = F.pad(torch.bincount(position_N).cumsum(0), (1, 0))
-    tables = [x.to(torch.int32).to(device) for x in (starts, order_N)]
-    return Layout(len(lengths), lengths_G.to(device), starts.tolist(), *tables)
+    tables = (lengths_G, starts.to(torch.int32), order_N.to(torch.int32))
+    lengths_G, *tables = (x.to(device, non_blocking=True) for x in tables)
+    return Layout(len(lengths), lengths_G, starts.tolist(), *tables)
 
 
 def matmul_float32(a: Tensor, b: Tensor, out: Tensor, beta: float = 0.0) -> Tensor:

@@ -103,8 +103,8 @@ def tw_grpo_head(
                   None: on-policy, ratio 1
     ref_logps_N   (N,) float: log-probs of the reference model, required when beta > 0
     impl          "reference"  plain PyTorch, any float dtype: the specification
-                  "chunked"    Triton and cuBLAS, a chunk of positions at a time: the fast one
-                  "fused"      Triton only, logits in registers: the small one
+                  "chunked"    Triton and cuBLAS, a chunk of positions at a time
+                  "fused"      Triton only, logits in registers
                   "plain"      chunked in plain torch; "chunked" is this where Triton cannot run
                   "auto"       chunked on CUDA if Triton is installed, else plain
     kept_bytes    budget for the rows of logits that `chunked` and `plain` keep for the backward, as
@@ -116,13 +116,14 @@ def tw_grpo_head(
     TRITON_INTERPRET=1; `plain` also float64. A NaN in `hidden_ND` gives a NaN loss.
 
     Raises ValueError or TypeError naming the argument that is wrong, ImportError if Triton is
-    needed and missing, RuntimeError if the kernels cannot run on this device.
+    needed and missing, RuntimeError if the kernels cannot run on this device. On CUDA a target
+    outside the vocabulary is a device-side assertion instead, so that nothing waits for the GPU.
     """
     settings = LossOptions(**options)
     check_inputs(hidden_ND, weight_VD, targets_N)
     group = (lengths_G, advantages_G, old_logps_N, ref_logps_N)
     lengths = check_group(hidden_ND, *group, settings.beta)
-    group = (lengths_G.to(hidden_ND.device), *group[1:])
+    group = (lengths_G.to(hidden_ND.device, non_blocking=True), *group[1:])
     impl = choose_impl(impl, hidden_ND, settings)
     if impl == "reference":
         return reference.tw_grpo(hidden_ND, weight_VD, targets_N, *group, settings)
@@ -131,7 +132,7 @@ def tw_grpo_head(
     if impl == "fused" or not (wants_gradient and torch.is_grad_enabled()):
         kept_bytes = 0  # "fused" has no logits in memory to keep
     elif impl == "plain":
-        kept_bytes = min(kept_bytes, KEPT_BYTES_PLAIN)
+        kept_bytes *= KEPT_BYTES_PLAIN / KEPT_BYTES
     inputs = (x.contiguous() for x in (hidden_ND, weight_VD, targets_N))
     layout = lay_out(lengths, hidden_ND.device)
     statistics = Statistics.apply(*inputs, layout, impl, settings, kept_bytes)
@@ -164,7 +165,8 @@ def token_logps(
 
 
 def choose_impl(impl: str, hidden_ND: Tensor, options: LossOptions) -> str:
-    """What runs: on a CPU "auto" is "plain", and so is "chunked" unless TRITON_INTERPRET=1."""
+    """What runs. "auto" and "chunked" are "plain" on a CPU, unless TRITON_INTERPRET=1 for the
+    second, and for dtypes that the kernels do not take."""
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, not {impl!r}")
     compiles = hidden_ND.device.type in COMPILES_FOR and hidden_ND.dtype in KERNEL_DTYPES

@@ -166,9 +166,9 @@ def sample(
 def draw(share_RV: Tensor, uniform_R: Tensor) -> Tensor:
     """The first word whose cumulative share passes uniform times the total, (R,) int64.
 
-    In two levels, for a GPU is slow to scan a row of 152,064 words: first the block of words in
-    which the sum passes, then the word. Sums are float64; only where they pass within rounding
-    (1e-15) of the border between two words may it be the one or the other.
+    In two levels, because a GPU is slow to scan a row of 152,064 words: first the block of words in
+    which the sum passes, then the word. Sums are float64; within rounding (1e-15) of the border
+    between two words, either may be taken.
     """
     R, V = share_RV.shape
     share_RNW = F.pad(share_RV, (0, -V % WORDS)).view(R, -1, WORDS)
@@ -249,10 +249,8 @@ class Decoder:
         hidden_RD = self.text.embed_tokens(self.tokens_RT.index_select(1, self.t)[:, 0])
         positions_3R1 = (self.following_R + self.t).expand(3, -1)[..., None]
         rotation = [x_R1d[:, 0] for x_R1d in self.text.rotary_emb(hidden_RD, positions_3R1)]
-        lengths_B, caches = (
-            self.cache.lengths_B,
-            zip(self.cache.prompt, self.cache.own, strict=True),
-        )
+        lengths_B = self.cache.lengths_B
+        caches = zip(self.cache.prompt, self.cache.own, strict=True)
         for layer, (prompt, own) in zip(self.text.layers, caches, strict=True):
             context = (*rotation, *prompt, lengths_B, *own, self.t)
             hidden_RD = decode_layer(layer, hidden_RD, self.attend, context)

@@ -130,7 +130,9 @@ def save(
             (state / "counters.json").write_text(json.dumps(counters), encoding="utf-8")
         for path in [*partial.rglob("*"), partial]:
             files.flush(path)  # fsync before the rename
-        os.rename(partial, final)  # fails if something has that name
+        if final.exists():
+            raise UserError("something has that name")
+        os.rename(partial, final)
         for older in [] if model_only else checkpoints(run).values():
             if older != final and not (older / "trainer_state").is_symlink():
                 shutil.rmtree(older / "trainer_state", ignore_errors=True)
@@ -208,12 +210,12 @@ def to_resume(cfg: Config, run: Path) -> tuple[Path, dict] | None:
 def find(run: Path, which: str) -> Path | None:
     """The checkpoint to resume from: `which` is a path, or "auto" for the newest of the run.
 
-    None if "auto" finds no run, or one that was killed before its first checkpoint, so that a new
-    run can be started with "auto" too.
+    None if "auto" finds no checkpoint, so that a new run can be started with "auto" too, and one
+    that was killed before its first.
     """
     saved = checkpoints(run)
     if which == "auto" and not saved:
-        print("no checkpoint yet: starting at step 1")
+        print("no checkpoint: starting at step 1; lines of an older log move to NAME.after-0")
         return None
     path = saved[max(saved)] if which == "auto" else Path(which)
     if not (path / "trainer_state" / "counters.json").is_file():

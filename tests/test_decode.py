@@ -194,6 +194,10 @@ def test_the_draw_in_two_levels_is_that_of_one_scan(V, temperature, scale, seed)
     uniform_R1 = (upto_RV.gather(1, words_R1) / upto_RV[:, -1:] - 1e-12).clamp(min=0)
     uniform_R1[0], uniform_R1[-1] = 0, 1 - 2**-53
     tokens_R, _ = rollout.sample(logits_RV, temperature, uniform_R1[:, 0], banned_V)
-    one_scan_R1 = torch.searchsorted(upto_RV, uniform_R1 * upto_RV[:, -1:], right=True)
-    assert torch.equal(tokens_R[:-1], one_scan_R1[:-1, 0])  # the last scan may end beyond the words
+    at_R1 = uniform_R1 * upto_RV[:, -1:]
+    one_scan_R1 = torch.searchsorted(upto_RV, at_R1, right=True).clamp(max=V - 1)
+    ends_R1 = [upto_RV.gather(1, words_R1) for words_R1 in (tokens_R[:, None], one_scan_R1)]
+    nearest_R1 = torch.minimum(*[(end_R1 - at_R1).abs() for end_R1 in ends_R1])
+    same_R = tokens_R == one_scan_R1[:, 0]
+    assert (same_R | (nearest_R1[:, 0] < 1e-14)).all() and same_R.float().mean() > 0.9
     assert not banned_V[tokens_R].any()

@@ -190,7 +190,7 @@ def main(arguments: list[str] | None = None) -> None:
     qai = commands.add_parser("qai", help="question-answer inversion of NExT-GQA or STAR rows")
     for command in (clevrer, qai):
         command.add_argument("file")
-        command.add_argument("out")
+        command.add_argument("out", help="is written as a JSON list")
     qai.add_argument("--seed", type=int, default=42, help="the same seed gives the same bytes")
     qai.add_argument("--p", type=float, default=0.5, help="share of the questions to invert")
     args = parser.parse_args(arguments)

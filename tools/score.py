@@ -16,8 +16,10 @@ OURS: all rows, but only the first row of each question.
 Letters in shapes: Q questions, R resamples.
 """
 
+import errno
 import fcntl
 import json
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -144,12 +146,18 @@ class RowLog:
             raise UserError(f"--out {path}: {reason}") from None
 
     def append(self, row: dict) -> None:
-        """Raises UserError if it cannot be written. A part of the row may then be in the log; the
-        run that resumes it cuts that off."""
+        """Raises UserError if it cannot be written; the log is then as before."""
+        line = (json.dumps(row | {"run": self.settings}) + "\n").encode()
         try:
-            with open(self.path, "a") as file:
+            with open(self.path, "ab", buffering=0) as file:
                 fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed; other ranks wait
-                file.write(json.dumps(row | {"run": self.settings}) + "\n")
+                size = os.path.getsize(self.path)
+                try:
+                    if file.write(line) < len(line):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                except OSError:
+                    os.truncate(self.path, size)  # or the next row would be glued to this one
+                    raise
         except OSError as error:
             reason = f"cannot be written ({error.strerror}); the same command resumes it"
             raise UserError(f"--out {self.path}: {reason}") from None
