@@ -226,7 +226,7 @@ class Prompter:
         times = patch_times(clip, self.geometry) if self.geometry.timestamps else ()
         try:
             prompt, ids = self.tokenize(record, times)
-        except UserError as error:  # `check_prompts` was content: the clip has too many times
+        except UserError as error:  # it passed `check_prompts`, so its clip has too many times
             raise video.VideoError(f"{record.video}: {error}") from None
         video_id = self.tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
         ids_P, tokens = torch.tensor(ids), len(patches) // self.geometry.merge_size**2

@@ -90,7 +90,16 @@ def launch_head(
     output.loss.backward()
 
 
-def launch_decode(G: int, B=1, H=28, K=4, P=1100, T=170, D=128, device="meta") -> None:
+def launch_decode(
+    G: int,
+    B: int = 1,
+    H: int = 28,
+    K: int = 4,
+    P: int = 1100,
+    T: int = 170,
+    D: int = 128,
+    device: str = "meta",
+) -> None:
     """The attention of one decoding step, by default of Qwen2.5-VL-7B, in bf16."""
     from kernels import decode
 

@@ -123,7 +123,8 @@ def tw_grpo_head(
     check_inputs(hidden_ND, weight_VD, targets_N)
     group = (lengths_G, advantages_G, old_logps_N, ref_logps_N)
     lengths = check_group(hidden_ND, *group, settings.beta)
-    group = (lengths_G.to(hidden_ND.device, non_blocking=True), *group[1:])
+    layout = lay_out(lengths, hidden_ND.device)
+    group = (layout.lengths_G, *group[1:])
     impl = choose_impl(impl, hidden_ND, settings)
     if impl == "reference":
         return reference.tw_grpo(hidden_ND, weight_VD, targets_N, *group, settings)
@@ -134,7 +135,6 @@ def tw_grpo_head(
     elif impl == "plain":
         kept_bytes *= KEPT_BYTES_PLAIN / KEPT_BYTES
     inputs = (x.contiguous() for x in (hidden_ND, weight_VD, targets_N))
-    layout = lay_out(lengths, hidden_ND.device)
     statistics = Statistics.apply(*inputs, layout, impl, settings, kept_bytes)
     return reference.weighted_loss(*statistics, *group, settings)
 

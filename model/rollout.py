@@ -208,8 +208,8 @@ class Decoder:
 
     def __init__(
         self,
-        text,
-        lm_head,
+        text: nn.Module,
+        lm_head: nn.Module,
         cache: GroupCache,
         hidden_RD: Tensor,
         following_R: Tensor,
@@ -268,7 +268,7 @@ class Decoder:
             self.steps = t + 1
         self.steps += 1
 
-    def _captured_step(self):
+    def _captured_step(self) -> Callable[[], None]:
         """One step as a CUDA graph.
 
         Capturing runs nothing, but the warm-up before it does: the state it moves is put back. What

@@ -17,6 +17,7 @@ from conftest import questions_of, random_completions
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 import toy
+from benchmarks.step import SIZES
 from data import TEMPLATES, Prompter
 from files import UserError
 from model import rollout
@@ -334,16 +335,7 @@ def big(tmp_path_factory):
     frames = np.random.default_rng(0).integers(0, 255, (10, 280, 280, 3), dtype=np.uint8)
     toy.write_mp4(root / "clip.mp4", frames, rate=2)
     tokenizer = toy.build_tokenizer(list(TEMPLATES.values()))
-    model = toy.build_model(
-        tokenizer,
-        hidden_size=512,
-        layers=10,
-        heads=8,
-        kv_heads=2,
-        intermediate_size=1408,
-        vision_depth=2,
-        vision_hidden_size=256,
-    )
+    model = toy.build_model(tokenizer, **SIZES["tiny"])
     policy = Policy(model.eval(), tokenizer, toy.CHAT_TEMPLATE)
     policy.vision.requires_grad_(False)
     policy.eos_ids = torch.tensor([-1])  # every completion runs to its 64 tokens

@@ -151,8 +151,10 @@ def main() -> None:
     help = "show at most this many groups, evenly spaced over the run (200)"
     parser.add_argument("--max_groups", metavar="N", type=int, default=200, help=help)
     args = parser.parse_args()
+    if args.max_groups < 1:
+        parser.error("--max_groups must be at least 1")
     try:
-        write_page(args.run, args.out, max(1, args.max_groups))
+        write_page(args.run, args.out, args.max_groups)
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
     print(args.out)
