@@ -4,12 +4,13 @@
 files, records in JSONL, a Hugging Face checkpoint directory), so everything after it is the same
 code path as training Qwen2.5-VL-7B-Instruct on CLEVRER.
 
+    TOYS              the default, `colours`, and `events`, whose answers are long
     write_clips       mp4 files, and train.jsonl / test.jsonl with questions about them
     build_tokenizer   a byte-level BPE with Qwen's special tokens and chat form
     build_model       a Qwen2.5-VL of about 0.5 M parameters
     warm_start        a short supervised stage that stands in for pretraining: it learns the form of
-                      an answer and to see colours, but its targets name a true option only with
-                      p = 0.6 and a false one with p = 0.25
+                      an answer and to see, but its targets name a true option only with p = 0.6 and
+                      a false one with p = 0.25 (colours)
 
 The warm start leaves room to learn: about a third of the sampled answers are right, so the members
 of a group differ in reward. The toy shows that the loop works, not that TW-GRPO beats GRPO.
@@ -18,6 +19,9 @@ of a group differ in reward. The toy shows that the loop works, not that TW-GRPO
 import json
 import os
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +35,7 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
+import events
 from data import TEMPLATES, Prompter, Question
 from kernels import reference
 from model.packing import Group
@@ -102,7 +107,7 @@ def draw_clip(colours: list[str], rng: np.random.Generator) -> np.ndarray:
     return frames
 
 
-def write_mp4(path: Path, frames_FHW3: np.ndarray, rate: int) -> None:
+def write_mp4(path: Path, frames_FHW3: np.ndarray, rate: int | Fraction) -> None:
     """H.264 in an mp4, as any camera or dataset has it; `rate` is in frames a second."""
     import av
 
@@ -116,29 +121,64 @@ def write_mp4(path: Path, frames_FHW3: np.ndarray, rate: int) -> None:
         container.mux(stream.encode())
 
 
+def scene(rng: np.random.Generator) -> tuple[np.ndarray, dict]:
+    """A clip of one to four colours, and the row of a question with at least one right answer."""
+    names = list(COLOURS)
+    shown = rng.choice(names, rng.integers(1, 5), replace=False).tolist()
+    options = []
+    while not set(options) & set(shown):
+        options = rng.choice(names, 4, replace=False).tolist()
+    lettered = dict(zip("ABCD", options, strict=True))
+    right = [letter for letter, option in lettered.items() if option in shown]
+    lines = [f"{letter}. {option}" for letter, option in lettered.items()]
+    row = dict(
+        problem="\n".join(["Which colours appear?", *lines]),
+        solution=f"<answer>{','.join(right)}</answer>",
+    )
+    return draw_clip(shown, rng), row
+
+
+def imperfect_target(row: dict, rng: np.random.Generator) -> str:
+    """An answer in perfect format that names each true option with p = 0.6, each false one with
+    p = 0.25, and at least one."""
+    options = dict(line.split(". ") for line in row["problem"].split("\n")[1:])
+    while True:
+        named = [o for o in options if rng.random() < (0.6 if o in row["solution"] else 0.25)]
+        if named:
+            seen = " ".join(options[o] for o in named)
+            return f"<think>I see {seen}</think><answer>{','.join(named)}</answer>"
+
+
+@dataclass(frozen=True)
+class Toy:
+    """What tells one toy from another."""
+
+    scene: Callable  # draws the frames of a clip and the row of a question about it
+    target: Callable  # draws an imperfect answer to a row
+    rate: Fraction  # frames a second of the files
+    defaults: dict  # the settings in which it differs from the recipe of a 7B model
+    steps: int  # of the warm start
+    targets: int  # for each question of a step of the warm start
+
+
+TOYS = {
+    "colours": Toy(scene, imperfect_target, RATE, DEFAULTS, 900, 4),
+    "events": Toy(events.scene, events.imperfect_target, events.RATE, events.DEFAULTS, 500, 2),
+}
+
+
 def write_clips(
-    root: Path, seed: int, train: int = TRAIN_CLIPS, test: int = TEST_CLIPS
+    root: Path, seed: int, toy: str = "colours", train: int = TRAIN_CLIPS, test: int = TEST_CLIPS
 ) -> tuple[Path, Path]:
     """root/clips/*.mp4 and the records about them: (train.jsonl, test.jsonl)."""
     (root / "clips").mkdir(parents=True)
-    rng, names = np.random.default_rng([seed, 0]), list(COLOURS)
+    rng = np.random.default_rng([seed, 0])
     for split, count in (("train", train), ("test", test)):
         rows = []
         for k in tqdm(range(count), desc=f"writing {split} clips", leave=False):
-            shown = rng.choice(names, rng.integers(1, 5), replace=False).tolist()
-            options = []
-            while not set(options) & set(shown):
-                options = rng.choice(names, 4, replace=False).tolist()
-            lettered = dict(zip("ABCD", options, strict=True))
-            right = [letter for letter, option in lettered.items() if option in shown]
-            lines = [f"{letter}. {option}" for letter, option in lettered.items()]
-            row = dict(
-                id=f"{split}-{k}",
-                problem="\n".join(["Which colours appear?", *lines]),
-                solution=f"<answer>{','.join(right)}</answer>",
-                video=f"clips/{split}_{k:03d}.mp4",
-            )
-            write_mp4(root / row["video"], draw_clip(shown, rng), RATE)
+            frames, row = TOYS[toy].scene(rng)
+            row = dict(id=f"{split}-{k}", **row, video=f"clips/{split}_{k:03d}.mp4")
+            write_mp4(root / row["video"], frames, TOYS[toy].rate)
             rows.append(json.dumps(row) + "\n")
         (root / f"{split}.jsonl").write_text("".join(rows), encoding="utf-8")
     return root / "train.jsonl", root / "test.jsonl"
@@ -169,12 +209,13 @@ def build_tokenizer(corpus: list[str], vocabulary: int = VOCABULARY) -> Qwen2Tok
     )
 
 
-def toy_tokenizer(records: list[Record], seed: int) -> Qwen2Tokenizer:
+def toy_tokenizer(records: list[Record], seed: int, toy: str = "colours") -> Qwen2Tokenizer:
     """The tokenizer of the toy's own text, in which every word is one token."""
     rng = np.random.default_rng([seed, 2])
     template = TEMPLATES["mixed"]
     texts = [
-        f"{template.replace('{problem}', r.problem)}\n{imperfect_target(r, rng)}" for r in records
+        f"{template.replace('{problem}', r.problem)}\n{TOYS[toy].target(r.row, rng)}"
+        for r in records
     ]
     return build_tokenizer([*texts, "system\nYou are a helpful assistant.\nuser\nassistant\n"])
 
@@ -241,20 +282,11 @@ def build_model(
     return model
 
 
-def imperfect_target(record: Record, rng: np.random.Generator) -> str:
-    """An answer in perfect format that names each true option with p = 0.6, each false one with
-    p = 0.25, and at least one."""
-    options = dict(line.split(". ") for line in record.problem.split("\n")[1:])
-    while True:
-        named = [o for o in options if rng.random() < (0.6 if o in record.solution else 0.25)]
-        if named:
-            seen = " ".join(options[o] for o in named)
-            return f"<think>I see {seen}</think><answer>{','.join(named)}</answer>"
-
-
-def warm_start(policy: Policy, questions: list[Question], seed: int, steps: int) -> float:
-    """Supervised training, 16 prompts x 4 imperfect targets a step; returns the last loss, nats."""
-    rng = np.random.default_rng([seed, 1])
+def warm_start(
+    policy: Policy, questions: list[Question], seed: int, steps: int, toy: str = "colours"
+) -> float:
+    """Supervised training, 16 prompts with imperfect targets a step: the last loss, in nats."""
+    rng, target, R = np.random.default_rng([seed, 1]), TOYS[toy].target, TOYS[toy].targets
     optimizer = torch.optim.AdamW(
         policy.model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True
     )
@@ -265,9 +297,9 @@ def warm_start(policy: Policy, questions: list[Question], seed: int, steps: int)
     bar = tqdm(range(steps), desc="warm start")
     for _ in bar:
         chosen = [questions[k] for k in rng.choice(len(questions), 16, replace=False)]
-        texts = [imperfect_target(q.record, rng) + "<|im_end|>" for q in chosen for _ in range(4)]
+        texts = [target(q.record.row, rng) + "<|im_end|>" for q in chosen for _ in range(R)]
         targets = [torch.tensor(ids) for ids in policy.tokenizer(texts)["input_ids"]]
-        groups = [Group(q, targets[4 * k : 4 * k + 4]) for k, q in enumerate(chosen)]
+        groups = [Group(q, targets[R * k : R * k + R]) for k, q in enumerate(chosen)]
         hidden = policy.hidden_states(groups, policy.encode_videos([g.question for g in groups]))
         targets_N = torch.cat([g.targets_N for g in groups])
         loss = -reference.token_logps(torch.cat(hidden), policy.head_VD, targets_N).mean()
@@ -282,20 +314,26 @@ def warm_start(policy: Policy, questions: list[Question], seed: int, steps: int)
 
 
 def prepare(
-    root: Path, seed: int, train: int = TRAIN_CLIPS, test: int = TEST_CLIPS, steps: int = 900
+    root: Path,
+    seed: int,
+    toy: str = "colours",
+    train: int = TRAIN_CLIPS,
+    test: int = TEST_CLIPS,
+    steps: int | None = None,
 ) -> Policy:
     """Makes all that a run needs under `root`: clips, train.jsonl, test.jsonl, and in `model` the
-    checkpoint of the policy that is returned, warm-started for `steps` steps.
+    checkpoint of the policy that is returned, warm-started for `steps` steps or the toy's own.
 
     It is written beside `root` and renamed when complete, so a kill leaves nothing half made.
     """
     unfinished = beside(root)
     shutil.rmtree(unfinished, ignore_errors=True)  # of a start that was killed
-    records = load_records(write_clips(unfinished, seed, train, test)[0], unfinished)
-    tokenizer = toy_tokenizer(records, seed)
+    records = load_records(write_clips(unfinished, seed, toy, train, test)[0], unfinished)
+    tokenizer = toy_tokenizer(records, seed, toy)
     policy = Policy(build_model(tokenizer, seed=seed), tokenizer, CHAT_TEMPLATE)
-    prompter = Prompter(tokenizer, CHAT_TEMPLATE, policy.geometry, **CLIP)
-    warm_start(policy, [prompter(r) for r in records], seed, steps)
+    clip = {name: TOYS[toy].defaults[name] for name in CLIP}
+    prompter = Prompter(tokenizer, CHAT_TEMPLATE, policy.geometry, **clip)
+    warm_start(policy, [prompter(r) for r in records], seed, steps or TOYS[toy].steps, toy)
     policy.save(unfinished / "model")
     os.replace(unfinished, root)
     return policy

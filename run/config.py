@@ -65,9 +65,11 @@ def is_in(value: float, interval: str) -> bool:
 class Data:
     _argument_group_name = "what to train, on what"
     model_name_or_path: str | None = flag(None, "Qwen2.5-VL, Qwen2-VL or Qwen3-VL; none: the toy")
+    toy: str | None = flag(None, f"which toy, of: {', '.join(toy.TOYS)}; none: the first")
     jsonl_path: str | None = flag(None, "training questions, a JSON list or JSONL")
     video_root: str = flag("", "directory that video paths are relative to")
-    eval_jsonl_path: str | None = flag(None, "questions to evaluate on before and after training")
+    eval_jsonl_path: str | None = flag(None, "questions to evaluate on, before and after training")
+    eval_on_start: bool = flag(True, "evaluate before training too")
     output_dir: str | None = flag(None, "where the run is written; none: a new one under runs/")
     question_type: Literal["mixed", "single", "multiple"] = flag(
         "mixed", "which questions, and their prompt"
@@ -184,6 +186,9 @@ class Config(*reversed(GROUPS)):
             "--model_name_or_path and --jsonl_path go together; neither means the toy": (
                 (self.model_name_or_path is None) == (self.jsonl_path is None)
             ),
+            "--toy is for runs without --model_name_or_path": (
+                self.toy is None or self.model_name_or_path is None
+            ),
             "--eval_jsonl_path and --video_root need --jsonl_path; the toy brings its own": (
                 self.jsonl_path is not None or not (self.eval_jsonl_path or self.video_root)
             ),
@@ -203,7 +208,10 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     if unknown:
         parser.error(f"unknown: {' '.join(unknown)}; --help lists the flags")
     if flags.model_name_or_path is None:
-        parser.set_defaults(**toy.DEFAULTS)
+        name = flags.toy or next(iter(toy.TOYS))
+        if name not in toy.TOYS:
+            raise UserError(f"--toy knows {', '.join(toy.TOYS)}, not {name!r}")
+        parser.set_defaults(toy=name, **toy.TOYS[name].defaults)
         flags = parser.parse_args(arguments)
     cfg = Config(**vars(flags))
     cfg.check()
@@ -339,16 +347,17 @@ def toy_config(cfg: Config, root: Path) -> Config:
     )
 
 
-def show_toy_flags() -> None:
+def show_toy_flags(cfg: Config) -> None:
     print("No --model_name_or_path: training the embedded toy, which sets these flags:")
-    print("  " + " ".join(f"--{name} {value}" for name, value in toy.DEFAULTS.items()))
+    defaults = toy.TOYS[cfg.toy].defaults
+    print("  " + " ".join(f"--{name} {value}" for name, value in defaults.items()))
 
 
 def make_toy(cfg: Config, root: Path) -> None:
     """Makes the toy world unless it exists. Raises UserError if something else has its place."""
-    show_toy_flags()
+    show_toy_flags(cfg)
     if root.exists() and not toy.is_world(root):
         raise UserError(f"{root} is there, but is no toy world; choose another --output_dir")
     if not root.exists():
         print("Making its clips and its model first takes about a minute.", flush=True)
-        toy.prepare(root, cfg.seed)
+        toy.prepare(root, cfg.seed, cfg.toy)

@@ -25,7 +25,7 @@ QUESTIONS = 3
 def show(cfg: Config) -> None:
     """Prints the plan of a run. Raises UserError if no clip can be read."""
     if cfg.model_name_or_path is None:
-        show_toy_flags()
+        show_toy_flags(cfg)
         print("The run makes its clips and model; a dry run writes nothing, so it ends here.")
         return
     records = training_records(cfg)

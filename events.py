@@ -1,0 +1,124 @@
+"""The second toy, `python twgrpo.py --toy events`: questions about the order of events.
+
+The camera follows a white and a black ball through four moments; in each, one of them hits a
+coloured shape. A question is "Which does black hit after red?". An answer goes through the moments,
+once to three times, and decides at each whether its shape is meant:
+
+    <think>I want black after red. First white no, blue before no: no. Second black yes, red now no:
+    no. Third black yes, green after yes: B. Last white no, purple after yes: no.</think>
+    <answer>B</answer>
+
+So an answer has 54 to 147 tokens, most of them certain and a few decisive: "no" or a letter in the
+last look. The frames must be seen in their order; a token of the video covers one moment.
+"""
+
+from fractions import Fraction
+
+import numpy as np
+
+COLOURS = dict(
+    red=(220, 40, 40),
+    green=(40, 170, 60),
+    blue=(50, 80, 230),
+    yellow=(235, 215, 50),
+    purple=(150, 60, 190),
+)
+BALLS = dict(white=(245, 245, 245), black=(0, 0, 0))
+LETTERS = dict(zip(COLOURS, "ABCDE", strict=True))
+MOMENTS = ("First", "Second", "Third", "Last")
+SIDE, FRAMES_PER_MOMENT = 28, 2  # pixels; both make one token of Qwen2.5-VL's video
+LOOKS = 3  # at most
+# Frames a second. A moment lasts 5 s, in which the position of the video advances by 10, as much as
+# an answer has tokens about a moment.
+RATE = Fraction(2, 5)
+
+# All settings in which this toy differs from the recipe of a 7B model (the defaults of Config).
+DEFAULTS = dict(
+    max_frames=8,
+    min_pixels=SIDE * SIDE,
+    max_pixels=SIDE * SIDE,
+    per_device_train_batch_size=8,
+    max_completion_length=150,
+    gradient_checkpointing=False,
+    dataloader_num_workers=0,
+    learning_rate=2e-4,
+    adam_beta2=0.99,
+    max_grad_norm=1.0,
+    warmup_steps=10,
+    max_steps=80,
+    save_steps=40,
+)
+
+
+def draw(events: list[tuple[str, str, str]], rng: np.random.Generator) -> np.ndarray:
+    """A ball comes close to a shape and touches it, in each moment: (F, H, W, 3) uint8."""
+    count = len(events) * FRAMES_PER_MOMENT
+    frames = np.full((count, SIDE, SIDE, 3), rng.integers(70, 110), dtype=np.uint8)
+    y, x = np.mgrid[:SIDE, :SIDE]
+    for moment, (ball, colour, _) in enumerate(events):
+        centre, angle = SIDE / 2 + rng.uniform(-2, 2, 2), rng.uniform(0, 2 * np.pi)
+        is_disc = rng.random() < 0.5
+        dy, dx = np.abs(y - centre[0]), np.abs(x - centre[1])
+        shape = np.hypot(dy, dx) < 8 if is_disc else np.maximum(dy, dx) < 7
+        for k, distance in enumerate((11, 8)):
+            frame = frames[moment * FRAMES_PER_MOMENT + k]
+            at = centre + distance * np.array([np.sin(angle), np.cos(angle)])
+            frame[shape] = COLOURS[colour]
+            frame[np.hypot(y - at[0], x - at[1]) < 5] = BALLS[ball]
+    return frames
+
+
+def scene(rng: np.random.Generator) -> tuple[np.ndarray, dict]:
+    """A clip, and the row of a question about it with at least one right answer. The row's `events`
+    are (ball, colour, "before" | "now" | "after"), told from when the asked colour is hit."""
+    right = []
+    while not right:
+        colours = rng.choice(list(COLOURS), len(MOMENTS), replace=False).tolist()
+        balls = rng.choice(list(BALLS), len(MOMENTS)).tolist()
+        ball, when = str(rng.choice(list(BALLS))), str(rng.choice(["before", "after"]))
+        mark = int(rng.integers(len(MOMENTS)))
+        whens = ["before"] * mark + ["now"] + ["after"] * (len(MOMENTS) - mark - 1)
+        events = list(zip(balls, colours, whens, strict=True))
+        right = [LETTERS[colour] for b, colour, w in events if (b, w) == (ball, when)]
+    row = dict(
+        problem="\n".join(
+            [
+                f"Which does {ball} hit {when} {colours[mark]}?",
+                *(f"{letter}. {colour}" for colour, letter in LETTERS.items()),
+            ]
+        ),
+        solution=f"<answer>{','.join(sorted(right))}</answer>",
+        asked=[ball, when, colours[mark]],
+        events=events,
+    )
+    return draw(events, rng), row
+
+
+def imperfect_target(row: dict, rng: np.random.Generator) -> str:
+    """An answer in perfect format with one to three looks. It sees everything right, but a look
+    names a right colour with p = 0.7 and a wrong one with p = 0.2. The last look decides, and names
+    at least one."""
+    ball, when, mark = row["asked"]
+    yes = ("no", "yes")
+
+    def look() -> list[str]:
+        named = [
+            rng.random() < (0.7 if (b, w) == (ball, when) else 0.2) for b, _, w in row["events"]
+        ]
+        return [LETTERS[e[1]] if n else "no" for e, n in zip(row["events"], named, strict=True)]
+
+    looks = [look()]
+    while len(looks) < LOOKS and rng.random() < 0.5:
+        looks.append(look())
+    chosen = [word for word in looks[-1] if word != "no"]
+    if not chosen:
+        return imperfect_target(row, rng)
+    told = (
+        " ".join(
+            f"{moment} {b} {yes[b == ball]}, {colour} {w} {yes[w == when]}: {word}."
+            for moment, (b, colour, w), word in zip(MOMENTS, row["events"], words, strict=True)
+        )
+        for words in looks
+    )
+    text = " Let me look again. ".join(told)
+    return f"<think>I want {ball} {when} {mark}. {text}</think><answer>{','.join(chosen)}</answer>"

@@ -1,0 +1,129 @@
+"""The events toy: its clips show what its rows say, its answers follow from them, and its flag."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import events
+import toy
+from data import Prompter
+from files import UserError
+from model.policy import Policy
+from records import load_records
+from rewards import accuracy_reward, format_reward
+from run import held_out
+from run.config import parse_config
+from video import Clip, Geometry
+
+ROWS = [events.scene(np.random.default_rng(seed)) for seed in range(300)]
+
+
+def seen(frames: np.ndarray) -> list[tuple[str, str]]:
+    """The ball and the shape of each moment, read from the pixels of both its frames."""
+    found = []
+    for pair in frames.reshape(4, 2, 28 * 28, 3):
+        names = [
+            {name for name, rgb in table.items() if (frame == rgb).all(-1).sum() > 20}
+            for frame in pair
+            for table in (events.BALLS, events.COLOURS)
+        ]
+        assert names[0] == names[2] and names[1] == names[3]
+        found.append((*names[0], *names[1]))
+    return found
+
+
+def test_the_answer_follows_from_what_the_frames_show():
+    for frames, row in ROWS:
+        moments = seen(frames)
+        question, *options = row["problem"].split("\n")
+        ball, when, mark = re.fullmatch(r"Which does (\w+) hit (\w+) (\w+)[?]", question).groups()
+        asked = [colour for _, colour in moments].index(mark)
+        span = moments[:asked] if when == "before" else moments[asked + 1 :]
+        right = {colour for hitter, colour in span if hitter == ball}
+        letters = {option[0] for option in options if option[3:] in right}
+        assert letters and row["solution"] == f"<answer>{','.join(sorted(letters))}</answer>"
+    kinds = {(row["asked"][0], row["asked"][1], row["solution"].count(",")) for _, row in ROWS}
+    assert len(kinds) == 2 * 2 * 3  # one to three right answers, of either ball, on either side
+
+
+def test_targets_see_right_and_decide_by_the_last_look():
+    rng, named = np.random.default_rng(0), {True: [], False: []}
+    for _, row in ROWS:
+        text = events.imperfect_target(row, rng)
+        assert format_reward(text) == 1.0
+        looks = text.partition(". ")[2].partition("</think>")[0].split(" Let me look again. ")
+        words = r"\w+ (\w+) (\w+), (\w+) (\w+) (\w+): (\w+)[.]"
+        looks = [re.findall(words, look) for look in looks]
+        for told in looks:
+            assert [[m[0], m[2], m[3]] for m in told] == [list(event) for event in row["events"]]
+            for ball, is_ball, colour, when, is_when, word in told:
+                assert (is_ball, is_when) == tuple(
+                    "yes" if same else "no"
+                    for same in (ball == row["asked"][0], when == row["asked"][1])
+                )
+                assert word in ("no", events.LETTERS[colour])
+        for told in looks[:-1]:  # the last must name one, so its rates are higher
+            for _, is_ball, _, _, is_when, word in told:
+                named[is_ball == is_when == "yes"].append(word != "no")
+        chosen = [m[5] for m in looks[-1] if m[5] != "no"]
+        assert text.endswith(f"<answer>{','.join(chosen)}</answer>")
+    assert np.mean(named[True]) == pytest.approx(0.7, abs=0.08)
+    assert np.mean(named[False]) == pytest.approx(0.2, abs=0.05)
+    assert accuracy_reward(text, row["solution"]) in (0, 1 / 3, 0.5, 2 / 3, 1)
+
+
+@pytest.fixture(scope="module")
+def small_world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("events") / "world"
+    toy.prepare(root, seed=0, toy="events", train=24, test=4, steps=3)
+    return root
+
+
+@pytest.mark.slow
+def test_a_moment_is_one_video_token_and_ten_positions_and_ten_words(small_world):
+    policy = Policy.load(small_world / "model")
+    records = load_records(small_world / "train.jsonl", small_world)
+    clip = {name: toy.TOYS["events"].defaults[name] for name in toy.CLIP}
+    prompter = Prompter(policy.tokenizer, policy.chat_template, policy.geometry, **clip)
+    question = prompter(records[0])
+    video = question.ids_P == policy.tokenizer.convert_tokens_to_ids("<|video_pad|>")
+    assert question.positions_3P[0][video].diff().tolist() == [10, 10, 10]
+    lengths = set()
+    for record in records:
+        text = events.imperfect_target(record.row, np.random.default_rng(0))
+        moments = re.findall(r" \w+ \w+ \w+,[^.]*[.]", text)
+        lengths |= {len(ids) for ids in policy.tokenizer(moments).input_ids}
+    assert lengths == {10}
+
+
+def test_shuffled_frames_keep_what_a_temporal_patch_shows(tmp_path):
+    """Every patch of two frames is there, whole, and the clips of two files in two orders."""
+    frames = torch.arange(16).view(16, 1, 1, 1).expand(16, 3, 2, 2)
+    prompter = Prompter(None, "", Geometry(), load_clip=lambda path: Clip(frames, 1.0))
+    orders = []
+    for name in ("a.mp4", "b.mp4", "a.mp4"):
+        clip = held_out.shuffled(prompter, seed=3).load_clip(tmp_path / name)
+        pairs = clip.frames[:, 0, 0, 0].view(8, 2)
+        assert (pairs[:, 1] == pairs[:, 0] + 1).all()
+        orders.append(pairs[:, 0].tolist())
+    assert orders[0] == orders[2] != orders[1] and sorted(orders[0]) == list(range(0, 16, 2))
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--toy chess", "--toy knows colours, events, not 'chess'"),
+        ("--toy events --model_name_or_path m --jsonl_path q", "without --model_name_or_path"),
+    ],
+)
+def test_a_wrong_toy_is_a_sentence(flags, sentence):
+    with pytest.raises(UserError, match=sentence):
+        parse_config(flags.split())
+
+
+def test_a_toy_brings_its_flags():
+    cfg = parse_config("--toy events --max_steps 7".split())
+    assert (cfg.toy, cfg.max_frames, cfg.max_steps) == ("events", 8, 7)
+    assert parse_config([]).toy == "colours"
