@@ -268,7 +268,7 @@ def train_and_evaluate(cfg: Config) -> Path | None:
     check_prompts(prompter, records, cfg.jsonl_path)
     check_prompts(prompter, held_out, cfg.eval_jsonl_path)
     log = RunLog(cfg, directory, resume[1]["step"] if resume else 0)
-    if held_out:
+    if held_out and cfg.eval_on_start:
         measures.before(cfg, policy, prompter, held_out)
     steps = train(cfg, policy, records, prompter, log, resume)
     measured = held_out and steps == cfg.max_steps

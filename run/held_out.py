@@ -1,15 +1,18 @@
-"""Accuracy on held-out questions, before and after training, with the wrong video as a control.
+"""Accuracy on held-out questions, before and after training, with two controls.
 
 evaluate   mean rewards of a policy's answers to some questions
-measure    the three rows of eval.json
+measure    the four rows of eval.json
 Measures   eval.json of a run
 """
 
 import dataclasses
 import json
+import math
+import os
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import files
 from data import Prompter
@@ -21,6 +24,7 @@ from rewards import accuracy_reward, format_reward, origin_accuracy_reward
 from run.answers import answer
 from run.config import Config
 from run.decoder import ClipReader
+from video import Clip
 
 MEASURES = {"soft": accuracy_reward, "exact": origin_accuracy_reward, "format": format_reward}
 
@@ -33,6 +37,7 @@ def evaluate(
     *,
     greedy: bool = False,
     wrong_video: bool = False,
+    shuffled_frames: bool = False,
     batch_size: int = 32,
 ) -> dict[str, float]:
     """Mean over all completions of the soft accuracy, the exact accuracy and the format reward,
@@ -40,7 +45,8 @@ def evaluate(
 
     G completions of each question are sampled as in training, or one greedily. With wrong_video
     every question is shown the clip of another one: what is left of the accuracy can be guessed
-    from the text. Under torchrun every rank takes its share of the questions, and all return the
+    from the text. With shuffled_frames its own clip is shown out of order: what is left does not
+    need the order. Under torchrun every rank takes its share of the questions, and all return the
     mean over all of them.
     """
     others = np.random.default_rng([cfg.seed, 0, 0, 3]).permutation(len(records))
@@ -50,7 +56,10 @@ def evaluate(
         (records[k], records[clip_of[k] if wrong_video else k], (cfg.seed, k, 0, 2))
         for k in range(ranks.rank(), len(records), ranks.world())
     ]  # 2: no other stream ends so
-    label = ("greedy" if greedy else "sampled") + (", wrong video" if wrong_video else "")
+    label = "greedy" if greedy else "sampled"
+    label += ", wrong video" * wrong_video + ", shuffled frames" * shuffled_frames
+    if shuffled_frames:
+        prompter = shuffled(prompter, cfg.seed)
     if greedy:
         cfg = dataclasses.replace(cfg, temperature=0.0, num_generations=1)
     scores, skipped = [], len(asked)
@@ -66,9 +75,27 @@ def evaluate(
     return dict(zip(MEASURES, means, strict=True)) | {"skipped": sum(skipped)}
 
 
+def shuffled(prompter: Prompter, seed: int) -> Prompter:
+    """A prompter whose clips have their temporal patches, two frames each, in another order, drawn
+    from the seed and the name of the file. What a patch shows stays whole."""
+
+    def load(path: str | os.PathLike, *settings) -> Clip:
+        clip = prompter.load_clip(path, *settings)
+        patches = clip.frames.unflatten(0, (-1, prompter.geometry.temporal_patch_size))
+        order = np.random.default_rng([seed, *Path(path).name.encode()]).permutation(len(patches))
+        return dataclasses.replace(clip, frames=patches[torch.from_numpy(order)].flatten(0, 1))
+
+    return dataclasses.replace(prompter, load_clip=load)
+
+
 def measure(cfg: Config, policy: Policy, prompter: Prompter, records: list[Record]) -> dict:
-    """Sampled and greedy accuracy, and sampled with the wrong video as a control."""
-    variants = {"sampled": {}, "greedy": dict(greedy=True), "wrong video": dict(wrong_video=True)}
+    """Sampled and greedy accuracy, and sampled with the wrong video and with shuffled frames."""
+    variants = {
+        "sampled": {},
+        "greedy": dict(greedy=True),
+        "wrong video": dict(wrong_video=True),
+        "shuffled frames": dict(shuffled_frames=True),
+    }
     if len(records) == 1:  # there is no other video to show
         del variants["wrong video"]
     with policy.gathered() as actor, ClipReader(cfg.clip_timeout) as reader:
@@ -112,7 +139,7 @@ class Measures:
     def print(self, count: int) -> None:
         print(f"\n{count} held-out questions    soft accuracy     exact accuracy    format")
         print(f"{'':20}" + "    before   after" * 3)
-        for name, before in self.rows["before"].items():
-            after = self.rows["after"][name]
-            pairs = "".join(f"    {before[key]:6.3f}  {after[key]:6.3f}" for key in MEASURES)
-            print(f"{name:20}{pairs}")
+        for name, after in self.rows["after"].items():
+            before = self.rows.get("before", {}).get(name, {})
+            pairs = [(before.get(key, math.nan), after[key]) for key in MEASURES]
+            print(f"{name:20}" + "".join("    {:6.3f}  {:6.3f}".format(*pair) for pair in pairs))
