@@ -1,13 +1,15 @@
-"""What the settings of the objective change on the embedded default: one table, one figure.
+"""What the forms of the objective change on the events toy: one table, one figure.
 
-    python -m benchmarks.ablations --settings alpha_1 alpha_1.7 --seeds 0 1 2 --jobs 2
+    python -m benchmarks.ablations --settings none official --seeds 0 1 2 --jobs 2
 
-Each run is an ordinary `python twgrpo.py` on one thread. The same command makes only the runs that
-are missing. If one fails, the others go on, and the exit code is 1. Writes OUT.json, .md and .png.
+Each run is an ordinary `python twgrpo.py --toy events` on one thread; the runs of a seed share
+their clips, their model and the order of questions. The same command makes only the runs that are
+missing. If one fails, the others go on, and the exit code is 1. Writes OUT.json and OUT.png.
 """
 
 import argparse
 import json
+import os
 import shutil
 import signal
 import sys
@@ -16,25 +18,37 @@ from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
 
 import numpy as np
-import torch
 
-import toy
+import events
 from benchmarks.origin import PROJECT, Results, table
+from files import json_lines
 from tools import curves
 
-BASE = "alpha_1"  # token-normalised GRPO: all weights are 1
+BASE = "none"  # the mean over all tokens, unweighted; every other setting is compared with it
+MEAN_1 = dict(normalize_token_weights=True)  # weights with mean 1: only their allocation differs
 SETTINGS = {
-    "grpo": dict(loss_type="grpo", alpha=1.0),
-    "alpha_1": dict(loss_type="tw_grpo", alpha=1.0),
-    "null": dict(loss_type="tw_grpo", alpha=1.0001),  # the control: differs by chance alone
-    "alpha_1.4": dict(loss_type="tw_grpo", alpha=1.4),
-    "alpha_1.7": dict(loss_type="tw_grpo", alpha=1.7),
-    "alpha_2": dict(loss_type="tw_grpo", alpha=2.0),
-    "exclude": dict(loss_type="tw_grpo", alpha=1.7, ended_rows="exclude"),
-    "textbook": dict(loss_type="tw_grpo", alpha=1.7, divergence="textbook"),
+    "none": dict(token_weights="none"),
+    "null": dict(alpha=1.0001),  # differs from none by chance alone
+    "grpo": dict(loss_type="grpo"),
+    "official": {},
+    "official_mean_1": MEAN_1,
+    "ended_excluded": MEAN_1 | dict(ended_rows="exclude"),
+    "textbook": MEAN_1 | dict(divergence="textbook"),
+    "entropy": MEAN_1 | dict(token_weights="entropy"),
+    "position": MEAN_1 | dict(token_weights="position"),
+    "shuffled": MEAN_1 | dict(token_weights="shuffled"),
+    "none_trained_vision": dict(token_weights="none", freeze_vision_modules=False),
 }
-PAIRED = ("training_accuracy", "sampled_soft")  # whose differences to BASE are shown
-MEASURES = (*PAIRED, "greedy_soft", "wrong_video_soft", "completion_length", "weight_mean")
+PRIMARY = "area"  # under the learning curve: the mean over the steps of the sampled soft accuracy
+COMPARED = (PRIMARY, "final")  # whose differences to BASE are shown
+MEASURES = (
+    *COMPARED,
+    "sampled",
+    "shuffled_frames",
+    "completion_length",
+    "length_spread",
+    "weight_range",
+)
 
 
 class Runs:
@@ -44,32 +58,44 @@ class Runs:
         self.work, self.stopped = work.resolve(), False
         self.children: list[Popen] = []
 
-    def make(self, setting: str, seed: int, max_steps: int) -> dict:
-        """The measures of one run. Raises RuntimeError with the end of its stderr if it fails."""
-        out = self.work / f"seed{seed}" / setting
-        shutil.rmtree(out, ignore_errors=True)  # of a run that was killed
-        out.mkdir()
-        (out / "toy").symlink_to(out.parent / "world")
-        flags = dict(max_steps=max_steps, save_steps=max_steps, save_only_model=True)
-        flags |= SETTINGS[setting] | dict(seed=seed, output_dir=out)
-        command = [sys.executable, "twgrpo.py", *(f"--{k}={v}" for k, v in flags.items())]
-        child = Popen(command, cwd=PROJECT, stdout=DEVNULL, stderr=PIPE, text=True)
+    def call(self, *arguments: str) -> None:
+        """Runs Python in a child. Raises RuntimeError with the end of its stderr if it fails."""
+        pipes = dict(cwd=PROJECT, stdout=DEVNULL, stderr=PIPE, text=True)
+        one_thread = os.environ | dict(OMP_NUM_THREADS="1")
+        child = Popen([sys.executable, *arguments], env=one_thread, **pipes)
         self.children.append(child)
         if self.stopped:
             child.kill()
         _, complaint = child.communicate()
         if child.returncode:
             raise RuntimeError(f"exit code {child.returncode}: {complaint[-500:].strip()}")
+
+    def make_world(self, seed: int) -> None:
+        world = self.work / f"seed{seed}" / "world"
+        if not world.exists():
+            code = (
+                f"import toy, pathlib; toy.prepare(pathlib.Path({str(world)!r}), {seed}, 'events')"
+            )
+            self.call("-c", code)
+
+    def make(self, setting: str, seed: int, max_steps: int) -> dict:
+        """The measures of one run."""
+        out = self.work / f"seed{seed}" / setting
+        shutil.rmtree(out, ignore_errors=True)  # of a run that was killed
+        out.mkdir()
+        (out / "toy").symlink_to(out.parent / "world")
+        flags = dict(toy="events", seed=seed, output_dir=out, max_steps=max_steps)
+        flags |= dict(save_steps=max_steps, save_only_model=True, eval_on_start=False)
+        flags |= SETTINGS[setting]
+        self.call("twgrpo.py", *(f"--{name}={value}" for name, value in flags.items()))
         return measures_of(out)
 
     def make_all(self, keys: list[dict], results: Results, jobs: int) -> None:
         """A row for every run that is missing, also for one that fails."""
         keys = [key for key in keys if not results.find(**key)]
-        for seed in {key["seed"] for key in keys}:
-            if not (self.work / f"seed{seed}" / "world").exists():
-                toy.prepare(self.work / f"seed{seed}" / "world", seed)
         with ThreadPoolExecutor(jobs) as pool:
             try:
+                list(pool.map(self.make_world, dict.fromkeys(key["seed"] for key in keys)))
                 futures = {pool.submit(self.make, **key): key for key in keys}
                 for future in as_completed(futures):
                     results.measure(lambda f=future, **_: f.result(), **futures[future])
@@ -81,93 +107,130 @@ class Runs:
 
 
 def measures_of(out: Path) -> dict:
-    """A finished run: shares in [0, 1], tokens, weights; the curve has 20 points."""
+    """A finished run: accuracies in [0, 1], tokens, weights; the curve has 20 points."""
     rows = curves.read_metrics(out)
     evaluated = json.loads((out / "eval.json").read_text(encoding="utf-8"))
     accuracy = np.array([row["rewards/accuracy"] for row in rows])
+    spreads, ranges = [], []
+    for _, group in json_lines((out / "completions.jsonl").read_bytes()):
+        lengths = [len(completion["token_ids"]) for completion in group["completions"]]
+        spreads.append((max(lengths) - min(lengths)) / np.mean(lengths))
+        ranges.append(np.ptp(group["weights"][: min(lengths)]))
     return dict(
-        training_accuracy=accuracy.mean(),
-        sampled_soft=evaluated["after"]["sampled"]["soft"],
-        greedy_soft=evaluated["after"]["greedy"]["soft"],
-        wrong_video_soft=evaluated["after"]["wrong video"]["soft"],
-        completion_length=np.mean([row["completion_length"] for row in rows[-len(rows) // 10 :]]),
-        weight_mean=np.mean([row["weight_mean"] for row in rows]),
+        area=accuracy.mean(),
+        final=accuracy[-len(rows) // 10 :].mean(),
+        sampled=evaluated["after"]["sampled"]["soft"],
+        shuffled_frames=evaluated["after"]["shuffled frames"]["soft"],
+        completion_length=np.mean([row["completion_length"] for row in rows]),
+        length_spread=np.mean(spreads),
+        weight_range=np.mean(ranges),
         eval=evaluated,
         curve=[part.mean() for part in np.array_split(accuracy, min(20, len(rows)))],
     )
 
 
-def values_of(rows: list[dict], setting: str, measure: str) -> np.ndarray:
-    """A measure of a setting for every seed; NaN where the run failed."""
-    of = {(row["setting"], row["seed"]): row.get(measure, np.nan) for row in rows}
-    return np.array([of.get((setting, seed), np.nan) for seed in sorted({s for _, s in of})])
+# --------------------------------------------------------------------------------------- statistics
 
 
-def cell(values: np.ndarray, sign: str = "") -> str:
-    known = values[np.isfinite(values)]
-    if not len(known):
-        return "none"
-    mean, low, high = (f"{x:{sign}.3f}" for x in (known.mean(), known.min(), known.max()))
-    return f"{mean}<br>{low} to {high}"
+def student(df: int) -> tuple[np.ndarray, np.ndarray]:
+    """Student's t with `df` degrees of freedom: values of |t|, and the probability of smaller ones.
+    With t = sqrt(df) tan(a), the density over the angle a is proportional to cos(a)^(df - 1)."""
+    angles = np.linspace(0, np.pi / 2, 100_001)[:-1]
+    heights = np.cos(angles) ** (df - 1)
+    below = np.concatenate([[0], np.cumsum(heights[1:] + heights[:-1])])
+    return np.sqrt(df) * np.tan(angles), below / below[-1]
+
+
+def paired(differences: np.ndarray) -> tuple[float, float, float]:
+    """The mean, half of its 95 % interval, and the p-value that it is 0: a paired t-test."""
+    n, mean = len(differences), differences.mean()
+    if n < 2:
+        return mean, np.nan, np.nan
+    error, (values, below) = differences.std(ddof=1) / n**0.5, student(n - 1)
+    half = np.interp(0.95, below, values) * error
+    return (
+        mean,
+        half,
+        1 - np.interp(abs(mean) / error, values, below) if error else float(mean == 0),
+    )
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """Adjusted for as many comparisons by Holm's step-down method."""
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, k in enumerate(np.argsort(p_values)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[k]))
+        adjusted[k] = largest
+    return adjusted
+
+
+def differences(rows: list[dict], setting: str, measure: str, base: str = BASE) -> np.ndarray:
+    """A measure of a setting less that of `base`, for every seed that has both."""
+    of = {(row["setting"], row["seed"]): row[measure] for row in rows}
+    seeds = sorted(seed for name, seed in of if name == setting and (base, seed) in of)
+    return np.array([of[setting, seed] - of[base, seed] for seed in seeds])
+
+
+# ------------------------------------------------------------------------------------ what is shown
 
 
 def compare(rows: list[dict]) -> list[dict]:
-    """A line of the table for each setting; a difference stands right of what it is one of."""
+    """A line of the table for each setting: means over its seeds, and differences to BASE with 95 %
+    intervals, the p-values of the primary outcome adjusted for all comparisons."""
+    rows = [row for row in rows if "failed" not in row]
+    names = [name for name in SETTINGS if any(row["setting"] == name for row in rows)]
+    others = [name for name in names if name != BASE]
+    p_values = [paired(differences(rows, name, PRIMARY))[2] for name in others]
+    adjusted = dict(zip(others, holm(p_values), strict=True))
     lines = []
-    for name in dict.fromkeys(row["setting"] for row in rows):
-        lines.append(dict(setting=name))
-        for measure in MEASURES:
-            values = values_of(rows, name, measure)
-            lines[-1][measure] = cell(values)
-            if measure in PAIRED:
-                difference = values - values_of(rows, BASE, measure)
-                lines[-1][f"{measure} - {BASE}"] = cell(difference, "+")
+    for name in names:
+        own = [row for row in rows if row["setting"] == name]
+        means = {key: np.mean([row[key] for row in own]) for key in MEASURES}
+        line = {"setting": name, "seeds": len(own)}
+        for key, mean in means.items():
+            line[key] = f"{mean:.1f}" if mean > 10 else f"{mean:.3f}"
+            if key in COMPARED and name != BASE:
+                change, half, _ = paired(differences(rows, name, key))
+                line[f"{key} - {BASE}"] = f"{change:+.3f} ± {half:.3f}"
+                if key == PRIMARY:
+                    line["p"] = f"{adjusted[name]:.3f}"
+        lines.append(line)
     return lines
 
 
-def markdown(data: dict, name: str) -> str:
-    """The page: `data` is what the file of `Results` holds."""
-    rows, machine = data["rows"], data["machine"]
-    seeds = sorted({row["seed"] for row in rows})
-    failed = [f"{row['setting']}, seed {row['seed']}" for row in rows if "failed" in row]
-    return f"""# Ablation on the toy
-
-`python -m benchmarks.ablations`: {len(rows)} runs of {rows[0]["max_steps"]} steps, seeds {seeds};
-failed: {"; ".join(failed) or "none"}. Commit {data["commit"]}, {data["date"]}, {machine["cores"]}
-cores of {machine["cpu"]}. [How to read it](README.md#the-ablation).
-
-<!-- computed: tests/test_ablations.py::test_the_committed_table_follows_from_the_numbers -->
-{table(compare(rows))}
-
-![Learning curves]({name}.png)
-"""
-
-
 def draw(rows: list[dict], path: str) -> None:
-    """Learning curves as a PNG."""
+    """Learning curves, and the primary outcome's differences to BASE, as a PNG."""
     from matplotlib.figure import Figure  # no pyplot: no display, no global state
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axis = figure.subplots()
-    for name in dict.fromkeys(row["setting"] for row in rows):
+    rows = [row for row in rows if "failed" not in row]
+    names = [name for name in SETTINGS if any(row["setting"] == name for row in rows)]
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name in names:
         curve = np.mean([row["curve"] for row in rows if row["setting"] == name], axis=0)
-        axis.plot(np.linspace(0, 1, len(curve)), curve, label=name)
-    axis.set(xlabel="share of training", title="accuracy reward, mean over seeds")
-    axis.legend()
+        left.plot(np.linspace(0, 1, len(curve)), curve, label=name)
+    left.set(xlabel="share of training", title="sampled soft accuracy, mean over seeds")
+    left.legend()
+    for place, name in enumerate(names):
+        change, half, _ = paired(differences(rows, name, PRIMARY))
+        right.errorbar(change, place, xerr=half, fmt="o", capsize=3)
+    right.axvline(0, color="0.6")
+    right.set_yticks(range(len(names)), names)
+    right.invert_yaxis()
+    right.set(title=f"{PRIMARY} less that of {BASE}, 95 % interval")
     figure.savefig(path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(8)))
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--max_steps", type=int, default=toy.DEFAULTS["max_steps"])
+    parser.add_argument("--max_steps", type=int, default=events.DEFAULTS["max_steps"])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--work_dir", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--out", default="runs/ablations/all", help="files, without their suffix")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
-    torch.set_num_threads(1)  # a world's numbers depend on it; its runs do the same
     results = Results(Path(f"{args.out}.json"))
     keys = [dict(setting=name, seed=k) for k in args.seeds for name in args.settings]
     keys = [key | dict(max_steps=args.max_steps) for key in keys]
@@ -176,9 +239,8 @@ def main() -> None:
     except KeyboardInterrupt:
         raise SystemExit("interrupted; the same command makes what is missing") from None
     rows = [row for row in results.rows if row["max_steps"] == args.max_steps]
-    page = markdown(results.about | dict(rows=rows), Path(args.out).name)
-    Path(f"{args.out}.md").write_text(page, encoding="utf-8")
-    draw([row for row in rows if "failed" not in row], f"{args.out}.png")
+    print(table(compare(rows)))
+    draw(rows, f"{args.out}.png")
     raise SystemExit(int(any("failed" in row for row in rows)))
 
 
