@@ -1,25 +1,66 @@
-"""The ablation command on a small toy world: interrupted, continued, with a run that fails."""
+"""The ablation: its statistics, and its command on a small world, interrupted and continued."""
 
 import contextlib
-import itertools
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import PROJECT
 
+import toy
 from benchmarks import ablations
+from benchmarks.origin import table
 
-pytestmark = pytest.mark.slow
+# --------------------------------------------------------------------------------------- statistics
+
+
+@pytest.mark.parametrize(  # two-sided, from a printed table of Student's t
+    ("df", "half", "ten", "five", "one"),
+    [
+        (1, 1.0, 6.314, 12.706, 63.657),
+        (2, 0.816, 2.920, 4.303, 9.925),
+        (7, 0.711, 1.895, 2.365, 3.499),
+        (30, 0.683, 1.697, 2.042, 2.750),
+    ],
+)
+def test_students_t_is_that_of_the_tables(df, half, ten, five, one):
+    values, below = ablations.student(df)
+    found = np.interp([0.5, 0.9, 0.95, 0.99], below, values)
+    assert found == pytest.approx([half, ten, five, one], rel=1e-3)
+
+
+def test_a_paired_comparison():
+    """Differences 1, 2, 3: mean 2, standard error 1 / sqrt(3), t = 3.464 with 2 degrees of freedom,
+    whose distribution is elementary: p = 1 - t / sqrt(2 + t^2)."""
+    mean, half, p = ablations.paired(np.array([1.0, 2.0, 3.0]))
+    assert (mean, half) == pytest.approx((2.0, 4.3027 / 3**0.5), rel=1e-4)
+    assert p == pytest.approx(1 - 12**0.5 / 14**0.5, rel=1e-4)
+    assert ablations.paired(np.array([0.0, 0.0]))[2] == 1.0  # the same runs
+    assert np.isnan(ablations.paired(np.array([0.5]))[1:]).all()
+
+
+def test_holm_steps_down():
+    assert ablations.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert ablations.holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    assert ablations.holm([]) == []
+
+
+def test_a_setting_is_compared_on_the_seeds_that_both_have():
+    areas = {("none", 0): 0.5, ("none", 1): 0.6, ("grpo", 1): 0.7, ("grpo", 2): 0.1}
+    rows = [dict(setting=name, seed=seed, area=area) for (name, seed), area in areas.items()]
+    assert ablations.differences(rows, "grpo", "area").tolist() == pytest.approx([0.1])
+
+
+# -------------------------------------------------------------------------------------- the command
 
 
 def command(work: Path, jobs: int) -> list[str]:
-    module = [sys.executable, "-m", "benchmarks.ablations", "--settings", "alpha_1", "alpha_1.7"]
+    module = [sys.executable, "-m", "benchmarks.ablations", "--settings", "none", "official"]
     short = ["grpo", "--seeds", "3", "--max_steps", "2", "--jobs", str(jobs)]
     return [*module, *short, "--work_dir", str(work), "--out", str(work / "a")]
 
@@ -34,18 +75,17 @@ def alive(work: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def ablation(world, tmp_path_factory):
+def ablation(tmp_path_factory):
     """Ctrl-C after the first of three runs, then the same command again. A file stands where the
     third run should write, so that it fails. The world is already there."""
     work = tmp_path_factory.mktemp("ablation")
-    (work / "seed3").mkdir()
-    (work / "seed3" / "world").symlink_to(world)
+    toy.prepare(work / "seed3" / "world", seed=3, toy="events", train=16, test=4, steps=10)
     (work / "seed3" / "grpo").write_text("in the way")
     pipes = dict(cwd=PROJECT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     # A script that starts pytest in the background has it ignore SIGINT, and us too.
     pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(command(work, jobs=1), **pipes) as first:
-        next(line for line in first.stdout if "training_accuracy" in line)
+        next(line for line in first.stdout if "length_spread" in line)
         first.send_signal(signal.SIGINT)
         _, complaint = first.communicate(timeout=120)
     left, kept = alive(work), json.loads((work / "a.json").read_text())["rows"]
@@ -53,46 +93,54 @@ def ablation(world, tmp_path_factory):
     return dict(work=work, first=(first.returncode, complaint, left), second=second, kept=kept)
 
 
+@pytest.mark.slow
 def test_ctrl_c_kills_the_children_and_says_how_to_go_on(ablation):
     code, complaint, left = ablation["first"]
     assert code == 1 and complaint == "interrupted; the same command makes what is missing\n"
     assert left == []
 
 
+@pytest.mark.slow
 def test_the_same_command_makes_only_what_is_missing(ablation):
     (kept,) = ablation["kept"]
     rows = json.loads((ablation["work"] / "a.json").read_text())["rows"]
-    assert rows[0] == kept and kept["setting"] == "alpha_1"
-    assert {row["setting"] for row in rows[1:]} == {"alpha_1.7", "grpo"}
-    assert '"setting": "alpha_1",' not in ablation["second"].stdout
+    assert rows[0] == kept and kept["setting"] == "none"
+    assert {row["setting"] for row in rows[1:]} == {"official", "grpo"}
+    assert '"setting": "none",' not in ablation["second"].stdout
 
 
+@pytest.mark.slow
 def test_a_failing_run_is_named_and_the_others_go_on(ablation):
-    second, text = ablation["second"], (ablation["work"] / "a.md").read_text()
+    second = ablation["second"]
     assert second.returncode == 1 and "FileExistsError" in second.stdout
-    assert "failed: grpo, seed 3." in text and re.search(r"^\| grpo \|( none \|)+$", text, re.M)
+    assert "| official | 1 |" in second.stdout and "| grpo |" not in second.stdout
 
 
-def test_the_table_holds_what_the_runs_measured(ablation):
+@pytest.mark.slow
+def test_a_row_holds_what_the_run_measured(ablation):
     work = ablation["work"]
     rows = json.loads((work / "a.json").read_text())["rows"]
     runs = [row for row in rows if "failed" not in row]
-    assert [run["setting"] for run in runs] == ["alpha_1", "alpha_1.7"]
-    soft = {}
+    assert [run["setting"] for run in runs] == ["none", "official"]
     for run in runs:
-        measures = json.loads((work / "seed3" / run["setting"] / "eval.json").read_text())
-        assert run["eval"] == measures
-        soft[run["setting"]] = measures["after"]["sampled"]["soft"]
-        lines = (work / "seed3" / run["setting"] / "metrics.jsonl").read_text().splitlines()
-        rewards = [json.loads(line)["rewards/accuracy"] for line in lines]
-        assert run["training_accuracy"] == pytest.approx(sum(rewards) / 2) and len(rewards) == 2
-    assert runs[0]["eval"]["before"] == runs[1]["eval"]["before"]  # the same model and questions
-    lines = {line["setting"]: line for line in ablations.compare(rows)}
-    for name, value in soft.items():
-        assert lines[name]["sampled_soft"] == f"{value:.3f}<br>{value:.3f} to {value:.3f}"
-    difference = f"{soft['alpha_1.7'] - soft['alpha_1']:+.3f}<br>"
-    assert lines["alpha_1.7"]["sampled_soft - alpha_1"].startswith(difference)
-    assert (work / "a.png").read_bytes()[:4] == b"\x89PNG"
+        out = work / "seed3" / run["setting"]
+        measures = json.loads((out / "eval.json").read_text())
+        assert run["eval"] == measures and "before" not in measures
+        assert run["sampled"] == measures["after"]["sampled"]["soft"]
+        rewards = [row["rewards/accuracy"] for row in lines(out / "metrics.jsonl")]
+        assert run["area"] == pytest.approx(sum(rewards) / 2) and len(rewards) == 2
+        groups = lines(out / "completions.jsonl")
+        texts = [[len(c["token_ids"]) for c in group["completions"]] for group in groups]
+        spreads = [(max(t) - min(t)) / (sum(t) / len(t)) for t in texts]
+        assert run["length_spread"] == pytest.approx(sum(spreads) / 2)
+        weights = [g["weights"][: min(t)] for g, t in zip(groups, texts, strict=True)]
+        ranges = [max(w) - min(w) for w in weights]
+        assert run["weight_range"] == pytest.approx(sum(ranges) / 2)
+    assert runs[0]["weight_range"] == 0.0 and (work / "a.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_a_failing_process_is_told_by_its_last_words(tmp_path):
@@ -102,15 +150,12 @@ def test_a_failing_process_is_told_by_its_last_words(tmp_path):
         ablations.Runs(tmp_path).make("grpo", 0, max_steps=1)
 
 
-def test_the_committed_table_follows_from_the_numbers():
+# ------------------------------------------------------------------------------------ what is shown
+
+
+def test_the_committed_page_follows_from_the_numbers():
     out = PROJECT / "benchmarks" / "ablations"
-    data = json.loads(Path(f"{out}.json").read_text(encoding="utf-8"))
-    assert Path(f"{out}.md").read_text(encoding="utf-8") == ablations.markdown(data, "ablations")
-    assert {row["setting"] for row in data["rows"]} == set(ablations.SETTINGS)
-    assert not any("failed" in row for row in data["rows"])
+    rows = json.loads(Path(f"{out}.json").read_text(encoding="utf-8"))["rows"]
+    assert table(ablations.compare(rows)) in Path(f"{out}.md").read_text(encoding="utf-8")
+    assert not any("failed" in row for row in rows)
     assert os.path.getsize(f"{out}.png") > 10_000
-    steady = []  # what README says of the signs of the differences
-    for name, measure in itertools.product(ablations.SETTINGS, ablations.PAIRED):
-        values, base = (ablations.values_of(data["rows"], n, measure) for n in (name, "alpha_1"))
-        steady += [(name, measure)] if min((values - base) * (values - base)[0]) > 0 else []
-    assert steady == [("alpha_1.7", "sampled_soft")]

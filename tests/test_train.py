@@ -101,7 +101,7 @@ def test_a_run_leaves_a_readable_directory(short_run):
     assert (short_run / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert json.loads((short_run / "config.json").read_text())["learning_rate"] == 1e-3
     measures = json.loads((short_run / "eval.json").read_text())
-    assert set(measures["after"]) == {"sampled", "greedy", "wrong video"}
+    assert set(measures["after"]) == {"sampled", "greedy", "wrong video", "shuffled frames"}
 
 
 def test_metrics_are_those_of_the_readme_in_a_line_a_step(short_run):
