@@ -40,14 +40,8 @@ SETTINGS = {
     "none_trained_vision": dict(token_weights="none", freeze_vision_modules=False),
 }
 PRIMARY = "area"  # under the learning curve: the mean over the steps of the sampled soft accuracy
-COMPARED = (PRIMARY, "final")  # whose differences to BASE are shown
-MEASURES = (
-    *COMPARED,
-    "sampled",
-    "shuffled_frames",
-    "completion_length",
-    "length_spread",
-    "weight_range",
+DESCRIBED = dict(  # and the digits shown
+    sampled=3, shuffled_frames=3, completion_length=1, length_spread=2, weight_range=3
 )
 
 
@@ -164,36 +158,53 @@ def holm(p_values: list[float]) -> list[float]:
     return adjusted
 
 
-def differences(rows: list[dict], setting: str, measure: str, base: str = BASE) -> np.ndarray:
-    """A measure of a setting less that of `base`, for every seed that has both."""
-    of = {(row["setting"], row["seed"]): row[measure] for row in rows}
-    seeds = sorted(seed for name, seed in of if name == setting and (base, seed) in of)
-    return np.array([of[setting, seed] - of[base, seed] for seed in seeds])
+def values(rows: list[dict], setting: str, measure: str) -> dict[int, float]:
+    """A measure of a setting, by seed, without the runs that failed."""
+    own = [row for row in rows if row["setting"] == setting and "failed" not in row]
+    return {row["seed"]: row[measure] for row in own}
+
+
+def differences(rows: list[dict], setting: str, measure: str) -> np.ndarray:
+    """A measure of a setting less that of BASE, for every seed that has both."""
+    own, base = values(rows, setting, measure), values(rows, BASE, measure)
+    return np.array([own[seed] - base[seed] for seed in sorted(own.keys() & base.keys())])
 
 
 # ------------------------------------------------------------------------------------ what is shown
 
 
+def names_of(rows: list[dict]) -> list[str]:
+    return [name for name in SETTINGS if values(rows, name, PRIMARY)]
+
+
 def compare(rows: list[dict]) -> list[dict]:
-    """A line of the table for each setting: means over its seeds, and differences to BASE with 95 %
-    intervals, the p-values of the primary outcome adjusted for all comparisons."""
-    rows = [row for row in rows if "failed" not in row]
-    names = [name for name in SETTINGS if any(row["setting"] == name for row in rows)]
-    others = [name for name in names if name != BASE]
+    """A line for each setting: the means over its seeds of area and final accuracy, and their
+    differences to BASE with 95 % intervals. p is that of the area, by Holm over all settings."""
+    others = [name for name in names_of(rows) if name != BASE]
     p_values = [paired(differences(rows, name, PRIMARY))[2] for name in others]
     adjusted = dict(zip(others, holm(p_values), strict=True))
     lines = []
-    for name in names:
-        own = [row for row in rows if row["setting"] == name]
-        means = {key: np.mean([row[key] for row in own]) for key in MEASURES}
-        line = {"setting": name, "seeds": len(own)}
-        for key, mean in means.items():
-            line[key] = f"{mean:.1f}" if mean > 10 else f"{mean:.3f}"
-            if key in COMPARED and name != BASE:
-                change, half, _ = paired(differences(rows, name, key))
-                line[f"{key} - {BASE}"] = f"{change:+.3f} ± {half:.3f}"
-                if key == PRIMARY:
-                    line["p"] = f"{adjusted[name]:.3f}"
+    for name in names_of(rows):
+        line = {"setting": name, "seeds": len(values(rows, name, PRIMARY))}
+        for measure in (PRIMARY, "final"):
+            change, half, _ = paired(differences(rows, name, measure))
+            line[measure] = f"{np.mean(list(values(rows, name, measure).values())):.3f}"
+            line[f"{measure} less {BASE}"] = (
+                f"{change:+.3f} ± {half:.3f}" if name in adjusted else ""
+            )
+            if measure == PRIMARY:
+                line["p"] = f"{adjusted[name]:.3f}" if name in adjusted else ""
+        lines.append(line)
+    return lines
+
+
+def describe(rows: list[dict]) -> list[dict]:
+    """A line for each setting: means over its seeds of what else was measured."""
+    lines = []
+    for name in names_of(rows):
+        line = {"setting": name}
+        for measure, digits in DESCRIBED.items():
+            line[measure] = f"{np.mean(list(values(rows, name, measure).values())):.{digits}f}"
         lines.append(line)
     return lines
 
@@ -202,12 +213,11 @@ def draw(rows: list[dict], path: str) -> None:
     """Learning curves, and the primary outcome's differences to BASE, as a PNG."""
     from matplotlib.figure import Figure  # no pyplot: no display, no global state
 
-    rows = [row for row in rows if "failed" not in row]
-    names = [name for name in SETTINGS if any(row["setting"] == name for row in rows)]
+    names = names_of(rows)
     figure = Figure(figsize=(11, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name in names:
-        curve = np.mean([row["curve"] for row in rows if row["setting"] == name], axis=0)
+        curve = np.mean(list(values(rows, name, "curve").values()), axis=0)
         left.plot(np.linspace(0, 1, len(curve)), curve, label=name)
     left.set(xlabel="share of training", title="sampled soft accuracy, mean over seeds")
     left.legend()
@@ -239,7 +249,7 @@ def main() -> None:
     except KeyboardInterrupt:
         raise SystemExit("interrupted; the same command makes what is missing") from None
     rows = [row for row in results.rows if row["max_steps"] == args.max_steps]
-    print(table(compare(rows)))
+    print(table(compare(rows)), table(describe(rows)), sep="\n\n")
     draw(rows, f"{args.out}.png")
     raise SystemExit(int(any("failed" in row for row in rows)))
 

@@ -156,6 +156,7 @@ def test_a_failing_process_is_told_by_its_last_words(tmp_path):
 def test_the_committed_page_follows_from_the_numbers():
     out = PROJECT / "benchmarks" / "ablations"
     rows = json.loads(Path(f"{out}.json").read_text(encoding="utf-8"))["rows"]
-    assert table(ablations.compare(rows)) in Path(f"{out}.md").read_text(encoding="utf-8")
+    page = Path(f"{out}.md").read_text(encoding="utf-8")
+    assert table(ablations.compare(rows)) in page and table(ablations.describe(rows)) in page
     assert not any("failed" in row for row in rows)
     assert os.path.getsize(f"{out}.png") > 10_000
