@@ -12,6 +12,7 @@ So an answer has 54 to 147 tokens, most of them certain and a few decisive: "no"
 last look. The frames must be seen in their order; a token of the video covers one moment.
 """
 
+import re
 from fractions import Fraction
 
 import numpy as np
@@ -70,55 +71,49 @@ def draw(events: list[tuple[str, str, str]], rng: np.random.Generator) -> np.nda
 
 def scene(rng: np.random.Generator) -> tuple[np.ndarray, dict]:
     """A clip, and the row of a question about it with at least one right answer. The row's `events`
-    are (ball, colour, "before" | "now" | "after"), told from when the asked colour is hit."""
+    are (ball, colour, when): "before", "now" or "after" the hit that the question names."""
     right = []
     while not right:
         colours = rng.choice(list(COLOURS), len(MOMENTS), replace=False).tolist()
         balls = rng.choice(list(BALLS), len(MOMENTS)).tolist()
         ball, when = str(rng.choice(list(BALLS))), str(rng.choice(["before", "after"]))
-        mark = int(rng.integers(len(MOMENTS)))
-        whens = ["before"] * mark + ["now"] + ["after"] * (len(MOMENTS) - mark - 1)
+        named = int(rng.integers(len(MOMENTS)))
+        whens = ["before"] * named + ["now"] + ["after"] * (len(MOMENTS) - named - 1)
         events = list(zip(balls, colours, whens, strict=True))
         right = [LETTERS[colour] for b, colour, w in events if (b, w) == (ball, when)]
+    question = f"Which does {ball} hit {when} {colours[named]}?"
+    options = [f"{letter}. {colour}" for colour, letter in LETTERS.items()]
     row = dict(
-        problem="\n".join(
-            [
-                f"Which does {ball} hit {when} {colours[mark]}?",
-                *(f"{letter}. {colour}" for colour, letter in LETTERS.items()),
-            ]
-        ),
+        problem="\n".join([question, *options]),
         solution=f"<answer>{','.join(sorted(right))}</answer>",
-        asked=[ball, when, colours[mark]],
+        asked=[ball, when, colours[named]],
         events=events,
     )
     return draw(events, rng), row
 
 
 def imperfect_target(row: dict, rng: np.random.Generator) -> str:
-    """An answer in perfect format with one to three looks. It sees everything right, but a look
-    names a right colour with p = 0.7 and a wrong one with p = 0.2. The last look decides, and names
-    at least one."""
-    ball, when, mark = row["asked"]
-    yes = ("no", "yes")
-
-    def look() -> list[str]:
-        named = [
-            rng.random() < (0.7 if (b, w) == (ball, when) else 0.2) for b, _, w in row["events"]
-        ]
-        return [LETTERS[e[1]] if n else "no" for e, n in zip(row["events"], named, strict=True)]
-
-    looks = [look()]
+    """An answer in perfect format with one to three looks. The last look decides, and names at
+    least one colour."""
+    looks = [look(row, rng)]
     while len(looks) < LOOKS and rng.random() < 0.5:
-        looks.append(look())
-    chosen = [word for word in looks[-1] if word != "no"]
+        looks.append(look(row, rng))
+    chosen = re.findall(": ([A-E])", looks[-1])
     if not chosen:
         return imperfect_target(row, rng)
-    told = (
-        " ".join(
-            f"{moment} {b} {yes[b == ball]}, {colour} {w} {yes[w == when]}: {word}."
-            for moment, (b, colour, w), word in zip(MOMENTS, row["events"], words, strict=True)
+    wanted, text = " ".join(row["asked"]), " Let me look again. ".join(looks)
+    return f"<think>I want {wanted}. {text}</think><answer>{','.join(chosen)}</answer>"
+
+
+def look(row: dict, rng: np.random.Generator) -> str:
+    """The moments in turn. It sees everything right, but decides for a right colour with p = 0.7
+    and for a wrong one with p = 0.2."""
+    yes, sentences = {True: "yes", False: "no"}, []
+    for moment, (ball, colour, when) in zip(MOMENTS, row["events"], strict=True):
+        is_ball, is_when = ball == row["asked"][0], when == row["asked"][1]
+        chosen = rng.random() < (0.7 if is_ball and is_when else 0.2)
+        decision = LETTERS[colour] if chosen else "no"
+        sentences.append(
+            f"{moment} {ball} {yes[is_ball]}, {colour} {when} {yes[is_when]}: {decision}."
         )
-        for words in looks
-    )
-    text = " Let me look again. ".join(told)
-    return f"<think>I want {ball} {when} {mark}. {text}</think><answer>{','.join(chosen)}</answer>"
+    return " ".join(sentences)

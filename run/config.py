@@ -359,5 +359,5 @@ def make_toy(cfg: Config, root: Path) -> None:
     if root.exists() and not toy.is_world(root):
         raise UserError(f"{root} is there, but is no toy world; choose another --output_dir")
     if not root.exists():
-        print("Making its clips and its model first takes about a minute.", flush=True)
+        print("Making its clips and its model first takes two to three minutes.", flush=True)
         toy.prepare(root, cfg.seed, cfg.toy)
