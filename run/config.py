@@ -25,7 +25,7 @@ from rewards import REWARDS
 
 # With another of these it would be another run. Batches are compared by their product.
 IDENTITY = (
-    "seed model_name_or_path jsonl_path video_root question_type train_samples num_generations"
+    "seed toy model_name_or_path jsonl_path video_root question_type train_samples num_generations"
 ).split()
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 COMMAND = ("output_dir", "resume_from_checkpoint", "allow_changes", "dry_run")  # may change

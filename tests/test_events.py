@@ -14,7 +14,7 @@ from model.policy import Policy
 from records import load_records
 from rewards import accuracy_reward, format_reward
 from run import held_out
-from run.config import parse_config
+from run.config import check_changes, parse_config, settings_of
 from video import Clip, Geometry
 
 ROWS = [events.scene(np.random.default_rng(seed)) for seed in range(300)]
@@ -127,3 +127,9 @@ def test_a_toy_brings_its_flags():
     cfg = parse_config("--toy events --max_steps 7".split())
     assert (cfg.toy, cfg.max_frames, cfg.max_steps) == ("events", 8, 7)
     assert parse_config([]).toy == "colours"
+
+
+def test_another_toy_is_another_run():
+    old = settings_of(parse_config("--toy events".split()))
+    with pytest.raises(UserError, match="toy was events, is now colours.*another run"):
+        check_changes(parse_config(["--max_steps", "90"]), old, done=3)
