@@ -33,19 +33,13 @@ LOOKS = 3  # at most
 # an answer has tokens about a moment.
 RATE = Fraction(2, 5)
 
-# All settings in which this toy differs from the recipe of a 7B model (the defaults of Config).
-DEFAULTS = dict(
+DEFAULTS = dict(  # beside those of both toys (toy.BOTH)
     max_frames=8,
     min_pixels=SIDE * SIDE,
     max_pixels=SIDE * SIDE,
     per_device_train_batch_size=8,
     max_completion_length=150,
-    gradient_checkpointing=False,
-    dataloader_num_workers=0,
     learning_rate=2e-4,
-    adam_beta2=0.99,
-    max_grad_norm=1.0,
-    warmup_steps=10,
     max_steps=80,
     save_steps=40,
 )

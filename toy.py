@@ -42,30 +42,26 @@ from model.packing import Group
 from model.policy import Policy
 from records import Record, load_records
 
-# All settings in which the toy differs from the recipe of a 7B model (the defaults of Config).
-CLIP = dict(max_frames=4, min_pixels=56 * 56, max_pixels=56 * 56)
-DEFAULTS = dict(
-    **CLIP,
-    per_device_train_batch_size=16,
-    max_completion_length=20,
+# All settings in which the toys differ from the recipe of a 7B model (the defaults of Config).
+BOTH = dict(
     gradient_checkpointing=False,
     dataloader_num_workers=0,
-    learning_rate=5e-4,
     adam_beta2=0.99,
     max_grad_norm=1.0,
     warmup_steps=10,
+)
+CLIP = dict(max_frames=4, min_pixels=56 * 56, max_pixels=56 * 56)
+DEFAULTS = dict(
+    **BOTH,
+    **CLIP,
+    per_device_train_batch_size=16,
+    max_completion_length=20,
+    learning_rate=5e-4,
     max_steps=400,
     save_steps=100,
 )
 
-COLOURS = dict(
-    red=(220, 40, 40),
-    green=(40, 170, 60),
-    blue=(50, 80, 230),
-    yellow=(235, 215, 50),
-    purple=(150, 60, 190),
-    white=(240, 240, 240),
-)
+COLOURS = events.COLOURS | dict(white=(240, 240, 240))
 SIDE, FRAMES, RATE = 56, 8, 4  # pixels, frames, frames a second: a clip of 2 s
 TRAIN_CLIPS, TEST_CLIPS = 1024, 128
 
@@ -163,7 +159,9 @@ class Toy:
 
 TOYS = {
     "colours": Toy(scene, imperfect_target, RATE, DEFAULTS, 900, 4),
-    "events": Toy(events.scene, events.imperfect_target, events.RATE, events.DEFAULTS, 500, 2),
+    "events": Toy(
+        events.scene, events.imperfect_target, events.RATE, BOTH | events.DEFAULTS, 500, 2
+    ),
 }
 
 
