@@ -2,7 +2,7 @@
 
 The camera follows a white and a black ball through four moments; in each, one of them hits a
 coloured shape. A question is "Which does black hit after red?". An answer goes through the moments,
-once to three times, and decides at each whether its shape is meant:
+once to three times, and decides for each whether it is part of the answer:
 
     <think>I want black after red. First white no, blue before no: no. Second black yes, red now no:
     no. Third black yes, green after yes: B. Last white no, purple after yes: no.</think>
@@ -29,8 +29,8 @@ LETTERS = dict(zip(COLOURS, "ABCDE", strict=True))
 MOMENTS = ("First", "Second", "Third", "Last")
 SIDE, FRAMES_PER_MOMENT = 28, 2  # pixels; both make one token of Qwen2.5-VL's video
 LOOKS = 3  # at most
-# Frames a second. A moment lasts 5 s, in which the position of the video advances by 10, as much as
-# an answer has tokens about a moment.
+# Frames a second. A moment lasts 5 s, so the video's position advances by 10: as many tokens as an
+# answer spends on a moment.
 RATE = Fraction(2, 5)
 
 DEFAULTS = dict(  # beside those of both toys (toy.BOTH)
@@ -46,7 +46,7 @@ DEFAULTS = dict(  # beside those of both toys (toy.BOTH)
 
 
 def draw(events: list[tuple[str, str, str]], rng: np.random.Generator) -> np.ndarray:
-    """A ball comes close to a shape and touches it, in each moment: (F, H, W, 3) uint8."""
+    """A ball runs into a shape, in each moment: (F, H, W, 3) uint8."""
     count = len(events) * FRAMES_PER_MOMENT
     frames = np.full((count, SIDE, SIDE, 3), rng.integers(70, 110), dtype=np.uint8)
     y, x = np.mgrid[:SIDE, :SIDE]

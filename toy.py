@@ -1,19 +1,19 @@
-"""The embedded default: moving coloured shapes, and a tiny Qwen2.5-VL that half understands them.
+"""The embedded toys: moving coloured shapes, and a tiny Qwen2.5-VL that half understands them.
 
 `python twgrpo.py` without a model starts here. What is made here has the usual formats (H.264
 files, records in JSONL, a Hugging Face checkpoint directory), so everything after it is the same
 code path as training Qwen2.5-VL-7B-Instruct on CLEVRER.
 
-    TOYS              the default, `colours`, and `events`, whose answers are long
+    TOYS              the default, `colours`, and `events` with longer answers (events.py)
     write_clips       mp4 files, and train.jsonl / test.jsonl with questions about them
     build_tokenizer   a byte-level BPE with Qwen's special tokens and chat form
     build_model       a Qwen2.5-VL of about 0.5 M parameters
-    warm_start        a short supervised stage that stands in for pretraining: it learns the form of
-                      an answer and to see, but its targets name a true option only with p = 0.6 and
-                      a false one with p = 0.25 (colours)
+    warm_start        a short supervised stage that stands in for pretraining: it teaches to see and
+                      to answer in the right format, but its targets are often wrong (those of
+                      `colours` name a true option with p = 0.6, a false one with p = 0.25)
 
 The warm start leaves room to learn: about a third of the sampled answers are right, so the members
-of a group differ in reward. The toy shows that the loop works, not that TW-GRPO beats GRPO.
+of a group differ in reward. A toy shows that the loop works, not that TW-GRPO beats GRPO.
 """
 
 import json
@@ -82,7 +82,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-VOCABULARY = 512  # at most; the toy's text has merges for about 408, one token per word
+VOCABULARY = 512  # at most; a toy's text has merges for fewer, one token per word
 
 
 # -------------------------------------------------------------------------------------------- clips
@@ -154,13 +154,18 @@ class Toy:
     rate: Fraction  # frames a second of the files
     defaults: dict  # the settings in which it differs from the recipe of a 7B model
     steps: int  # of the warm start
-    targets: int  # for each question of a step of the warm start
+    targets: int  # of the warm start, for each question of a step
 
 
 TOYS = {
-    "colours": Toy(scene, imperfect_target, RATE, DEFAULTS, 900, 4),
+    "colours": Toy(scene, imperfect_target, RATE, DEFAULTS, steps=900, targets=4),
     "events": Toy(
-        events.scene, events.imperfect_target, events.RATE, BOTH | events.DEFAULTS, 500, 2
+        events.scene,
+        events.imperfect_target,
+        events.RATE,
+        BOTH | events.DEFAULTS,
+        steps=500,
+        targets=2,
     ),
 }
 
@@ -331,8 +336,10 @@ def prepare(
     policy = Policy(build_model(tokenizer, seed=seed), tokenizer, CHAT_TEMPLATE)
     clip = {name: TOYS[toy].defaults[name] for name in CLIP}
     prompter = Prompter(tokenizer, CHAT_TEMPLATE, policy.geometry, **clip)
-    warm_start(policy, [prompter(r) for r in records], seed, steps or TOYS[toy].steps, toy)
+    steps = TOYS[toy].steps if steps is None else steps
+    warm_start(policy, [prompter(r) for r in records], seed, steps, toy)
     policy.save(unfinished / "model")
+    (unfinished / "toy.json").write_text(json.dumps(dict(toy=toy, seed=seed)), encoding="utf-8")
     os.replace(unfinished, root)
     return policy
 
@@ -342,5 +349,9 @@ def beside(root: Path) -> Path:
     return root.with_name(f".{root.name}.partial")
 
 
-def is_world(root: Path) -> bool:
-    return all((root / name).exists() for name in ("clips", "train.jsonl", "test.jsonl", "model"))
+def is_world(root: Path, toy: str | None, seed: int) -> bool:
+    """Whether `root` holds the complete world of this toy and seed."""
+    try:
+        return json.loads((root / "toy.json").read_bytes()) == dict(toy=toy, seed=seed)
+    except (OSError, ValueError):
+        return False

@@ -13,13 +13,15 @@ import os
 import shutil
 import signal
 import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
 
 import numpy as np
+import torch
 
 import events
+import toy
 from benchmarks.origin import PROJECT, Results, table
 from files import json_lines
 from tools import curves
@@ -39,10 +41,15 @@ SETTINGS = {
     "shuffled": MEAN_1 | dict(token_weights="shuffled"),
     "none_trained_vision": dict(token_weights="none", freeze_vision_modules=False),
 }
-PRIMARY = "area"  # under the learning curve: the mean over the steps of the sampled soft accuracy
-DESCRIBED = dict(  # and the digits shown
-    sampled=3, shuffled_frames=3, completion_length=1, length_spread=2, weight_range=3
-)
+# The mean over the steps of the soft accuracy of the training samples: the area under that curve.
+PRIMARY = "area"
+DESCRIBED = {  # title: the measure and its digits
+    "held-out accuracy": ("sampled", 3),
+    "with shuffled frames": ("shuffled_frames", 3),
+    "tokens of a completion": ("completion_length", 1),
+    "spread of lengths": ("length_spread", 2),
+    "range of weights": ("weight_range", 3),
+}
 
 
 class Runs:
@@ -65,15 +72,16 @@ class Runs:
             raise RuntimeError(f"exit code {child.returncode}: {complaint[-500:].strip()}")
 
     def make_world(self, seed: int) -> None:
+        """The clips and the model that the runs of a seed share, unless they are there."""
         world = self.work / f"seed{seed}" / "world"
-        if not world.exists():
-            code = (
-                f"import toy, pathlib; toy.prepare(pathlib.Path({str(world)!r}), {seed}, 'events')"
-            )
-            self.call("-c", code)
+        if not toy.is_world(world, "events", seed):
+            code = "import sys, toy; from pathlib import Path; "
+            code += "toy.prepare(Path(sys.argv[1]), int(sys.argv[2]), 'events')"
+            self.call("-c", code, str(world), str(seed))
 
-    def make(self, setting: str, seed: int, max_steps: int) -> dict:
-        """The measures of one run."""
+    def make(self, world: Future, setting: str, seed: int, max_steps: int) -> dict:
+        """The measures of one run, in the world that another thread makes."""
+        world.result()
         out = self.work / f"seed{seed}" / setting
         shutil.rmtree(out, ignore_errors=True)  # of a run that was killed
         out.mkdir()
@@ -89,8 +97,9 @@ class Runs:
         keys = [key for key in keys if not results.find(**key)]
         with ThreadPoolExecutor(jobs) as pool:
             try:
-                list(pool.map(self.make_world, dict.fromkeys(key["seed"] for key in keys)))
-                futures = {pool.submit(self.make, **key): key for key in keys}
+                seeds = dict.fromkeys(key["seed"] for key in keys)
+                worlds = {seed: pool.submit(self.make_world, seed) for seed in seeds}
+                futures = {pool.submit(self.make, worlds[key["seed"]], **key): key for key in keys}
                 for future in as_completed(futures):
                     results.measure(lambda f=future, **_: f.result(), **futures[future])
             finally:  # Ctrl-C in a terminal reaches the children too, a signal to this process not
@@ -101,7 +110,11 @@ class Runs:
 
 
 def measures_of(out: Path) -> dict:
-    """A finished run: accuracies in [0, 1], tokens, weights; the curve has 20 points."""
+    """A finished run: accuracies in [0, 1], tokens, weights; the curve has 20 points.
+
+    The spread of lengths, (longest - shortest) / mean, and the range of weights, where all
+    completions are alive, are means over the groups in completions.jsonl: one a step.
+    """
     rows = curves.read_metrics(out)
     evaluated = json.loads((out / "eval.json").read_text(encoding="utf-8"))
     accuracy = np.array([row["rewards/accuracy"] for row in rows])
@@ -136,25 +149,24 @@ def student(df: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def paired(differences: np.ndarray) -> tuple[float, float, float]:
-    """The mean, half of its 95 % interval, and the p-value that it is 0: a paired t-test."""
-    n, mean = len(differences), differences.mean()
+    """Mean, half-width of its 95 % confidence interval, and two-sided p-value of a paired t-test;
+    NaN for what fewer than two differences do not tell."""
+    n = len(differences)
     if n < 2:
-        return mean, np.nan, np.nan
-    error, (values, below) = differences.std(ddof=1) / n**0.5, student(n - 1)
-    half = np.interp(0.95, below, values) * error
-    return (
-        mean,
-        half,
-        1 - np.interp(abs(mean) / error, values, below) if error else float(mean == 0),
-    )
+        return differences[0] if n else np.nan, np.nan, np.nan
+    mean, error = differences.mean(), differences.std(ddof=1) / n**0.5
+    t_values, below = student(n - 1)
+    p = 1 - np.interp(abs(mean) / error, t_values, below) if error else float(mean == 0)
+    return mean, np.interp(0.95, below, t_values) * error, p
 
 
-def holm(p_values: list[float]) -> list[float]:
-    """Adjusted for as many comparisons by Holm's step-down method."""
-    adjusted, largest = [0.0] * len(p_values), 0.0
-    for rank, k in enumerate(np.argsort(p_values)):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[k]))
-        adjusted[k] = largest
+def holm(p_values: dict[str, float]) -> dict[str, float]:
+    """The p-values adjusted for as many comparisons by Holm's step-down method, without NaNs."""
+    known = {name: p for name, p in p_values.items() if np.isfinite(p)}
+    adjusted, largest = {}, 0.0
+    for rank, name in enumerate(sorted(known, key=known.get)):
+        largest = max(largest, min(1.0, (len(known) - rank) * known[name]))
+        adjusted[name] = largest
     return adjusted
 
 
@@ -174,39 +186,40 @@ def differences(rows: list[dict], setting: str, measure: str) -> np.ndarray:
 
 
 def names_of(rows: list[dict]) -> list[str]:
-    return [name for name in SETTINGS if values(rows, name, PRIMARY)]
+    """The settings with a finished run, BASE at the end."""
+    return sorted((name for name in SETTINGS if values(rows, name, PRIMARY)), key=BASE.__eq__)
+
+
+def mean(rows: list[dict], setting: str, measure: str, digits: int = 3) -> str:
+    return f"{np.mean(list(values(rows, setting, measure).values())):.{digits}f}"
 
 
 def compare(rows: list[dict]) -> list[dict]:
-    """A line for each setting: the means over its seeds of area and final accuracy, and their
-    differences to BASE with 95 % intervals. p is that of the area, by Holm over all settings."""
-    others = [name for name in names_of(rows) if name != BASE]
-    p_values = [paired(differences(rows, name, PRIMARY))[2] for name in others]
-    adjusted = dict(zip(others, holm(p_values), strict=True))
+    """A line for each setting: means over its seeds of area and final accuracy, and differences to
+    BASE over the seeds that both have, with 95 % confidence intervals. p is that of the area,
+    adjusted by Holm for all settings; the intervals are not adjusted."""
+    names = names_of(rows)
+    adjusted = holm({name: paired(differences(rows, name, PRIMARY))[2] for name in names[:-1]})
     lines = []
-    for name in names_of(rows):
-        line = {"setting": name, "seeds": len(values(rows, name, PRIMARY))}
+    for name in names:
+        lines.append({"setting": name, "seeds": len(differences(rows, name, PRIMARY))})
         for measure in (PRIMARY, "final"):
-            change, half, _ = paired(differences(rows, name, measure))
-            line[measure] = f"{np.mean(list(values(rows, name, measure).values())):.3f}"
-            line[f"{measure} less {BASE}"] = (
-                f"{change:+.3f} ± {half:.3f}" if name in adjusted else ""
-            )
-            if measure == PRIMARY:
-                line["p"] = f"{adjusted[name]:.3f}" if name in adjusted else ""
-        lines.append(line)
+            lines[-1][measure] = mean(rows, name, measure)
+            if name != BASE:
+                change, half, _ = paired(differences(rows, name, measure))
+                lines[-1][f"{measure} less {BASE}"] = f"{change:+.3f} ± {half:.3f}"
+            if measure == PRIMARY and name in adjusted:
+                p = adjusted[name]
+                lines[-1]["p"] = f"{p:.3f}" if p >= 0.001 else "< 0.001"
     return lines
 
 
 def describe(rows: list[dict]) -> list[dict]:
     """A line for each setting: means over its seeds of what else was measured."""
-    lines = []
-    for name in names_of(rows):
-        line = {"setting": name}
-        for measure, digits in DESCRIBED.items():
-            line[measure] = f"{np.mean(list(values(rows, name, measure).values())):.{digits}f}"
-        lines.append(line)
-    return lines
+    return [
+        {"setting": name} | {title: mean(rows, name, *of) for title, of in DESCRIBED.items()}
+        for name in names_of(rows)
+    ]
 
 
 def draw(rows: list[dict], path: str) -> None:
@@ -216,18 +229,19 @@ def draw(rows: list[dict], path: str) -> None:
     names = names_of(rows)
     figure = Figure(figsize=(11, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for name in names:
+    looks = [dict(color=colour, linestyle=s) for s in curves.STYLES for colour in curves.COLOURS]
+    for place, (name, look) in enumerate(zip(names, looks, strict=False)):
         curve = np.mean(list(values(rows, name, "curve").values()), axis=0)
-        left.plot(np.linspace(0, 1, len(curve)), curve, label=name)
-    left.set(xlabel="share of training", title="sampled soft accuracy, mean over seeds")
+        left.plot(np.linspace(0, 1, len(curve)), curve, label=name, **look)
+        if name != BASE:
+            change, half, _ = paired(differences(rows, name, PRIMARY))
+            right.errorbar(change, place, xerr=half, fmt="o", capsize=3, color=look["color"])
+    left.set(xlabel="share of training", title="soft accuracy of the training samples")
     left.legend()
-    for place, name in enumerate(names):
-        change, half, _ = paired(differences(rows, name, PRIMARY))
-        right.errorbar(change, place, xerr=half, fmt="o", capsize=3)
     right.axvline(0, color="0.6")
-    right.set_yticks(range(len(names)), names)
+    right.set_yticks(range(len(names) - 1), names[:-1])
     right.invert_yaxis()
-    right.set(title=f"{PRIMARY} less that of {BASE}, 95 % interval")
+    right.set(title=f"{PRIMARY} less that of {BASE}, 95 % confidence interval")
     figure.savefig(path)
 
 
@@ -241,14 +255,21 @@ def main() -> None:
     parser.add_argument("--out", default="runs/ablations/all", help="files, without their suffix")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
+    torch.set_num_threads(1)  # as in the runs, for the record
     results = Results(Path(f"{args.out}.json"))
-    keys = [dict(setting=name, seed=k) for k in args.seeds for name in args.settings]
+    keys = [
+        dict(setting=name, seed=k)
+        for k in dict.fromkeys(args.seeds)
+        for name in dict.fromkeys(args.settings)
+    ]
     keys = [key | dict(max_steps=args.max_steps) for key in keys]
     try:
         Runs(args.work_dir).make_all(keys, results, args.jobs)
     except KeyboardInterrupt:
         raise SystemExit("interrupted; the same command makes what is missing") from None
     rows = [row for row in results.rows if row["max_steps"] == args.max_steps]
+    if not values(rows, BASE, PRIMARY):
+        raise SystemExit(f"no run of {BASE} to compare with; add it to --settings")
     print(table(compare(rows)), table(describe(rows)), sep="\n\n")
     draw(rows, f"{args.out}.png")
     raise SystemExit(int(any("failed" in row for row in rows)))

@@ -1,6 +1,6 @@
 """The settings of a run: every flag of twgrpo.py and its validation, and the files it names.
 
-A run without a model is the embedded toy: toy.DEFAULTS take the place of the recipe's defaults, and
+A run without a model is an embedded toy: its defaults take the place of the recipe's, and
 `toy_config` names the files that the run makes first.
 """
 
@@ -65,12 +65,14 @@ def is_in(value: float, interval: str) -> bool:
 class Data:
     _argument_group_name = "what to train, on what"
     model_name_or_path: str | None = flag(None, "Qwen2.5-VL, Qwen2-VL or Qwen3-VL; none: the toy")
-    toy: str | None = flag(None, f"which toy, of: {', '.join(toy.TOYS)}; none: the first")
     jsonl_path: str | None = flag(None, "training questions, a JSON list or JSONL")
     video_root: str = flag("", "directory that video paths are relative to")
     eval_jsonl_path: str | None = flag(None, "questions to evaluate on, before and after training")
-    eval_on_start: bool = flag(True, "evaluate before training too")
+    eval_on_start: bool = flag(True, "also evaluate before training")
     output_dir: str | None = flag(None, "where the run is written; none: a new one under runs/")
+    toy: Literal["colours", "events"] | None = flag(
+        None, "the toy to train without a model: colours, if it is left out, or events"
+    )
     question_type: Literal["mixed", "single", "multiple"] = flag(
         "mixed", "which questions, and their prompt"
     )
@@ -202,15 +204,14 @@ class Config(*reversed(GROUPS)):
 
 
 def parse_config(arguments: list[str] | None = None) -> Config:
-    """Flags to a checked Config. Without a model, toy.DEFAULTS replace the recipe's; flags win."""
+    """Flags to a checked Config. Without a model, a toy's defaults replace the recipe's; given
+    flags win."""
     parser = HfArgumentParser(GROUPS, description="Train a video-language model with TW-GRPO.")
     flags, unknown = parser.parse_known_args(arguments)
     if unknown:
         parser.error(f"unknown: {' '.join(unknown)}; --help lists the flags")
     if flags.model_name_or_path is None:
-        name = flags.toy or next(iter(toy.TOYS))
-        if name not in toy.TOYS:
-            raise UserError(f"--toy knows {', '.join(toy.TOYS)}, not {name!r}")
+        name = flags.toy or "colours"
         parser.set_defaults(toy=name, **toy.TOYS[name].defaults)
         flags = parser.parse_args(arguments)
     cfg = Config(**vars(flags))
@@ -241,7 +242,7 @@ def make_output_dir(cfg: Config) -> Path:
 def check_contents(cfg: Config, directory: Path) -> None:
     """Raises UserError unless the directory is empty, or holds a run to resume."""
     begun = {".lock", toy.beside(directory / "toy").name}  # left by a start that was killed
-    if toy.is_world(directory / "toy"):
+    if toy.is_world(directory / "toy", cfg.toy, cfg.seed):
         begun.add("toy")
     names = {path.name for path in directory.iterdir()} - begun if directory.is_dir() else ()
     if names and not cfg.resume_from_checkpoint:
@@ -348,16 +349,19 @@ def toy_config(cfg: Config, root: Path) -> Config:
 
 
 def show_toy_flags(cfg: Config) -> None:
-    print("No --model_name_or_path: training the embedded toy, which sets these flags:")
+    print(f"No --model_name_or_path: training the toy {cfg.toy!r}, which sets these flags:")
     defaults = toy.TOYS[cfg.toy].defaults
     print("  " + " ".join(f"--{name} {value}" for name, value in defaults.items()))
 
 
 def make_toy(cfg: Config, root: Path) -> None:
-    """Makes the toy world unless it exists. Raises UserError if something else has its place."""
+    """Makes the toy world unless it is there. Raises UserError if something else is there."""
     show_toy_flags(cfg)
-    if root.exists() and not toy.is_world(root):
-        raise UserError(f"{root} is there, but is no toy world; choose another --output_dir")
     if not root.exists():
         print("Making its clips and its model first takes two to three minutes.", flush=True)
         toy.prepare(root, cfg.seed, cfg.toy)
+    elif not (toy.is_world(root, cfg.toy, cfg.seed) or cfg.allow_changes):
+        raise UserError(
+            f"{root} is not the world of --toy {cfg.toy} --seed {cfg.seed}; choose another "
+            "--output_dir"
+        )

@@ -7,7 +7,6 @@ Measures   eval.json of a run
 
 import dataclasses
 import json
-import math
 import os
 from pathlib import Path
 
@@ -77,13 +76,15 @@ def evaluate(
 
 def shuffled(prompter: Prompter, seed: int) -> Prompter:
     """A prompter whose clips have their temporal patches, two frames each, in another order, drawn
-    from the seed and the name of the file. What a patch shows stays whole."""
+    from the seed and the name of the file. Each patch stays whole, and none keeps its place."""
 
     def load(path: str | os.PathLike, *settings) -> Clip:
         clip = prompter.load_clip(path, *settings)
         patches = clip.frames.unflatten(0, (-1, prompter.geometry.temporal_patch_size))
-        order = np.random.default_rng([seed, *Path(path).name.encode()]).permutation(len(patches))
-        return dataclasses.replace(clip, frames=patches[torch.from_numpy(order)].flatten(0, 1))
+        cycle = np.random.default_rng([seed, *Path(path).name.encode()]).permutation(len(patches))
+        frames = torch.empty_like(patches)
+        frames[torch.from_numpy(cycle)] = patches[torch.from_numpy(np.roll(cycle, 1))]
+        return dataclasses.replace(clip, frames=frames.flatten(0, 1))
 
     return dataclasses.replace(prompter, load_clip=load)
 
@@ -137,9 +138,11 @@ class Measures:
             beside.write_text(json.dumps(self.rows, indent=2) + "\n", encoding="utf-8")
 
     def print(self, count: int) -> None:
+        """The table at the end of a run, with a dash for what was not measured before it."""
         print(f"\n{count} held-out questions    soft accuracy     exact accuracy    format")
         print(f"{'':20}" + "    before   after" * 3)
         for name, after in self.rows["after"].items():
-            before = self.rows.get("before", {}).get(name, {})
-            pairs = [(before.get(key, math.nan), after[key]) for key in MEASURES]
-            print(f"{name:20}" + "".join("    {:6.3f}  {:6.3f}".format(*pair) for pair in pairs))
+            before = self.rows.get("before", {}).get(name)
+            old = [f"{before[key]:.3f}" if before else "-" for key in MEASURES]
+            pairs = zip(old, [after[key] for key in MEASURES], strict=True)
+            print(f"{name:20}" + "".join(f"    {a:>6}  {b:6.3f}" for a, b in pairs))

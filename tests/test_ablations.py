@@ -1,11 +1,13 @@
 """The ablation: its statistics, and its command on a small world, interrupted and continued."""
 
 import contextlib
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from conftest import PROJECT
 
 import toy
 from benchmarks import ablations
-from benchmarks.origin import table
+from benchmarks.origin import Results, table
 
 # --------------------------------------------------------------------------------------- statistics
 
@@ -41,19 +43,40 @@ def test_a_paired_comparison():
     assert (mean, half) == pytest.approx((2.0, 4.3027 / 3**0.5), rel=1e-4)
     assert p == pytest.approx(1 - 12**0.5 / 14**0.5, rel=1e-4)
     assert ablations.paired(np.array([0.0, 0.0]))[2] == 1.0  # the same runs
+    assert ablations.paired(np.array([0.5]))[0] == 0.5
     assert np.isnan(ablations.paired(np.array([0.5]))[1:]).all()
 
 
-def test_holm_steps_down():
-    assert ablations.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert ablations.holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
-    assert ablations.holm([]) == []
+def test_holm_steps_down_over_the_known():
+    p_values = dict(a=0.01, b=0.04, c=0.03, d=np.nan)
+    assert ablations.holm(p_values) == pytest.approx(dict(a=0.03, c=0.06, b=0.06))
+    assert ablations.holm(dict(a=0.5, b=0.5)) == dict(a=1.0, b=1.0)
 
 
-def test_a_setting_is_compared_on_the_seeds_that_both_have():
-    areas = {("none", 0): 0.5, ("none", 1): 0.6, ("grpo", 1): 0.7, ("grpo", 2): 0.1}
-    rows = [dict(setting=name, seed=seed, area=area) for (name, seed), area in areas.items()]
-    assert ablations.differences(rows, "grpo", "area").tolist() == pytest.approx([0.1])
+AREAS = dict(none=(0.5, 0.6, 0.7), official=(0.6, 0.8, 1.0), grpo=(0.5, 0.7, 0.7, 0.1))
+OTHERS = "final sampled shuffled_frames completion_length length_spread weight_range".split()
+ROWS = [
+    dict(setting=name, seed=seed, area=area, **dict.fromkeys(OTHERS, 10 * area))
+    for name, areas in AREAS.items()
+    for seed, area in enumerate(areas)
+]
+
+
+def test_the_tables_by_hand():
+    """Differences .1, .2, .3 have p = .0742, and 0, .1, 0 have .4226. Holm doubles the smaller. A
+    seed without a run of BASE, and a run that failed, take no part in the differences."""
+    rows = [*ROWS, dict(setting="null", seed=0, failed="no memory")]
+    grpo, official, none = ablations.compare(rows)
+    assert official["area less none"] == "+0.200 ± 0.248" and official["p"] == "0.148"
+    assert grpo["area less none"] == "+0.033 ± 0.143" and grpo["p"] == "0.423"
+    assert (grpo["setting"], grpo["seeds"], grpo["area"]) == ("grpo", 3, "0.500")
+    assert none["area"] == "0.600" and "p" not in none
+    assert ablations.describe(rows)[1]["held-out accuracy"] == "8.000"
+
+
+def test_one_seed_has_no_p():
+    lines = ablations.compare([row for row in ROWS if row["seed"] == 0])
+    assert lines[1]["area less none"] == "+0.100 ± nan" and not any("p" in line for line in lines)
 
 
 # -------------------------------------------------------------------------------------- the command
@@ -146,8 +169,27 @@ def lines(path: Path) -> list[dict]:
 def test_a_failing_process_is_told_by_its_last_words(tmp_path):
     (tmp_path / "seed0").mkdir()
     (tmp_path / "seed0" / "world").write_text("no world")
+    world = Future()
+    world.set_result(None)
     with pytest.raises(RuntimeError, match="exit code 1: .*grpo is not empty; choose another"):
-        ablations.Runs(tmp_path).make("grpo", 0, max_steps=1)
+        ablations.Runs(tmp_path).make(world, "grpo", 0, max_steps=1)
+
+
+def test_a_world_that_fails_costs_only_its_own_runs(tmp_path, monkeypatch):
+    def make_world(runs, seed):
+        if seed == 1:
+            raise RuntimeError("the disk is full")
+        (tmp_path / f"seed{seed}").mkdir()
+
+    monkeypatch.setattr(ablations.Runs, "make_world", make_world)
+    monkeypatch.setattr(ablations.Runs, "call", lambda *_: None)
+    monkeypatch.setattr(ablations, "measures_of", lambda out: dict(area=0.5))
+    keys = [dict(setting=name, seed=k, max_steps=1) for k in (1, 0) for name in ("none", "grpo")]
+    results = Results(None)
+    ablations.Runs(tmp_path).make_all(keys, results, jobs=2)
+    for row in results.rows:
+        assert row.get("failed") == ("RuntimeError: the disk is full" if row["seed"] else None)
+    assert len(results.rows) == 4
 
 
 # ------------------------------------------------------------------------------------ what is shown
@@ -155,8 +197,13 @@ def test_a_failing_process_is_told_by_its_last_words(tmp_path):
 
 def test_the_committed_page_follows_from_the_numbers():
     out = PROJECT / "benchmarks" / "ablations"
-    rows = json.loads(Path(f"{out}.json").read_text(encoding="utf-8"))["rows"]
+    data = json.loads(Path(f"{out}.json").read_text(encoding="utf-8"))
+    rows = data["rows"]
+    keys = [(row["setting"], row["seed"], row["max_steps"]) for row in rows]
+    assert sorted(keys) == sorted(itertools.product(ablations.SETTINGS, range(8), [80]))
     page = Path(f"{out}.md").read_text(encoding="utf-8")
     assert table(ablations.compare(rows)) in page and table(ablations.describe(rows)) in page
     assert not any("failed" in row for row in rows)
+    for told in (data["commit"], data["date"], data["machine"]["cpu"]):
+        assert told in page
     assert os.path.getsize(f"{out}.png") > 10_000

@@ -114,7 +114,7 @@ def config(world, **settings):
 
 
 def test_evaluation_leaves_out_a_clip_that_hangs(world, policy, prompter, clips, monkeypatch):
-    """In the first of its three measures, which read clips alike."""
+    """In the first of its measures, which read clips alike."""
     evaluate = held_out.evaluate
     monkeypatch.setattr(held_out, "evaluate", lambda *a, **how: None if how else evaluate(*a))
     measures = held_out.measure(config(world, num_generations=2), policy, prompter, clips[:2])

@@ -303,7 +303,7 @@ def test_without_an_evaluation_at_the_start_only_the_end_is_shown(tmp_path, caps
     measures.rows["after"] = {"sampled": dict(soft=0.5, exact=0.25, format=1.0)}
     measures.print(3)
     cells = capsys.readouterr().out.splitlines()[-1].split()
-    assert cells == "sampled nan 0.500 nan 0.250 nan 1.000".split()
+    assert cells == "sampled - 0.500 - 0.250 - 1.000".split()
 
 
 def test_out_of_memory_halves_the_batch_and_loses_nothing(capfd):

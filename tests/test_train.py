@@ -539,12 +539,12 @@ def test_a_toy_that_was_killed_while_it_was_made_is_made_again(tmp_path, monkeyp
     save = Policy.save
     monkeypatch.setattr(Policy, "save", killed)
     with pytest.raises(KeyboardInterrupt):
-        toy.prepare(root, seed=0, train=20, test=1, steps=1)
+        toy.prepare(root, seed=42, train=20, test=1, steps=1)
     monkeypatch.setattr(Policy, "save", save)
     assert not root.exists() and toy.beside(root).exists()
     check_contents(cfg, tmp_path / "r")
-    toy.prepare(root, seed=0, train=20, test=1, steps=1)
-    assert toy.is_world(root) and not toy.beside(root).exists()
+    toy.prepare(root, seed=42, train=20, test=1, steps=1)
+    assert toy.is_world(root, "colours", 42) and not toy.beside(root).exists()
     Policy.load(root / "model")
     check_contents(cfg, tmp_path / "r")
 
@@ -552,7 +552,7 @@ def test_a_toy_that_was_killed_while_it_was_made_is_made_again(tmp_path, monkeyp
 def test_a_directory_of_the_users_in_the_toys_place_is_refused(tmp_path):
     (tmp_path / "toy").mkdir()
     (tmp_path / "toy" / "bear.txt").write_text("mine")
-    with pytest.raises(UserError, match="is no toy world"):
+    with pytest.raises(UserError, match="is not the world of --toy colours --seed 42"):
         make_toy(parse_config([]), tmp_path / "toy")
     assert (tmp_path / "toy" / "bear.txt").read_text() == "mine"
 
