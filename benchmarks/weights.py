@@ -1,6 +1,6 @@
 """What the token weights react to: w_t over position, by three forms of D_t, on ragged groups.
 
-    python -m benchmarks.weights --toy runs/toy
+    python -m benchmarks.weights --run runs/toy
     python -m benchmarks.weights --plot_only                # the figure again, from the JSON
 
 README.md says what the groups are. The figure and docs/equations.md's table come from the JSON.
@@ -147,7 +147,7 @@ def main() -> None:
     top = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     top.add_argument("--vocabulary", type=int, default=152064, help="V of the synthetic rows")
     top.add_argument("--seeds", type=int, default=3, help="synthetic groups of each scale")
-    top.add_argument("--toy", type=Path, help="a run of the toy, for its model and questions")
+    top.add_argument("--run", type=Path, help="a run of the toy, for its model and questions")
     top.add_argument("--json", type=Path, default=PROJECT / "benchmarks" / "weights.json")
     top.add_argument("--plot", type=Path, default=PROJECT / "docs" / "weights.png")
     top.add_argument("--plot_only", action="store_true", help="read the JSON, draw the figure")
@@ -158,8 +158,8 @@ def main() -> None:
         groups = {s: [synthetic_group(V, s, k, LENGTHS) for k in range(K)] for s in SCALES}
         summaries = {f"{scale:g}": summary(groups[scale]) for scale in SCALES}
         result["synthetic"] = dict(summary=summaries, groups=sum(groups.values(), []))
-        if args.toy:
-            groups = toy_groups(args.toy, 20)
+        if args.run:
+            groups = toy_groups(args.run, 20)
             result["toy"] = dict(summary=summary(groups), groups=groups)
         text = json.dumps(result | dict(seconds=time.perf_counter() - start))
         result = json.loads(text, parse_float=lambda digits: float(f"{float(digits):.5g}"))

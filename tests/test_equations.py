@@ -140,7 +140,7 @@ def test_the_benchmark_writes_what_the_page_shows(world, tmp_path, monkeypatch, 
     paths = [
         f"--{name}={tmp_path / file}" for name, file in dict(json="w.json", plot="w.png").items()
     ]
-    flags = ["--vocabulary=300", "--seeds=1", f"--toy={tmp_path}"]
+    flags = ["--vocabulary=300", "--seeds=1", f"--run={tmp_path}"]
     monkeypatch.setattr("sys.argv", ["weights", *flags, *paths])
     weights.main()
     result = json.loads((tmp_path / "w.json").read_text())

@@ -19,13 +19,15 @@ from test_policy import as_qwen2_vl
 
 import eval as evaluation
 import twgrpo
-from data import STYLES
+import video
+from data import STYLES, Prompter
 from files import UserError
 from model.policy import NonFiniteLogits, Policy
 from model.rollout import sample as sample_tokens
 from run import answers, decoder, held_out
 from run.config import Config
 from tools import score
+from video import Clip, Geometry
 
 SMALL = "--max_frames 4 --min_pixels 3136 --max_pixels 3136 --max_completion_length 20".split()
 
@@ -296,6 +298,37 @@ def test_held_out_questions_are_shown_the_clip_of_another_as_a_control(
         assert sorted(asked) == sorted(clips) == sorted(r.id for r in records[:5])
         assert all((a != b) == wrong_video for a, b in shown)
         shown.clear()
+
+
+def test_shuffled_frames_keep_what_a_temporal_patch_shows(tmp_path):
+    """Every patch of two frames is there, whole and in another place, in an order of the file's."""
+    frames = torch.arange(16).view(16, 1, 1, 1).expand(16, 3, 2, 2)
+    prompter = Prompter(None, "", Geometry(), load_clip=lambda path: Clip(frames, 1.0))
+    orders = []
+    for name in ("a.mp4", "b.mp4", "a.mp4"):
+        clip = held_out.shuffled(prompter, seed=3).load_clip(tmp_path / name)
+        pairs = clip.frames[:, 0, 0, 0].view(8, 2)
+        assert (pairs[:, 1] == pairs[:, 0] + 1).all()
+        orders.append(pairs[:, 0].tolist())
+        assert all(a != b for a, b in zip(orders[-1], range(0, 16, 2), strict=True))
+    assert orders[0] == orders[2] != orders[1] and sorted(orders[0]) == list(range(0, 16, 2))
+
+
+def test_held_out_questions_are_shown_shuffled_frames_as_a_control(
+    world, policy, prompter, records, monkeypatch
+):
+    shown, patchify = [], video.patchify
+
+    def spy(frames, geometry):
+        shown.append(frames)
+        return patchify(frames, geometry)
+
+    monkeypatch.setattr(video, "patchify", spy)
+    cfg = Config(str(world / "model"), "-", max_completion_length=4, num_generations=2)
+    for control in (False, True):
+        held_out.evaluate(cfg, policy, prompter, records[:3], shuffled_frames=control)
+    for own, shuffled in zip(shown[:3], shown[3:], strict=True):
+        assert torch.equal(torch.cat([own[2:], own[:2]]), shuffled)  # two patches can only swap
 
 
 def test_without_an_evaluation_at_the_start_only_the_end_is_shown(tmp_path, capsys):
