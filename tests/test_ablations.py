@@ -207,3 +207,47 @@ def test_the_committed_page_follows_from_the_numbers():
     for told in (data["commit"], data["date"], data["machine"]["cpu"]):
         assert told in page
     assert os.path.getsize(f"{out}.png") > 10_000
+
+
+def test_what_the_page_says_beside_its_tables():
+    out = PROJECT / "benchmarks" / "ablations"
+    rows = json.loads(Path(f"{out}.json").read_text(encoding="utf-8"))["rows"]
+    page = " ".join(Path(f"{out}.md").read_text(encoding="utf-8").split())
+    values, paired = ablations.values, ablations.paired
+
+    def less(setting, measure="area"):
+        return "{:+.3f} ± {:.3f}".format(*paired(ablations.differences(rows, setting, measure)))
+
+    def mean(setting, measure):
+        return np.mean(list(values(rows, setting, measure).values()), axis=0)
+
+    areas = {name: paired(ablations.differences(rows, name, "area")) for name in ablations.SETTINGS}
+    weights = areas.keys() - {"none", "null", "grpo", "none_trained_vision"}
+    bounds = [
+        bound for change, half, _ in areas.values() for bound in (change - half, change + half)
+    ]
+    assert max(map(abs, bounds[2:])) < 0.022  # of none, the first, there are none
+    p_values = ablations.holm({name: p for name, (*_, p) in areas.items() if name != "none"})
+    curve = mean("none", "curve")
+    kept = values(rows, "official", "sampled"), values(rows, "official", "shuffled_frames")
+    drop = np.array([kept[0][seed] - kept[1][seed] for seed in kept[0]])
+    spread = np.mean([row["length_spread"] for row in rows])
+    for told in (
+        f"by more than {max(abs(areas[name][0]) for name in weights):.3f}, while",
+        f"rises from {curve[0]:.2f} to {curve[-1]:.2f}",
+        f"the smallest p is {min(p_values.values()):.3f}",
+        f"differ in length by {100 * spread:.0f} % of their mean",
+        "{:.2f} ± {:.2f} worse".format(*paired(drop)),
+        f"range over {mean('official', 'weight_range'):.2f}, those of",
+        f"`textbook` over {mean('textbook', 'weight_range'):.2f})",
+        f"that of `none` by {less('null', 'final')}, an interval that leaves out 0",
+        f"both without weights, is {less('grpo')}.",
+        f"({mean('grpo', 'completion_length'):.0f} tokens against",
+        f"against {mean('none', 'completion_length'):.0f})",
+        f"accuracy is {less('grpo', 'sampled')[1:]} higher",
+        f"Trained or frozen, {less('none_trained_vision')}.",
+    ):
+        assert told in page, told
+    outside = {name for name, (change, half, _) in areas.items() if abs(change) > half}
+    assert outside == {"entropy", "textbook"} and paired(drop)[0] > 0.1 + paired(drop)[1]
+    assert mean("textbook", "weight_range") > 0.2 and mean("entropy", "weight_range") > 0.2
