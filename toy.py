@@ -329,6 +329,8 @@ def prepare(
 
     It is written beside `root` and renamed when complete, so a kill leaves nothing half made.
     """
+    if root.exists():
+        raise FileExistsError(f"{root} is not the world of --toy {toy} --seed {seed}; remove it")
     unfinished = beside(root)
     shutil.rmtree(unfinished, ignore_errors=True)  # of a start that was killed
     records = load_records(write_clips(unfinished, seed, toy, train, test)[0], unfinished)

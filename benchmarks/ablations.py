@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from itertools import product
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
 
@@ -22,7 +23,7 @@ import torch
 
 import events
 import toy
-from benchmarks.origin import PROJECT, Results, table
+from benchmarks.origin import PROJECT, Results, provenance, table
 from files import json_lines
 from tools import curves
 
@@ -229,10 +230,10 @@ def draw(rows: list[dict], path: str) -> None:
     names = names_of(rows)
     figure = Figure(figsize=(11, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    looks = [dict(color=colour, linestyle=s) for s in curves.STYLES for colour in curves.COLOURS]
+    looks = [dict(color=c, linestyle=s) for s, c in product(curves.STYLES, curves.COLOURS)]
     for place, (name, look) in enumerate(zip(names, looks, strict=False)):
         curve = np.mean(list(values(rows, name, "curve").values()), axis=0)
-        left.plot(np.linspace(0, 1, len(curve)), curve, label=name, **look)
+        left.plot((np.arange(len(curve)) + 0.5) / len(curve), curve, label=name, **look)
         if name != BASE:
             change, half, _ = paired(differences(rows, name, PRIMARY))
             right.errorbar(change, place, xerr=half, fmt="o", capsize=3, color=look["color"])
@@ -251,18 +252,16 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--max_steps", type=int, default=events.DEFAULTS["max_steps"])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--work_dir", type=Path, default=Path("runs/ablations"))
-    parser.add_argument("--out", default="runs/ablations/all", help="files, without their suffix")
+    work = Path(f"runs/ablations-{provenance()['commit']}")  # another commit's models may differ
+    parser.add_argument("--work_dir", type=Path, default=work)
+    parser.add_argument("--out", help="files, without their suffix (all, in the work directory)")
     args = parser.parse_args()
+    out = args.out or args.work_dir / "all"
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
     torch.set_num_threads(1)  # as in the runs, for the record
-    results = Results(Path(f"{args.out}.json"))
-    keys = [
-        dict(setting=name, seed=k)
-        for k in dict.fromkeys(args.seeds)
-        for name in dict.fromkeys(args.settings)
-    ]
-    keys = [key | dict(max_steps=args.max_steps) for key in keys]
+    results = Results(Path(f"{out}.json"))
+    asked = dict.fromkeys(product(args.seeds, args.settings))
+    keys = [dict(setting=name, seed=k, max_steps=args.max_steps) for k, name in asked]
     try:
         Runs(args.work_dir).make_all(keys, results, args.jobs)
     except KeyboardInterrupt:
@@ -271,7 +270,7 @@ def main() -> None:
     if not values(rows, BASE, PRIMARY):
         raise SystemExit(f"no run of {BASE} to compare with; add it to --settings")
     print(table(compare(rows)), table(describe(rows)), sep="\n\n")
-    draw(rows, f"{args.out}.png")
+    draw(rows, f"{out}.png")
     raise SystemExit(int(any("failed" in row for row in rows)))
 
 

@@ -360,8 +360,10 @@ def make_toy(cfg: Config, root: Path) -> None:
     if not root.exists():
         print("Making its clips and its model first takes two to three minutes.", flush=True)
         toy.prepare(root, cfg.seed, cfg.toy)
-    elif not (toy.is_world(root, cfg.toy, cfg.seed) or cfg.allow_changes):
+    elif not toy.is_world(root, cfg.toy, cfg.seed) and not (
+        cfg.allow_changes and (root / "model").is_dir()
+    ):
         raise UserError(
             f"{root} is not the world of --toy {cfg.toy} --seed {cfg.seed}; choose another "
-            "--output_dir"
+            "--output_dir, or --allow_changes true to train on it"
         )

@@ -232,22 +232,36 @@ def test_what_the_page_says_beside_its_tables():
     kept = values(rows, "official", "sampled"), values(rows, "official", "shuffled_frames")
     drop = np.array([kept[0][seed] - kept[1][seed] for seed in kept[0]])
     spread = np.mean([row["length_spread"] for row in rows])
+
+    def between(setting, other):
+        own, base = values(rows, setting, "area"), values(rows, other, "area")
+        return "{:+.3f} ± {:.3f}".format(*paired(np.array([own[k] - base[k] for k in own])))
+
     for told in (
-        f"by more than {max(abs(areas[name][0]) for name in weights):.3f}, while",
+        f"is at most {max(abs(areas[name][0]) for name in weights):.3f}, while",
         f"rises from {curve[0]:.2f} to {curve[-1]:.2f}",
-        f"the smallest p is {min(p_values.values()):.3f}",
+        f"smallest adjusted p is {min(p_values.values()):.3f}",
         f"differ in length by {100 * spread:.0f} % of their mean",
-        "{:.2f} ± {:.2f} worse".format(*paired(drop)),
-        f"range over {mean('official', 'weight_range'):.2f}, those of",
+        f"`shuffled` less `official_mean_1` is {between('shuffled', 'official_mean_1')},",
+        f"`position` less it {between('position', 'official_mean_1')}.",
+        f"range over {mean('official_mean_1', 'weight_range'):.2f}, those of",
         f"`textbook` over {mean('textbook', 'weight_range'):.2f})",
-        f"that of `none` by {less('null', 'final')}, an interval that leaves out 0",
+        f"ended completions they range over {mean('ended_excluded', 'weight_range'):.2f}",
+        f"differs from that of `none` by {less('null', 'final')}",
+        f"for the area, ± {areas['null'][1]:.3f},",
         f"both without weights, is {less('grpo')}.",
         f"({mean('grpo', 'completion_length'):.0f} tokens against",
         f"against {mean('none', 'completion_length'):.0f})",
         f"accuracy is {less('grpo', 'sampled')[1:]} higher",
         f"Trained or frozen, {less('none_trained_vision')}.",
+        "falls by {:.2f} ± {:.2f}.".format(*paired(drop)),
     ):
         assert told in page, told
-    outside = {name for name, (change, half, _) in areas.items() if abs(change) > half}
-    assert outside == {"entropy", "textbook"} and paired(drop)[0] > 0.1 + paired(drop)[1]
+    finals = {n: paired(ablations.differences(rows, n, "final")) for n in ablations.SETTINGS}
+    outside = [
+        n for of in (areas, finals) for n, (change, half, _) in of.items() if abs(change) > half
+    ]
+    assert outside == ["textbook", "entropy", "null"]  # "Three do", the last in its final accuracy
+    assert abs(mean("none", "sampled") - mean("none", "final")) < 0.005  # "as high"
+    assert paired(drop)[0] > 0.1 + paired(drop)[1]
     assert mean("textbook", "weight_range") > 0.2 and mean("entropy", "weight_range") > 0.2

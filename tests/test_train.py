@@ -554,6 +554,10 @@ def test_a_directory_of_the_users_in_the_toys_place_is_refused(tmp_path):
     (tmp_path / "toy" / "bear.txt").write_text("mine")
     with pytest.raises(UserError, match="is not the world of --toy colours --seed 42"):
         make_toy(parse_config([]), tmp_path / "toy")
+    with pytest.raises(UserError, match="is not the world of"):  # it has no model
+        make_toy(parse_config(["--allow_changes", "true"]), tmp_path / "toy")
+    with pytest.raises(FileExistsError, match="is not the world of"):
+        toy.prepare(tmp_path / "toy", seed=42)
     assert (tmp_path / "toy" / "bear.txt").read_text() == "mine"
 
 
