@@ -106,7 +106,7 @@ def world(tmp_path_factory) -> Path:
     """A toy world of 24 + 8 clips, its model warm-started just enough to answer in form."""
     import toy
 
-    root = tmp_path_factory.mktemp("world")
+    root = tmp_path_factory.mktemp("toy") / "world"
     toy.prepare(root, seed=0, train=24, test=8, steps=80)
     return root
 
