@@ -166,6 +166,7 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_failing_process_is_told_by_its_last_words(tmp_path):
     (tmp_path / "seed0").mkdir()
     (tmp_path / "seed0" / "world").write_text("no world")
