@@ -151,7 +151,7 @@ class Toy:
 
     scene: Callable  # draws the frames of a clip and the row of a question about it
     target: Callable  # draws an imperfect answer to a row
-    rate: Fraction  # frames a second of the files
+    rate: int | Fraction  # frames a second of the files
     defaults: dict  # the settings in which it differs from the recipe of a 7B model
     steps: int  # of the warm start
     targets: int  # of the warm start, for each question of a step

@@ -76,7 +76,8 @@ def evaluate(
 
 def shuffled(prompter: Prompter, seed: int) -> Prompter:
     """A prompter whose clips have their temporal patches, two frames each, in another order, drawn
-    from the seed and the name of the file. Each patch stays whole, and none keeps its place."""
+    from the seed and the name of the file. Each patch stays whole, and of several none keeps its
+    place."""
 
     def load(path: str | os.PathLike, *settings) -> Clip:
         clip = prompter.load_clip(path, *settings)
