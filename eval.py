@@ -135,8 +135,7 @@ def answers(
 
 
 def print_scores(paths: list[str]) -> None:
-    logs = [score.read_log(path) for path in paths]
-    print(score.table([(log, score.summarize(log)) for log in logs]))
+    print(score.table([score.read_log(path) for path in paths]))
 
 
 def ask(args: argparse.Namespace, cfg: Config) -> None:

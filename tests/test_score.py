@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import resource
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -33,29 +34,24 @@ def log_of(directory, rows, name="log.jsonl"):
     return score.read_log(directory / name)
 
 
-def table_of(*logs):
-    return score.table([(log, score.summarize(log, resamples=10)) for log in logs])
-
-
 def test_the_published_mmvu_log_scores_65_76(sample):
     log = score.read_log(sample("mmvu_twgrpo_eval.jsonl"))
-    summary = score.summarize(log)
-    overall = summary.shares["overall"]
-    assert overall.questions == 625 and not log.duplicates and not log.errors
-    assert round(overall.strict, 2) == round(overall.soft, 2) == 65.76
-    assert summary.form == 100 and summary.disagreements == 0 and not summary.unfit
-    low, high = overall.strict_interval
+    parts, table = score.parts(log), score.table([log])
+    assert len(log.answers) == 625 and len(parts) == 2 + 27  # overall, single, MMVU's subjects
+    mean, low, high = score.accuracy(parts["overall"] == 1)
+    assert round(mean, 2) == 65.76 and (parts["overall"] == 1).sum() == parts["overall"].sum()
     assert 61 < low < 63 and 68 < high < 70  # 65.76 +- 1.96 * 1.9
-    assert len(summary.shares) == 2 + 27  # overall, single and the 27 subjects of MMVU
+    assert "format rate 100.00\n" in table
+    assert re.findall(r"^- .*: (\d+)", table, re.MULTILINE) == ["0"] * 4  # nothing odd
 
 
 def test_strict_and_soft_by_hand(tmp_path):
     cases = [("A", "A"), ("B", "A"), ("A", "A,C"), ("C, A", "A,C"), ("A,B", "A,C")]
     log = log_of(tmp_path, [row(tagged(a), truth, k) for k, (a, truth) in enumerate(cases)])
-    shares = score.summarize(log).shares
-    assert (shares["overall"].strict, shares["overall"].soft) == (40.0, 50.0)
-    assert (shares["single"].questions, shares["single"].strict) == (2, 50.0)
-    assert (shares["multi"].questions, shares["multi"].soft) == (3, 50.0)
+    scores = {name: soft_Q.tolist() for name, soft_Q in score.parts(log).items()}
+    assert scores == dict(overall=[1, 0, 0.5, 1, 0], single=[1, 0], multi=[0.5, 1, 0])
+    cells = [c.strip() for c in score.table([log]).splitlines()[2].split("|")]
+    assert cells[2:5] == ["overall", "5", "40.00"] and cells[6] == "50.00"
 
 
 def test_the_two_rules_of_extraction(tmp_path):
@@ -76,8 +72,8 @@ def test_the_two_rules_of_extraction(tmp_path):
 def test_a_repeated_question_counts_once_and_is_named(tmp_path):
     rows = [row(tagged("A"), key=7), row(tagged("B"), key=8), row(tagged("B"), key=7)]
     log = log_of(tmp_path, rows)
-    assert [a.soft for a in log.answers] == [1, 0] and log.duplicates == ["7"]
-    assert "- duplicate rows, counted once: 1 (7)\n" in table_of(log)
+    assert [a.soft for a in log.answers] == [1, 0] and log.duplicates == ["line 3"]
+    assert "- duplicate rows, counted once: 1 (line 3)\n" in score.table([log])
 
 
 def test_answers_that_fit_no_rule_are_counted_and_shown(tmp_path):
@@ -86,15 +82,15 @@ def test_answers_that_fit_no_rule_are_counted_and_shown(tmp_path):
     rows += [row(tagged("4 balls"), "3", 20), row(tagged("3.0"), "3", 21)]
     log = log_of(tmp_path, rows)
     unfit = ["CD", "c", "A/B", "", "D, <b>x</b>", "4 balls"]
-    assert score.summarize(log).unfit == dict.fromkeys(unfit, 1)
-    assert "- answers that fit no rule: 6 ('CD'; 'c'; " in table_of(log)
+    assert [a.text for a in log.answers if not a.fits] == unfit
+    assert "- answers that fit no rule: 6 ('CD'; 'c'; " in score.table([log])
 
 
 def test_bad_rows_are_named_and_the_others_scored(tmp_path):
     good = [row(tagged("A"), key=k, accuracy_score=float(k)) for k in (0, 1)]
     log = log_of(tmp_path, [*good, '{"torn', 5, {"model_output": "A"}])
     assert len(log.answers) == 2 and len(log.errors) == 3
-    shown = table_of(log)
+    shown = score.table([log])
     assert "- bad rows, not counted: 3 (line 3: " in shown and "; line 5: " in shown
     assert "- rows whose logged accuracy_score differs: 1" in shown
     for text in ("", "\x00", "[]"):
@@ -105,7 +101,7 @@ def test_bad_rows_are_named_and_the_others_scored(tmp_path):
 def test_untrusted_text_reaches_neither_terminal_nor_table(tmp_path):
     rows = [row(tagged("\x1b[31mred|\n"), key=k) for k in ("a\x1b[2J\n", "b")]
     log = log_of(tmp_path, rows + rows, "a|b.jsonl")
-    table, notes, _ = table_of(log, log).split("\n\n")
+    table, notes, _ = score.table([log, log]).split("\n\n")
     assert "\x1b" not in table + notes and len(notes.splitlines()) == 5
     lines = table.splitlines()
     assert len(lines) == 2 + 2 * 2 and all(line.startswith("| a\\|b | ") for line in lines[2:])
@@ -116,14 +112,14 @@ def test_the_interval_is_the_bootstrap_of_drawing_questions():
     scores = rng.choice([0, 0.5, 1], 400, p=[0.3, 0.2, 0.5])
     drawn = [rng.choice(scores, 400).mean() * 100 for _ in range(4000)]
     expected = np.percentile(drawn, [2.5, 97.5])
-    assert score.interval(scores, 4000, seed=1) == pytest.approx(expected, abs=0.4)
+    assert score.accuracy(scores, 4000)[1:] == pytest.approx(expected, abs=0.4)
 
 
 def test_ten_thousand_rows_are_scored_in_ten_seconds(tmp_path):
     answers = random.Random(0).choices(["A", "B", "A,B", "C", "x", ""], k=10_000)
     rows = [row(tagged(answer) + "word " * 200, key=k) for k, answer in enumerate(answers)]
     start = time.perf_counter()
-    score.summarize(log_of(tmp_path, rows))
+    score.table([log_of(tmp_path, rows)])
     assert time.perf_counter() - start < 10
 
 
@@ -151,8 +147,7 @@ def test_any_log_gives_numbers_or_one_sentence(rows, tmp_path_factory):
         assert "log.jsonl" in str(error)
         return
     assert len(log.answers) + len(log.duplicates) + len(log.errors) == len(rows)
-    assert all(0 <= s.strict <= s.soft <= 100 for s in score.summarize(log).shares.values())
-    assert table_of(log)
+    assert all(0 <= a.soft <= 1 for a in log.answers) and score.table([log])
 
 
 # ----------------------------------------------------------------------------------- a log to write

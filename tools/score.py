@@ -2,7 +2,7 @@
 
     RowLog       the log of a run, shared by its ranks; a killed run is resumed in it
     read_log     JSONL of answered questions -> Log: one Answer per question, duplicates set aside
-    summarize    Log -> accuracy with 95 % intervals: overall, single, multi, by task
+    accuracy     mean of some scores, with its 95 % interval
     table        several logs side by side, for a terminal or a Markdown document
 
 A row is {"question": {the dataset's row}, "ground_truth", "model_output", ...}. Its accuracy is
@@ -42,13 +42,12 @@ class Answer:
     """One question of a log, scored."""
 
     key: str  # the same for every row about this question
-    name: str  # its id
+    text: str
     soft: float
     form: float  # 1 if the output is in the strict format, else 0
-    answer: str
     is_multi: bool  # several right answers: a comma in the truth, as in the official code
     task: str
-    fits: bool  # the answer has a form that could be right
+    fits: bool  # the text has a form that could be right
     agrees: bool  # the logged accuracy is the same, or there is none
 
 
@@ -56,7 +55,7 @@ class Answer:
 class Log:
     path: Path
     answers: list[Answer] = field(default_factory=list)
-    duplicates: list[str] = field(default_factory=list)  # the id of every repeated row
+    duplicates: list[str] = field(default_factory=list)  # the place of every repeated row
     errors: list[str] = field(default_factory=list)  # a sentence for every bad row
 
 
@@ -75,7 +74,7 @@ def read_log(path: str | Path) -> Log:
             log.errors.append(f"{where}: {error}")
             continue
         if answer.key in seen:
-            log.duplicates.append(answer.name)
+            log.duplicates.append(where)
         else:
             log.answers.append(answer)
         seen.add(answer.key)
@@ -95,20 +94,18 @@ def score_row(row: object, where: str) -> Answer:
     truth = row.get("ground_truth", facts.get("solution"))
     if not isinstance(truth, str) or not truth.strip():
         raise ValueError("needs 'ground_truth', a text that is not empty")
-    truth, answer = tagged_answer(truth), answer_of(row)
-    soft, logged = compare_answers(answer, truth), row.get("accuracy_score")
-    ids = (facts.get(k) for k in ("id", "question_id", "problem_id"))
-    is_choice, fits = False, answer != ""
-    if number(truth) is not None:
-        fits = number(answer) is not None
-    elif _LETTERS.fullmatch(truth):
-        is_choice, fits = True, _LETTERS.fullmatch(answer) is not None
+    truth, text = tagged_answer(truth), answer_of(row)
+    soft, logged = compare_answers(text, truth), row.get("accuracy_score")
+    is_choice, fits = _LETTERS.fullmatch(truth) is not None, text != ""
+    if is_choice:
+        fits = _LETTERS.fullmatch(text) is not None
+    elif number(truth) is not None:
+        fits = number(text) is not None
     return Answer(
         key=question_key(where if question is None else question),
-        name=next((str(i) for i in ids if i is not None), where),
+        text=text,
         soft=soft,
         form=strict_format_reward(row["model_output"]),
-        answer=answer,
         is_multi=is_choice and "," in truth,
         task=task_of(facts),
         fits=fits,
@@ -187,27 +184,11 @@ def mend(path: Path, settings: dict) -> set[str]:
 # ------------------------------------------------------------------------------------------ numbers
 
 
-@dataclass
-class Share:
-    """An accuracy in percent, with its 95 % bootstrap interval."""
-
-    questions: int
-    strict: float
-    soft: float
-    strict_interval: tuple[float, float]
-    soft_interval: tuple[float, float]
-
-
-@dataclass
-class Summary:
-    shares: dict[str, Share]  # "overall", "single", "multi", then tasks
-    form: float  # percent of the outputs in the strict format
-    unfit: Counter  # answers of a form that cannot be right -> how often
-    disagreements: int  # rows whose logged accuracy differs
-
-
-def interval(scores_Q: np.ndarray, resamples: int, seed: int) -> tuple[float, float]:
-    """95 % percentile bootstrap of the mean, in percent: Q questions drawn anew, R times.
+def accuracy(
+    scores_Q: np.ndarray, resamples: int = 1000, seed: int = 0
+) -> tuple[float, float, float]:
+    """The mean, and its 95 % percentile bootstrap interval, in percent: Q questions drawn anew, R
+    times.
 
     Only how often each value occurs matters, so a resample is one multinomial draw over the
     distinct values: the same distribution, thousands of times faster than drawing questions.
@@ -215,19 +196,13 @@ def interval(scores_Q: np.ndarray, resamples: int, seed: int) -> tuple[float, fl
     values, counts = np.unique(scores_Q, return_counts=True)
     total = len(scores_Q)
     draws = np.random.default_rng(seed).multinomial(total, counts / total, size=resamples)
-    low, high = np.percentile(draws @ values / total, [2.5, 97.5]) * 100
-    return float(low), float(high)
+    low, high = np.percentile(draws @ values / total, [2.5, 97.5])
+    return 100 * float(scores_Q.mean()), 100 * float(low), 100 * float(high)
 
 
-def share(answers: list[Answer], resamples: int, seed: int) -> Share:
-    soft_Q = np.array([a.soft for a in answers])
-    strict_Q = (soft_Q == 1.0).astype(float)
-    means = (100 * float(scores_Q.mean()) for scores_Q in (strict_Q, soft_Q))
-    intervals = (interval(scores_Q, resamples, seed) for scores_Q in (strict_Q, soft_Q))
-    return Share(len(answers), *means, *intervals)
-
-
-def summarize(log: Log, resamples: int = 1000, seed: int = 0) -> Summary:
+def parts(log: Log) -> dict[str, np.ndarray]:
+    """The soft scores (Q,) of all questions, of those with one and with several right answers, and
+    of each task."""
     groups = {
         "overall": log.answers,
         "single": [a for a in log.answers if not a.is_multi],
@@ -236,43 +211,42 @@ def summarize(log: Log, resamples: int = 1000, seed: int = 0) -> Summary:
     tasks = sorted({a.task for a in log.answers if a.task})
     if 2 <= len(tasks) <= MANY_TASKS:
         groups |= {f"task {t}": [a for a in log.answers if a.task == t] for t in tasks}
-    return Summary(
-        {name: share(group, resamples, seed) for name, group in groups.items() if group},
-        100 * float(np.mean([a.form for a in log.answers])),
-        Counter(a.answer for a in log.answers if not a.fits),
-        sum(not a.agrees for a in log.answers),
-    )
+    return {name: np.array([a.soft for a in group]) for name, group in groups.items() if group}
 
 
 # ------------------------------------------------------------------------------------------ a table
 
 
-def table(logs: list[tuple[Log, Summary]]) -> str:
+def table(logs: list[Log]) -> str:
     """A Markdown table, a line for each part of each log, and under it what else is known of the
     logs."""
     rows = [("log", "part", "questions", "strict", "95 % interval", "soft", "95 % interval")]
     rows.append(("---",) * 7)
-    for part in dict.fromkeys(part for _, summary in logs for part in summary.shares):
-        for log, summary in logs:
-            if s := summary.shares.get(part):
-                cells = [one_line(log.path.stem, 80), one_line(part, 30), f"{s.questions:9}"]
-                for mean, (low, high) in ((s.strict, s.strict_interval), (s.soft, s.soft_interval)):
+    scored = [(log, parts(log)) for log in logs]
+    for part in dict.fromkeys(part for _, scores in scored for part in scores):
+        for log, scores in scored:
+            if part in scores:
+                soft_Q = scores[part]
+                cells = [one_line(log.path.stem, 80), one_line(part, 30), f"{len(soft_Q):9}"]
+                for mean, low, high in (accuracy(soft_Q == 1), accuracy(soft_Q)):
                     cells += [f"{mean:6.2f}", f"{low:5.1f} to {high:5.1f}"]
                 rows.append([cell.replace("|", "\\|") for cell in cells])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
-    return "\n".join([*lines, *(notes(*scored) for scored in logs)])
+    return "\n".join([*lines, *map(notes, logs)])
 
 
-def notes(log: Log, summary: Summary) -> str:
+def notes(log: Log) -> str:
     """Format rate, and how many rows are odd, with up to five examples of each kind."""
-    unfit = [repr(answer) for answer, _ in summary.unfit.most_common(5)]
-    lines = [f"\n{one_line(log.path.name, 200)}: format rate {summary.form:.2f}"]
+    unfit = Counter(repr(a.text) for a in log.answers if not a.fits)
+    differing = sum(not a.agrees for a in log.answers)
+    form = 100 * np.mean([a.form for a in log.answers])
+    lines = [f"\n{one_line(log.path.name, 200)}: format rate {form:.2f}"]
     for what, count, examples in (
-        ("answers that fit no rule", summary.unfit.total(), unfit),
+        ("answers that fit no rule", unfit.total(), [text for text, _ in unfit.most_common(5)]),
         ("duplicate rows, counted once", len(log.duplicates), log.duplicates),
         ("bad rows, not counted", len(log.errors), log.errors),
-        ("rows whose logged accuracy_score differs", summary.disagreements, []),
+        ("rows whose logged accuracy_score differs", differing, []),
     ):
         shown = "; ".join(one_line(example, 100) for example in examples[:5])
         lines.append(f"- {what}: {count}" + (f" ({shown})" if shown else ""))
