@@ -26,11 +26,10 @@ from files import UserError, json_lines
 from rewards import answer_set, number, tagged_answer
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-MAX_TEXT = 100_000  # characters of a question, options included; no prompt is as long
+MAX_TEXT = 100_000  # characters of a question or an option; no prompt is as long
 MAX_PATH = 4096  # characters, as in POSIX
 CLIP_KEYS = ("video", "path", "video_filename")
-# Video-R1's problem types, beside "multiple choice".
-TEXT_KINDS, NUMBER_KINDS = ("OCR", "free-form"), ("numerical", "regression")
+KINDS = ("multiple choice", "numerical", "regression", "OCR", "free-form")  # as in Video-R1
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Record:
     solution: str  # "<answer>A,C</answer>"
     video: Path
     options: tuple[str, ...] = ()  # lettered ("A. red"), if they are not in `problem`
-    kind: str = ""  # "multiple choice", "numerical", "free-form", "OCR" or "regression"
+    kind: str = ""  # one of KINDS
     source: str = ""  # the dataset's name if the row tells, else the format's
     row: dict = field(default_factory=dict, compare=False, repr=False)  # as it stood in the file
 
@@ -58,7 +57,7 @@ class Record:
     @property
     def is_number(self) -> bool:
         """Whether the question asks for a number."""
-        return self.kind in NUMBER_KINDS
+        return self.kind in ("numerical", "regression")
 
 
 # -------------------------------------------------------------------------------------------- files
@@ -71,11 +70,9 @@ def read_rows(path: Path, errors: list[str]) -> Iterator[tuple[str, object]]:
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        message = f"{path}: no such file; expected a JSON list or JSONL of questions"
-        raise UserError(message) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+        reason = getattr(error, "strerror", error)
+        raise UserError(f"{path}: cannot be read ({reason})") from None
     if text.lstrip().startswith("["):
         try:
             rows = json.loads(text)
@@ -95,10 +92,10 @@ def read_rows(path: Path, errors: list[str]) -> Iterator[tuple[str, object]]:
 def read_records(path: str | Path, video_root: str | Path = "") -> tuple[list[Record], list[str]]:
     """(the good records, a sentence for every bad row). Raises UserError if the file cannot be
     read at all."""
-    root, real_root, records, errors = Path(video_root), os.path.realpath(video_root), [], []
+    records, errors = [], []
     for where, row in read_rows(Path(path), errors):
         try:
-            records.append(as_record(row, where, root, real_root))
+            records.append(as_record(row, where, Path(video_root)))
         except ValueError as error:
             errors.append(f"{where}: {error}")
     return records, errors
@@ -128,7 +125,7 @@ def load_records(path: str | Path, video_root: str | Path = "") -> list[Record]:
 # --------------------------------------------------------------------------------------------- rows
 
 
-def as_record(row: object, where: str, root: Path, real_root: str | None = None) -> Record:
+def as_record(row: object, where: str, root: Path) -> Record:
     """One row of any format. Raises ValueError saying what is wrong with it."""
     if not isinstance(row, dict):
         raise ValueError(f"is {type(row).__name__}, not an object with problem, solution and video")
@@ -137,10 +134,8 @@ def as_record(row: object, where: str, root: Path, real_root: str | None = None)
     if row.get("data_type", "video") not in ("video", "frame"):  # "frame": TV-QA in MVBench
         raise ValueError(f"is about a {short(row['data_type'])}; only videos can be shown")
     problem, solution = _text(row, "problem", "question"), _solution(row)
-    video = join_video(root, _text(row, *CLIP_KEYS), real_root)
+    video = join_video(root, _text(row, *CLIP_KEYS))
     texts = option_texts(row.get("options"))
-    if len(problem) + sum(map(len, texts)) > MAX_TEXT:
-        raise ValueError(f"has a question of more than {MAX_TEXT:,} characters")
     in_problem = option_letters(problem)
     options = tuple(
         given if given.startswith(f"{a}.") else f"{a}. {text}"
@@ -175,9 +170,9 @@ def _text(row: dict, *keys: str) -> str:
 
 def _solution(row: dict) -> str:
     """ "<answer>A,C</answer>"; NExT-GQA's "(A),(C)" is brought into that form."""
-    if row.get("solution") is not None or "problem" in row:
-        return _text(row, "solution")
     answer = _text(row, "solution", "answer")
+    if row.get("solution") is not None:
+        return answer
     if re.fullmatch(r"\([A-Z]\)(,\([A-Z]\))*", answer.strip()):
         answer = re.sub("[() ]", "", answer)
     return f"<answer>{answer}</answer>"
@@ -202,28 +197,19 @@ def option_texts(options: object) -> list[str]:
     return list(options)
 
 
-def option_letters(problem: str, options: object = None) -> set[str]:
-    """The letters a choice question offers: from its `options` list, else from lines "A. red", "A)
-    red" or "A red".
-
-    Empty when there are none (a question that asks for a number or a text). Lines count only if
-    they run A, B, C, ...
-    """
-    if isinstance(options, list):
-        return set(LETTERS[: len(options)])
+def option_letters(problem: str) -> set[str]:
+    """The letters that a question offers in lines "A. red", "A) red" or "A red"; none if they do
+    not run A, B, C, ..."""
     found = re.findall(r"^[ \t]*\(?([A-Z])[.):]?[ \t]", problem, re.MULTILINE)
-    if len(found) >= 2 and found == list(LETTERS[: len(found)]):
-        return set(found)
-    return set()
+    runs = len(found) >= 2 and found == list(LETTERS[: len(found)])
+    return set(found) if runs else set()
 
 
 def _kind(row: dict, solution: str, has_options: bool) -> str:
     """The row's own problem type, else what its options and its answer tell."""
-    kind = row.get("problem_type")
-    if kind is not None and kind != "":
-        known = ("multiple choice", *NUMBER_KINDS, *TEXT_KINDS)
-        if kind not in known:
-            raise ValueError(f"has problem_type {short(kind)}; known are {', '.join(known)}")
+    if kind := row.get("problem_type"):
+        if kind not in KINDS:
+            raise ValueError(f"has problem_type {short(kind)}; known are {', '.join(KINDS)}")
         return kind
     if has_options:
         return "multiple choice"
@@ -259,7 +245,7 @@ def task_of(row: dict) -> str:
 # -------------------------------------------------------------------------------------------- paths
 
 
-def join_video(root: Path, name: str, real_root: str | None = None) -> Path:
+def join_video(root: Path, name: str) -> Path:
     """root/name, leading "/" and "./" of `name` stripped.
 
     Raises ValueError if the result lies outside the root, by ".." or by a symbolic link: a dataset
@@ -267,17 +253,14 @@ def join_video(root: Path, name: str, real_root: str | None = None) -> Path:
     """
     if "\0" in name or len(name) > MAX_PATH:
         raise ValueError("has a video path that no file can have")
-    stripped = re.sub(r"^(\./|/)+", "", name.strip())
-    if not stripped or stripped == ".":
+    path, real_root = root / re.sub(r"^(\./|/)+", "", name.strip()), os.path.realpath(root)
+    real_path = os.path.realpath(path)
+    if real_path == real_root:
         raise ValueError(f"has the video path {short(name)}, which names no file")
-    if os.path.normpath(stripped).split(os.sep)[0] == "..":
-        raise ValueError(f"has the video path {short(name)}, which leaves --video_root")
-    path = root / stripped
-    real_root = os.path.realpath(root) if real_root is None else real_root
-    if os.path.commonpath([real_root, os.path.realpath(path)]) != real_root:
+    if os.path.commonpath([real_root, real_path]) != real_root:
         raise ValueError(
-            f"has the video path {short(name)}, a symbolic link out of --video_root; "
-            "give the directory it points to as --video_root"
+            f"has the video path {short(name)}, which leaves --video_root by '..' or a symbolic "
+            "link; give a directory that holds all clips"
         )
     return path
 

@@ -66,7 +66,7 @@ SEVERAL = [json.dumps(ROW), "{broken", json.dumps({**ROW, "solution": "E"}), jso
         (b'{"a": 1}\n{"b": 2,}', r"line 2: is not valid JSON \(.* at column 9\)"),
         (b'{"problem": ' + b"9" * 5000 + b"}", "line 1: is not valid JSON"),
         (b"\x00", "line 1: is not valid JSON"),
-        (b'["\xff\xfe"]', "cannot be read as UTF-8 text"),
+        (b'["\xff\xfe"]', "cannot be read .*utf-8"),
         (None, "cannot be read"),  # a directory
         ("\n".join(SEVERAL).encode(), "3 bad row.*line 2: .*line 3: .*line 4: "),
     ],
@@ -79,21 +79,16 @@ def test_a_file_that_cannot_be_read_is_named(data, sentence, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "problem, options, letters",
-    [
-        ("Why?\nA x\nB y\nC z", None, "ABC"),
-        ("Why?\n(A) x\n(B) y", None, "AB"),
-        ("A man walks.\nWhy?", None, ""),
-        ("B. y\nA. x", None, ""),
-        ("Why?", ["x", "y", "z"], "ABC"),
-    ],
+    "problem, letters",
+    [("Why?\nA x\nB y\nC z", "ABC"), ("Why?\n(A) x\n(B) y", "AB"), ("A man.\nWhy?", "")],
 )
-def test_option_letters(problem, options, letters):
-    assert option_letters(problem, options) == set(letters)
+def test_option_letters(problem, letters):
+    assert option_letters(problem) == set(letters)
+    assert not option_letters("B. y\nA. x")
 
 
 LETTERED = dict(problem="Why?", options=["A. x", "B. y"], solution="<answer>B</answer>")
-FORMATS = {  # the source of a row, told by its keys: the row
+FORMATS = {
     "clevrer": dict(problem="Why?\nA. x\nB. y", solution="<answer>A,B</answer>", video="1.mp4"),
     "video-r1": {**LETTERED, "problem_type": "multiple choice", "path": "./1.mp4"},
     "STAR": {**LETTERED, "path": "./1.mp4", "data_source": "STAR", "data_type": "video"},
@@ -109,13 +104,13 @@ READ_AS = {  # problem, options, solution, kind; the other formats all hold the 
 }
 
 
-@pytest.mark.parametrize("source", FORMATS)
-def test_every_format_is_told_by_its_keys(source, tmp_path):
-    (record,) = load_records(write(tmp_path, json.dumps([FORMATS[source]])), "root")
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_is_told_by_its_keys(name, tmp_path):
+    (record,) = load_records(write(tmp_path, json.dumps([FORMATS[name]])), "root")
     common = ("Why?", ("A. x", "B. y"), "<answer>B</answer>", "multiple choice")
     found = (record.problem, record.options, record.solution, record.kind)
-    assert found == READ_AS.get(source, common) and record.source == source
-    assert str(record.video) == "root/1.mp4" and record.row == FORMATS[source]
+    assert found == READ_AS.get(name, common) and record.source == name
+    assert str(record.video) == "root/1.mp4" and record.row == FORMATS[name]
 
 
 @pytest.mark.parametrize(
@@ -145,7 +140,6 @@ def test_option_texts_lose_their_letters_and_nothing_else(options, texts):
         ({"options": ["A. x", 5]}, "needs 'options', a text"),
         ({"options": [f"o{k}" for k in range(27)]}, "at most 26"),
         ({"problem": "x" * (MAX_TEXT + 1)}, "100,001 characters of 'problem'"),
-        ({"options": ["x" * 60_000, "y" * 60_000]}, "more than 100,000 characters"),
         ({"problem": "half \ud800"}, "lone surrogate"),
         ({"problem_type": "riddle"}, "problem_type 'riddle'; known are multiple choice"),
         ({"problem_type": ["x"]}, "problem_type 'list'"),
@@ -183,7 +177,7 @@ def test_links_out_of_the_root_are_refused_and_links_within_it_are_not(tmp_path)
     (root / "file.mp4").symlink_to("/etc/hostname")
     assert join_video(root, "within/1.mp4") == root / "within/1.mp4"
     for name in ("out/1.mp4", "file.mp4", "within/../out/x.mp4"):
-        with pytest.raises(ValueError, match="symbolic link out of --video_root"):
+        with pytest.raises(ValueError, match="leaves --video_root by .* a symbolic link"):
             join_video(root, name)
     (tmp_path / "alias").symlink_to(root)  # the root itself may be a link
     assert join_video(tmp_path / "alias", "real/1.mp4") == tmp_path / "alias/real/1.mp4"
@@ -196,7 +190,7 @@ REAL = dict(nextgqa_mixed=60, nextgqa_raw=300, mmvu=60, mvbench=60, videomme=60)
 def test_real_rows_all_load(name, count, sample):
     records = load_records(sample(f"{name}_head.json"))
     assert len(records) == count
-    assert all(option_letters(r.text, None) or r.options for r in records)
+    assert all(option_letters(r.text) or r.options for r in records)
     assert len({task_of(r.row) for r in records}) > 1 or name == "mvbench"
 
 
@@ -293,7 +287,7 @@ def test_check_names_every_fault(world, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "tool, arguments, sentence",
     [
-        (convert, "qai {}/no.json {}/out.json", "no.json: no such file"),
+        (convert, "qai {}/no.json {}/out.json", "no.json: cannot be read"),
         (convert, "qai {}/q.json {}/out.json --p 2", "--p is a share"),
         (convert, "qai {}/q.json {}/out.json --seed -1", "--seed is 0 or more"),
         (convert, "qai {}/q.json {}/no/out.json", "out.json: cannot be written"),

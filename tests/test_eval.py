@@ -256,7 +256,7 @@ def test_ask_answers_on_the_terminal_and_score_prints_one_table(world, sample, e
         ("--min_pixels 3137", "--min_pixels must be at most --max_pixels"),
         ("--max_prompt_length 60", "24 question(s) that cannot become a prompt"),
         ("--model /nowhere/at/all", "no such model directory"),
-        ("--data /nowhere.json", "no such file"),
+        ("--data /nowhere.json", "nowhere.json: cannot be read"),
         ("--out /nowhere/log.jsonl", "--out /nowhere/log.jsonl: No such file or directory"),
     ],
 )

@@ -364,7 +364,7 @@ def test_settings_that_make_no_sense_are_refused_by_flag(flags, reason):
 @pytest.mark.parametrize(
     "flags, reason",
     [
-        (["--jsonl_path", "nowhere.json"], "error: nowhere.json: no such file"),
+        (["--jsonl_path", "nowhere.json"], "error: nowhere.json: cannot be read"),
         (["--model_name_or_path", "./nowhere"], "error: ./nowhere: no such model directory"),
         (["--alpha", "0.9"], "error: --alpha 0.9 must be in"),
         (["--question_type", "several"], "invalid choice: 'several'"),
