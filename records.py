@@ -40,7 +40,6 @@ class Record:
     video: Path
     options: tuple[str, ...] = ()  # lettered ("A. red"), if they are not in `problem`
     kind: str = ""  # one of KINDS
-    source: str = ""  # the dataset's name if the row tells, else the format's
     row: dict = field(default_factory=dict, compare=False, repr=False)  # as it stood in the file
 
     @property
@@ -150,7 +149,7 @@ def as_record(row: object, where: str, root: Path) -> Record:
         )
     ids = (str(row[k])[:200] for k in ("id", "question_id", "problem_id") if k in row)
     apart = options if len(in_problem) != len(options) else ()
-    return Record(next(ids, where), problem, solution, video, apart, kind, _source(row), row)
+    return Record(next(ids, where), problem, solution, video, apart, kind, row)
 
 
 def _text(row: dict, *keys: str) -> str:
@@ -217,18 +216,6 @@ def _kind(row: dict, solution: str, has_options: bool) -> str:
         return "numerical"
     is_letters = all(len(part) == 1 and part in LETTERS for part in answer_set(solution))
     return "multiple choice" if is_letters else "free-form"
-
-
-def _source(row: dict) -> str:
-    """The dataset, for counts: its name where the row has one, else the name of the format."""
-    name = row.get("data_source")
-    if isinstance(name, str) and name.strip() and "://" not in name:
-        return name[:40]
-    if "video_filename" in row:
-        return "dvd"
-    if "problem" not in row:
-        return "star" if row.get("solution") is not None else "nextgqa"
-    return "video-r1" if "problem_type" in row else "nextgqa" if "options" in row else "clevrer"
 
 
 def task_of(row: dict) -> str:
