@@ -291,7 +291,7 @@ def test_check_names_every_fault(world, tmp_path, monkeypatch, capsys):
         (convert, "qai {}/q.json {}/out.json --p 2", "--p is a share"),
         (convert, "qai {}/q.json {}/out.json --seed -1", "--seed is 0 or more"),
         (convert, "qai {}/q.json {}/no/out.json", "out.json: cannot be written"),
-        (convert, "clevrer {}/q.json {}/out.json", "q.json: scene 1: needs 'questions'"),
+        (convert, "clevrer {}/no.json {}/out.json", "no.json: cannot be read"),
         (check, "{}/no.json", "no.json: cannot be read"),
     ],
 )

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from files import UserError, replacing
-from records import LETTERS, Record, as_record, load_records, option_texts, printable, read_rows
+from records import LETTERS, as_record, load_records, option_texts, printable, read_rows, refuse
 from rewards import answer_set
 
 # ------------------------------------------------------------------------------------------ clevrer
@@ -37,7 +37,7 @@ def clevrer_rows(path: str) -> tuple[list[dict], Counter]:
     """Counterfactual questions of CLEVRER's own file as training rows, and what was left out.
 
     A question may have several right choices; one with none is left out, as in the official file
-    (9,238 remain in validation). Raises UserError naming the first scene that is not of this form.
+    (9,238 remain in validation). Raises UserError naming the scenes that are not of this form.
     """
     rows, counts, errors = [], Counter(written=0), []
     for k, (_, scene) in enumerate(read_rows(Path(path), errors), 1):
@@ -51,10 +51,8 @@ def clevrer_rows(path: str) -> tuple[list[dict], Counter]:
                     rows.append(as_record(row, "", Path()).row)  # which checks it
         except (KeyError, TypeError, ValueError) as error:
             reason = f"needs {error}" if isinstance(error, KeyError) else str(error)
-            errors.append(f"scene {k}: {reason}")
-    if errors:
-        expected = "expected CLEVRER's own question file, a list of scenes"
-        raise UserError(f"{path}: {errors[0][:200]}; {expected}")
+            errors.append(f"scene {k}: {reason[:200]}")
+    refuse(path, "scene(s) that are not as in CLEVRER's own question file", errors)
     counts["written"] = len(rows)
     return rows, counts
 
@@ -135,7 +133,9 @@ def invert(
 
 
 def qai_rows(rows: list[dict], seed: int, p: float = 0.5) -> tuple[list[dict], Counter]:
-    """Eq. 30: NExT-GQA or STAR rows with "problem", "solution", "is_negated"; a share p inverted.
+    """Eq. 30: NExT-GQA or STAR rows, a share p inverted, in the official converter's form: problem
+    with lines "A unwrap it", solution, is_negated, options "(A) unwrap it", and answer "(A),(C)"
+    where the row had one.
 
     Each row draws from (seed, its place), so none depends on another. A row that was drawn but
     cannot be inverted is kept as it was and counted by reason.
@@ -146,29 +146,22 @@ def qai_rows(rows: list[dict], seed: int, p: float = 0.5) -> tuple[list[dict], C
         question = row["question"] if isinstance(row.get("question"), str) else record.problem
         options, right = option_texts(row.get("options")), None  # None: as in the row
         if rng.random() < p:
-            answers = answer_set(record.solution)
             try:
+                answers = answer_set(record.solution)
                 question, options, right = invert(question, options, answers, rng)
             except ValueError as reason:
                 counts[f"kept ({reason})"] += 1
-        counts["inverted"] += right is not None
-        out.append(qai_row(record, question, options, right))
+        lines = [f"{letter} {text}" for letter, text in zip(LETTERS, options, strict=False)]
+        new = row | dict(question=question, problem="\n".join([question, *lines]))
+        new["options"] = [f"({line[0]}){line[1:]}" for line in lines]
+        new |= dict(solution=record.solution, is_negated=right is not None)
+        if right is not None:
+            counts["inverted"] += 1
+            new["solution"] = f"<answer>{','.join(right)}</answer>"
+            if "answer" in row:
+                new["answer"] = ",".join(f"({letter})" for letter in right)
+        out.append(new)
     return out, counts
-
-
-def qai_row(record: Record, question: str, options: list[str], right: list[str] | None) -> dict:
-    """The row in the official converter's form: problem with lines "A unwrap it", solution,
-    options "(A) unwrap it", and answer "(A),(C)" where the row had one."""
-    lettered = list(zip(LETTERS, options, strict=False))
-    lines = [f"{letter} {text}" for letter, text in lettered]
-    new = dict(record.row, question=question, problem="\n".join([question, *lines]))
-    new |= dict(options=[f"({letter}) {text}" for letter, text in lettered])
-    new |= dict(solution=record.solution, is_negated=right is not None)
-    if right is not None:
-        new["solution"] = f"<answer>{','.join(right)}</answer>"
-    if right is not None and "answer" in new:
-        new["answer"] = ",".join(f"({letter})" for letter in right)
-    return new
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -203,7 +196,7 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             raise UserError("--p is a share of the questions, 0 to 1; --seed is 0 or more")
         write_rows(rows, args.out)
-    except (UserError, OSError) as error:
+    except UserError as error:
         raise SystemExit(f"error: {printable(str(error))}") from None
     print(f"{args.out}: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
 
