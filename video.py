@@ -38,11 +38,7 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class VideoError(Exception):
-    """A clip that cannot be used. The message names the file and says why."""
-
-
-class TooShort(ValueError):
-    """Fewer frames than one temporal patch."""
+    """A clip that cannot be used, and why. `read_clip` adds the name of the file."""
 
 
 @dataclass
@@ -82,7 +78,7 @@ def frame_indices(
     count = min(max(total / rate * fps, MIN_FRAMES), max_frames, total)
     count = int(count // 2) * 2
     if count < 2:
-        raise TooShort(f"has {total} frame(s); at least 2 are needed")
+        raise VideoError(f"has {total} frame(s); at least 2 are needed")
     return torch.linspace(0, total - 1, count).round().long().tolist()
 
 
@@ -108,9 +104,7 @@ def read_clip(path: str | os.PathLike, fps: float = FPS, max_frames: int = MAX_F
         indices, seconds, times = choose_frames(np.array(pts, float) * unit, rate, fps, max_frames)
         keyframes = [k for k, (_, is_keyframe) in enumerate(packets) if is_keyframe and can_jump]
         return Clip(_decode(path, indices, pts, keyframes), seconds, times)
-    except VideoError:
-        raise
-    except TooShort as error:
+    except VideoError as error:
         raise VideoError(f"{path}: {error}") from None
     except Exception as error:  # PyAV has many types of its own for unreadable files
         reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -160,7 +154,7 @@ def choose_frames(
         seconds = (indices[-1] - indices[0]) / (len(indices) - 1) / rate
         return indices, seconds, [k / rate for k in indices]
     if not increasing:
-        raise TooShort("has neither a frame rate nor times of its frames")
+        raise VideoError("has neither a frame rate nor times of its frames")
     count = len(frame_indices(total, (total - 1) / elapsed[-1], fps, max_frames))
     shown = np.linspace(0, elapsed[-1], count)
     indices = (np.searchsorted(elapsed, shown, "right") - 1).tolist()
@@ -168,22 +162,22 @@ def choose_frames(
 
 
 def _open(path: str):
-    """The file as an open av container with a video stream that is not too large to decode."""
+    """The file as an open av container with a video stream whose frames can be shown."""
     try:
         import av
     except ImportError:
-        raise VideoError(f"{path}: decoding clips needs PyAV: pip install av") from None
+        raise VideoError("decoding clips needs PyAV: pip install av") from None
     options = {"protocol_whitelist": "file", "format_whitelist": ",".join(FORMATS)}
     # The absolute path, because "concat:a.mp4" would be an instruction, and "/x/concat:a.mp4" not.
     container = av.open(os.path.abspath(path), options=options)
     if not container.streams.video:
-        raise VideoError(f"{path}: the file has no video stream")
+        raise VideoError("the file has no video stream")
     codec = container.streams.video[0].codec_context
+    size = f"its frames have {codec.width} x {codec.height} pixels"
     if codec.width * codec.height > MAX_FRAME_PIXELS:
-        raise VideoError(
-            f"{path}: its frames have {codec.width} x {codec.height} pixels; at most "
-            f"{MAX_FRAME_PIXELS:,} are decoded"
-        )
+        raise VideoError(f"{size}; at most {MAX_FRAME_PIXELS:,} are decoded")
+    if max(codec.width, codec.height) > MAX_ASPECT * min(codec.width, codec.height):
+        raise VideoError(f"{size}, more than {MAX_ASPECT} to 1")
     codec.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # if the header lies about it
     codec.thread_count = 1  # many small clips: starting threads takes longer than decoding
     return container
@@ -209,7 +203,7 @@ def _decode(path: str, indices: list[int], pts: list[int | None], keyframes: lis
             while number < k:
                 frame = next(frames, None)
                 if frame is None:
-                    raise VideoError(f"{path}: is cut short: ends before frame {k} of {len(pts)}")
+                    raise VideoError(f"is cut short: ends before frame {k} of {len(pts)}")
                 number = numbers.get(frame.pts, number + 1)
             if number > k:  # a jump went too far, or a time was not what its packet said
                 return _decode(path, indices, pts, [])
@@ -227,8 +221,6 @@ def resized_shape(
 ) -> tuple[int, int]:
     """Eq. 28: (height, width) in multiples of `factor`, about the same aspect, holding min_pixels
     to max_pixels unless the sides are too unequal for that."""
-    if max(height, width) > MAX_ASPECT * min(height, width):
-        raise ValueError(f"is {width} x {height} pixels, more than {MAX_ASPECT} to 1")
     h, w = (max(factor, round(side / factor) * factor) for side in (height, width))
     if h * w > max_pixels:
         scale = math.sqrt(height * width / max_pixels)
@@ -258,10 +250,7 @@ def load_clip(
 ) -> Clip:
     """Sampled and resized frames of a file, still uint8: what a worker process sends back."""
     clip = read_clip(path, fps, max_frames)
-    try:
-        shape = resized_shape(*clip.frames.shape[-2:], min_pixels, max_pixels, factor)
-    except ValueError as error:
-        raise VideoError(f"{path}: {error}") from None
+    shape = resized_shape(*clip.frames.shape[-2:], min_pixels, max_pixels, factor)
     # One by one, because whole clips in float32 take gigabytes.
     frames = [resize(frame_3HW[None], *shape).to(torch.uint8) for frame_3HW in clip.frames]
     return Clip(torch.cat(frames), clip.seconds, clip.times)

@@ -195,11 +195,15 @@ def test_no_setting_of_a_clip_comes_from_the_environment():
         assert not re.search("environ|getenv", (PROJECT / name).read_text(encoding="utf-8")), name
 
 
-def test_huge_frames_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
+def test_huge_and_very_wide_frames_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
     path = write_clip(tmp_path / "a.mp4", grey_steps(4))
-    monkeypatch.setattr(video, "MAX_FRAME_PIXELS", 64 * 48 - 1)
-    with pytest.raises(VideoError, match="a.mp4: its frames have 64 x 48 pixels; at most 3,071"):
-        read_clip(path)
+    for name, most, reason in (
+        ("MAX_ASPECT", 1.2, ", more than 1.2 to 1"),
+        ("MAX_FRAME_PIXELS", 64 * 48 - 1, "; at most 3,071 are decoded"),
+    ):
+        monkeypatch.setattr(video, name, most)
+        with pytest.raises(VideoError, match=f"a.mp4: its frames have 64 x 48 pixels{reason}"):
+            read_clip(path)
 
 
 def test_without_pyav_the_message_names_the_package(world, monkeypatch):
