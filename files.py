@@ -19,14 +19,7 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """A command that cannot be carried out. The message says why, and what to do instead.
-
-    `errors` holds a sentence for every bad row of a file, of which the message shows the first ten.
-    """
-
-    def __init__(self, message: str, errors: list[str] | None = None):
-        super().__init__(message)
-        self.errors = errors or []
+    """A command that cannot be carried out. The message says why, and what to do instead."""
 
 
 def flush(path: Path) -> None:

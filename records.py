@@ -101,11 +101,10 @@ def read_records(path: str | Path, video_root: str | Path = "") -> tuple[list[Re
 
 
 def refuse(path: str | Path, what: str, errors: list[str]) -> None:
-    """Raises UserError if there are `errors`: the first ten in its message, all in its `errors`."""
+    """Raises UserError if there are `errors`, with the first ten in its message."""
     if errors:
-        more = f"\n  ... and {len(errors) - 10} more" if len(errors) > 10 else ""
-        message = f"{path}: {len(errors)} {what}:\n  " + "\n  ".join(errors[:10]) + more
-        raise UserError(message, errors)
+        more = [f"... and {len(errors) - 10} more"] if len(errors) > 10 else []
+        raise UserError("\n  ".join([f"{path}: {len(errors)} {what}:", *errors[:10], *more]))
 
 
 def load_records(path: str | Path, video_root: str | Path = "") -> list[Record]:
