@@ -42,14 +42,16 @@ def write(tmp_path, text, name="q.json"):
 
 
 def test_json_list_and_jsonl_are_read_alike(tmp_path):
-    """And a byte order mark is no fault."""
-    rows = [ROW, {**ROW, "id": "x7"}]
+    """Neither a byte order mark nor half a character in a field nobody reads is a fault."""
+    rows = [ROW, {**ROW, "id": "x7", "note": "\ud800"}]
     listed = load_records(write(tmp_path, "\ufeff" + json.dumps(rows)), "root")
     text = "\n".join(map(json.dumps, rows)) + "\n\n"
     lines = load_records(write(tmp_path, text, "q.jsonl"), "root")
     assert [r.id for r in listed] == ["row 1", "x7"] and [r.id for r in lines] == ["line 1", "x7"]
     assert str(listed[0].video) == "root/clips/1.mp4"
     assert listed[1] == lines[1]
+    convert.write_rows([r.row for r in listed], str(tmp_path / "again.json"))
+    assert [r.row for r in load_records(tmp_path / "again.json")] == rows
 
 
 SEVERAL = [json.dumps(ROW), "{broken", json.dumps({**ROW, "solution": "E"}), json.dumps(ROW)[:-3]]
@@ -78,15 +80,6 @@ def test_a_file_that_cannot_be_read_is_named(data, sentence, tmp_path):
         load_records(path)
 
 
-@pytest.mark.parametrize(
-    "problem, letters",
-    [("Why?\nA x\nB y\nC z", "ABC"), ("Why?\n(A) x\n(B) y", "AB"), ("A man.\nWhy?", "")],
-)
-def test_option_letters(problem, letters):
-    assert option_letters(problem) == set(letters)
-    assert not option_letters("B. y\nA. x")
-
-
 LETTERED = dict(problem="Why?", options=["A. x", "B. y"], solution="<answer>B</answer>")
 FORMATS = {
     "clevrer": dict(problem="Why?\nA. x\nB. y", solution="<answer>A,B</answer>", video="1.mp4"),
@@ -113,17 +106,18 @@ def test_every_format_is_told_by_its_keys(name, tmp_path):
     assert str(record.video) == "root/1.mp4" and record.row == FORMATS[name]
 
 
-@pytest.mark.parametrize(
-    "options, texts",
-    [
+def test_letters_of_options_count_only_if_they_run_a_b_c():
+    lines = {"A x\nB y\nC z": "ABC", "(A) x\n(B) y": "AB", "A man.\nWhy?": "", "B. y\nA. x": ""}
+    assert {line: option_letters(f"Why?\n{line}") for line in lines} == {
+        line: set(letters) for line, letters in lines.items()
+    }
+    for options, texts in (
         (["A) x"], ["x"]),
         (["A. 1.5", "B. 2."], ["1.5", "2."]),
         (["B. x", "A. y"], ["B. x", "A. y"]),
         (["A man", "B"], ["A man", "B"]),
-    ],
-)
-def test_option_texts_lose_their_letters_and_nothing_else(options, texts):
-    assert option_texts(options) == texts
+    ):
+        assert option_texts(options) == texts
 
 
 @pytest.mark.parametrize(
@@ -132,23 +126,19 @@ def test_option_texts_lose_their_letters_and_nothing_else(options, texts):
         ([1], "is list, not an object"),
         ({"solution": "<answer>C</answer>"}, "'C' names no option; the options are A, B"),
         ({"solution": "<answer></answer>"}, "names no option"),
-        ({"solution": 7}, "needs 'solution'"),
         ({"solution": None}, "needs 'solution'"),
-        ({"video": " "}, "needs 'video'"),
+        ({"video": 7}, "needs 'video'"),
         ({"questions": []}, "first run: python -m tools.convert clevrer"),
         ({"options": "A. x"}, "'options' that are not a list"),
         ({"options": ["A. x", 5]}, "needs 'options', a text"),
-        ({"options": [f"o{k}" for k in range(27)]}, "at most 26"),
         ({"problem": "x" * (MAX_TEXT + 1)}, "100,001 characters of 'problem'"),
         ({"problem": "half \ud800"}, "lone surrogate"),
         ({"problem_type": "riddle"}, "problem_type 'riddle'; known are multiple choice"),
         ({"problem_type": ["x"]}, "problem_type 'list'"),
         ({"data_type": "image"}, "about a 'image'; only videos"),
         ({"solution": "E" * 10_000}, "names no option"),
-        ({"video": 7}, "needs 'video'"),
         ({"video": "../secret.mp4"}, "leaves --video_root"),
         ({"video": "a/../../secret.mp4"}, "leaves --video_root"),
-        ({"video": "/./../x.mp4"}, "leaves --video_root"),
         ({"video": "a\0b.mp4"}, "no file can have"),
         ({"video": "x" * 5000}, "no file can have"),
         ({"video": "./"}, "names no file"),
@@ -161,35 +151,26 @@ def test_a_bad_row_gets_a_short_sentence_with_its_file_and_number(change, reason
     assert reason in str(error.value) and len(str(error.value)) < 400 + len(str(tmp_path))
 
 
-@pytest.mark.parametrize(
-    "name", ["a/b.mp4", "/a/b.mp4", "./a/b.mp4", "//.//./a/b.mp4", "a/../a/b.mp4", " a/b.mp4"]
-)
-def test_leading_slashes_and_dots_are_stripped(name, tmp_path):
-    joined = join_video(tmp_path, name)
-    assert os.path.normpath(joined) == str(tmp_path / "a/b.mp4")
-
-
-def test_links_out_of_the_root_are_refused_and_links_within_it_are_not(tmp_path):
+def test_a_path_stays_below_the_root(tmp_path):
     root = tmp_path / "root"
     (root / "real").mkdir(parents=True)
+    for name in ("a/b.mp4", "/a/b.mp4", "./a/b.mp4", "//.//./a/b.mp4", "a/../a/b.mp4", " a/b.mp4"):
+        assert os.path.normpath(join_video(root, name)) == str(root / "a/b.mp4")
     (root / "within").symlink_to(root / "real")
     (root / "out").symlink_to(tmp_path)
     (root / "file.mp4").symlink_to("/etc/hostname")
     assert join_video(root, "within/1.mp4") == root / "within/1.mp4"
-    for name in ("out/1.mp4", "file.mp4", "within/../out/x.mp4"):
+    for name in ("out/1.mp4", "file.mp4", "within/../out/x.mp4", "/./../x.mp4"):
         with pytest.raises(ValueError, match="leaves --video_root by .* a symbolic link"):
             join_video(root, name)
     (tmp_path / "alias").symlink_to(root)  # the root itself may be a link
     assert join_video(tmp_path / "alias", "real/1.mp4") == tmp_path / "alias/real/1.mp4"
 
 
-REAL = dict(nextgqa_mixed=60, nextgqa_raw=300, mmvu=60, mvbench=60, videomme=60)
-
-
-@pytest.mark.parametrize("name, count", REAL.items())
-def test_real_rows_all_load(name, count, sample):
+@pytest.mark.parametrize("name", ["nextgqa_mixed", "nextgqa_raw", "mmvu", "mvbench", "videomme"])
+def test_real_rows_all_load(name, sample):
     records = load_records(sample(f"{name}_head.json"))
-    assert len(records) == count
+    assert len(records) == (300 if name == "nextgqa_raw" else 60)
     assert all(option_letters(r.text) or r.options for r in records)
     assert len({task_of(r.row) for r in records}) > 1 or name == "mvbench"
 
@@ -246,15 +227,13 @@ def call(tool, monkeypatch, *arguments):
     return caught.value.code
 
 
-def test_check_of_a_clean_file_exits_with_0(world, monkeypatch, capsys):
+def test_check_names_every_fault(world, tmp_path, monkeypatch, capsys):
+    """And a clean file has none."""
     flags = ("--video_root", world, "--decode")
     assert call(check, monkeypatch, world / "test.jsonl", *flags) == 0
     out = capsys.readouterr().out
     assert "8 records, 0 bad row(s)" in out and "clips: 8, decoded; 0" in out
     assert "by question type: multiple choice 8" in out
-
-
-def test_check_names_every_fault(world, tmp_path, monkeypatch, capsys):
     (tmp_path / "clips").symlink_to(world / "clips")
     clip = world / "clips" / "train_000.mp4"
     for name, made in (("text", b"no video" * 99), ("empty", b""), ("ok", clip.read_bytes())):
@@ -342,11 +321,3 @@ def test_a_dry_run_and_notes_print_no_control_characters(world, tmp_path, capfd)
     RunLog(cfg, tmp_path / "log").note("key", f"skipped question {ESCAPES}")
     out, err = capfd.readouterr()
     assert "would be skipped" in out and "skipped question" in err and is_printable(out + err)
-
-
-def test_half_a_character_in_a_field_nobody_reads_is_kept(tmp_path):
-    path = write(tmp_path, json.dumps([{**ROW, "note": "\ud800"}]))
-    (record,) = load_records(path)
-    for name in ("q2.json", "q2.jsonl"):
-        convert.write_rows([record.row], str(tmp_path / name))
-        assert load_records(tmp_path / name)[0].row == record.row
