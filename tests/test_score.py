@@ -67,30 +67,23 @@ def test_the_two_rules_of_extraction(tmp_path):
         assert log.answers[0].soft == soft
 
 
-def test_a_repeated_question_counts_once_and_is_named(tmp_path):
-    rows = [row(tagged("A"), key=7), row(tagged("B"), key=8), row(tagged("B"), key=7)]
-    log = log_of(tmp_path, rows)
-    assert [a.soft for a in log.answers] == [1, 0] and log.duplicates == ["line 3"]
-    assert "- duplicate rows, counted once: 1 (line 3)\n" in score.table([log])
-
-
-def test_answers_that_fit_no_rule_are_counted_and_shown(tmp_path):
+def test_odd_rows_are_counted_and_shown(tmp_path):
+    """Answers that fit no rule, repeated and bad rows, and another accuracy than the logged one."""
     answers = ["A", "A, B", "B,", "CD", "c", "A/B", "", "D, <b>x</b>"]
-    rows = [row(tagged(a), key=k) for k, a in enumerate(answers)]
-    rows += [row(tagged("4 balls"), "3", 20), row(tagged("3.0"), "3", 21)]
-    log = log_of(tmp_path, rows)
+    rows = [row(tagged(a), key=k, accuracy_score=float(k < 1)) for k, a in enumerate(answers)]
+    rows += [row(tagged("4 balls"), "3", 20), row(tagged("3.0"), "3", 21, accuracy_score=0.5)]
+    log = log_of(tmp_path, [*rows, rows[3], '{"torn', 5, {"model_output": "A"}])
+    assert [a.soft for a in log.answers] == [1, *[0] * 8, 1] and len(log.errors) == 3
     unfit = ["CD", "c", "A/B", "", "D, <b>x</b>", "4 balls"]
     assert [a.text for a in log.answers if not a.fits] == unfit
-    assert "- answers that fit no rule: 6 ('CD'; 'c'; " in score.table([log])
-
-
-def test_bad_rows_are_named_and_the_others_scored(tmp_path):
-    good = [row(tagged("A"), key=k, accuracy_score=float(k)) for k in (0, 1)]
-    log = log_of(tmp_path, [*good, '{"torn', 5, {"model_output": "A"}])
-    assert len(log.answers) == 2 and len(log.errors) == 3
     shown = score.table([log])
-    assert "- bad rows, not counted: 3 (line 3: " in shown and "; line 5: " in shown
-    assert "- rows whose logged accuracy_score differs: 1" in shown
+    for note in (
+        "answers that fit no rule: 6 ('CD'; 'c'; ",
+        "duplicate rows, counted once: 1 (line 11)\n",
+        "bad rows, not counted: 3 (line 12: ",
+        "rows whose logged accuracy_score differs: 1",
+    ):
+        assert f"- {note}" in shown
     for text in ("", "\x00", "[]"):
         with pytest.raises(UserError, match="x.json: "):
             log_of(tmp_path, [text], "x.json")
@@ -121,12 +114,8 @@ ANYTHING = st.recursive(
     max_leaves=3,
 )
 KEYS = st.sampled_from([*row(""), "extracted_answer", "accuracy_score"])
-LOG_ROWS = st.builds(
-    lambda key, value, k: row(tagged("A"), "A,C", k) | {key: value},
-    KEYS,
-    ANYTHING,
-    st.integers(0, 3),
-)
+CHANGED = st.tuples(KEYS, ANYTHING, st.integers(0, 3))
+LOG_ROWS = CHANGED.map(lambda c: row(tagged("A"), "A,C", c[2]) | {c[0]: c[1]})
 
 
 @given(rows=st.lists(LOG_ROWS | LOG_ROWS | ANYTHING, max_size=3))
@@ -143,7 +132,7 @@ def test_any_log_gives_numbers_or_one_sentence(rows, tmp_path_factory):
 # ----------------------------------------------------------------------------------- a log to write
 
 OURS = json.dumps({"question": {"id": 0}, "run": {"prompt": "think"}})
-OTHER = json.dumps({"question": {"id": 1}, "run": {"prompt": "direct"}})
+OTHER = OURS.replace("think", "direct")
 NO_LOGS = [
     *('[{"problem": "?"}]', "[]", '{"a": 1}', '{\n  "a": 1\n}', "a line\nthe last line", "\x00"),
     *('{"question": "why", "answer": "A"}', '{"question": "why"}\n{"question": "how", "ans'),
@@ -162,7 +151,6 @@ def questions_in(path):
         (f"{OURS}\n{OURS}\nnot a row", "line 3 is not a row"),
         (f"{OURS}\nnot a row\n{OURS[:20]}", "line 2 is not a row"),
         (f"{OURS}\n{OTHER}\n", "line 2 was made with another prompt; choose another file"),
-        (OTHER, "line 1 was made with another prompt; choose another file"),
     ],
 )
 def test_a_file_that_is_no_log_of_this_run_is_left_as_it_is(text, reason, tmp_path):

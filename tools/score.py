@@ -16,7 +16,6 @@ OURS: all rows, but only the first row of each question.
 Letters in shapes: Q questions, R resamples.
 """
 
-import errno
 import fcntl
 import json
 import os
@@ -150,8 +149,8 @@ class RowLog:
                 fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed; other ranks wait
                 size = os.path.getsize(self.path)
                 try:
-                    if file.write(line) < len(line):
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    while line:  # the kernel may write a part, and says why only the next time
+                        line = line[file.write(line) :]
                 except OSError:
                     os.truncate(self.path, size)  # or the next row would be glued to this one
                     raise
