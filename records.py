@@ -155,10 +155,8 @@ def _text(row: dict, *keys: str) -> str:
     """The first of `keys` that the row has, which must be a text with something in it."""
     key = next((k for k in keys if row.get(k) is not None), keys[0])
     value = row.get(key)
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"needs {key!r}, a text that is not empty")
-    if len(value) > MAX_TEXT:
-        raise ValueError(f"has {len(value):,} characters of {key!r}; at most {MAX_TEXT:,} are read")
+    if not isinstance(value, str) or not value.strip() or len(value) > MAX_TEXT:
+        raise ValueError(f"needs {key!r}, a text of 1 to {MAX_TEXT:,} characters")
     try:
         value.encode()
     except UnicodeEncodeError:

@@ -114,12 +114,8 @@ def read_clip(path: str | os.PathLike, fps: float = FPS, max_frames: int = MAX_F
 def check_file(path: str | os.PathLike) -> str:
     """The path as a string. Raises VideoError if it is no file that could hold a clip."""
     path = os.fspath(path)
-    if not os.path.exists(path):
-        raise VideoError(f"{path}: no such video file")
-    if not os.path.isfile(path):
-        raise VideoError(f"{path}: not a regular file")
-    if os.path.getsize(path) == 0:
-        raise VideoError(f"{path}: the file is empty")
+    if not os.path.isfile(path) or not os.path.getsize(path):
+        raise VideoError(f"{path}: no such video file, or an empty one")
     return path
 
 
@@ -233,10 +229,7 @@ def resized_shape(
 
 def resize(frames_F3HW: Tensor, height: int, width: int) -> Tensor:
     """Bicubic with antialiasing, in whole pixel values: (F, 3, height, width) float32 in 0..255."""
-    frames = frames_F3HW.float()
-    if frames.shape[-2:] == (height, width):
-        return frames
-    frames = F.interpolate(frames, (height, width), mode="bicubic", antialias=True)
+    frames = F.interpolate(frames_F3HW.float(), (height, width), mode="bicubic", antialias=True)
     return frames.round().clamp(0, 255)
 
 

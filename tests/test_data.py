@@ -130,7 +130,7 @@ def test_letters_of_options_count_only_if_they_run_a_b_c():
         ({"questions": []}, "first run: python -m tools.convert clevrer"),
         ({"options": "A. x"}, "'options' that are not a list"),
         ({"options": ["A. x", 5]}, "needs 'options', a text"),
-        ({"problem": "x" * (MAX_TEXT + 1)}, "100,001 characters of 'problem'"),
+        ({"problem": "x" * (MAX_TEXT + 1)}, "needs 'problem', a text of 1 to 100,000 characters"),
         ({"problem": "half \ud800"}, "lone surrogate"),
         ({"problem_type": "riddle"}, "problem_type 'riddle'; known are multiple choice"),
         ({"problem_type": ["x"]}, "problem_type 'list'"),
@@ -240,7 +240,7 @@ def test_check_names_every_fault(world, tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     for fault in (
         "text.mp4: cannot be decoded",
-        "empty.mp4: the file is empty",
+        "empty.mp4: no such video file, or an empty one",
         "gone.mp4: no such video file",
         "short.mp4: has 1 frame(s); at least 2 are needed",
         "row 7: has the video path '../x.mp4'",

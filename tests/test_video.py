@@ -246,9 +246,9 @@ def test_resize_is_bicubic_with_antialiasing():
 
 BROKEN = {  # what makes the file, and what is said of it
     "missing": (lambda path, clip: None, "no such video file"),
-    "directory": (lambda path, clip: path.mkdir(), "not a regular file"),
-    "fifo": (lambda path, clip: os.mkfifo(path), "not a regular file"),
-    "empty": (lambda path, clip: path.write_bytes(b""), "the file is empty"),
+    "directory": (lambda path, clip: path.mkdir(), "no such video file"),
+    "fifo": (lambda path, clip: os.mkfifo(path), "no such video file"),
+    "empty": (lambda path, clip: path.touch(), "no such video file"),
     "truncated": (
         lambda path, clip: path.write_bytes(clip.read_bytes()[: clip.stat().st_size // 2]),
         "cannot be decoded",
