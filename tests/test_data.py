@@ -224,7 +224,6 @@ def test_check_names_every_fault(world, tmp_path, monkeypatch, capsys):
     assert call(check, monkeypatch, world / "test.jsonl", *flags) == 0
     out = capsys.readouterr().out
     assert "8 records, 0 bad row(s)" in out and "clips: 8, decoded; 0" in out
-    assert "by question type: multiple choice 8" in out
     (tmp_path / "clips").symlink_to(world / "clips")
     clip = world / "clips" / "train_000.mp4"
     for name, made in (("text", b"no video" * 99), ("empty", b""), ("ok", clip.read_bytes())):
@@ -248,7 +247,6 @@ def test_check_names_every_fault(world, tmp_path, monkeypatch, capsys):
         "row 9: the answer 'E' names no option",
         "owned",
         "7 records, 4 bad row(s)",
-        "by right answers: 2 7",
     ):
         assert fault in out, fault
     assert is_printable(out)

@@ -6,13 +6,11 @@ Exits with 1 if there is a fault. The formats of the files are in records.py.
 """
 
 import argparse
-from collections import Counter
 
 from tqdm import tqdm
 
 from files import UserError
 from records import printable, read_records
-from rewards import answer_set
 from run.decoder import ClipReader
 from video import VideoError, check_file
 
@@ -21,13 +19,6 @@ def check(path: str, video_root: str, decode: bool) -> bool:
     """Prints what a file holds and every fault of it, rows and clips; True if there is none."""
     records, errors = read_records(path, video_root)
     print(f"{path}: {len(records)} records, {len(errors)} bad row(s)")
-    choices = [r for r in records if r.kind == "multiple choice"]
-    for title, values in {
-        "question type": [r.kind for r in records],
-        "right answers": [len(answer_set(r.solution)) for r in choices],
-    }.items():
-        counts = sorted(Counter(values).items())
-        print(f"  by {title}: " + ", ".join(f"{name} {count}" for name, count in counts))
     clips, bad_rows = dict.fromkeys(str(r.video) for r in records), len(errors)
     with ClipReader() as reader:
         read = reader.load_clip if decode else check_file
