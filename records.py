@@ -215,17 +215,6 @@ def _kind(row: dict, solution: str, has_options: bool) -> str:
     return "multiple choice" if is_letters else "free-form"
 
 
-def task_of(row: dict) -> str:
-    """What a row asks about, for tables: its task type where it has one, else the directory of its
-    clip (MVBench and MMVU keep one for each task or subject)."""
-    for key in ("task_type", "type", "dim", "question_type", "original_question_type"):
-        value = row.get(key)
-        if isinstance(value, str) and value.strip() and "choice" not in value:
-            return value[:40]
-    video = next((row[k] for k in CLIP_KEYS[:2] if isinstance(row.get(k), str)), "")
-    return os.path.basename(os.path.dirname(video[:MAX_PATH]))[:40]
-
-
 # -------------------------------------------------------------------------------------------- paths
 
 

@@ -225,7 +225,7 @@ def test_ask_answers_on_the_terminal_and_score_prints_one_table(world, sample, e
     assert "nowhere.mp4: no such video file" in unread and unread.endswith("1")
     assert "--options takes at most 26" in eval_py(*flags, "--options", *"x" * 27)
     log = sample("mmvu_twgrpo_eval.jsonl")
-    assert eval_py("score", log, log).count("| mmvu_twgrpo_eval | overall  ") == 2
+    assert eval_py("score", log, log).count("| mmvu_twgrpo_eval | overall ") == 2
 
 
 @pytest.mark.parametrize(

@@ -29,11 +29,10 @@ import numpy as np
 import files
 from files import UserError
 from model import ranks
-from records import printable, read_rows, task_of
+from records import printable, read_rows
 from rewards import compare_answers, extract_answer, number, strict_format_reward, tagged_answer
 
 _LETTERS = re.compile(r"[A-Z](?:\s*,\s*[A-Z])*,?")
-MANY_TASKS = 40  # a breakdown into more is not shown
 
 
 @dataclass
@@ -45,7 +44,6 @@ class Answer:
     soft: float
     form: float  # 1 if the output is in the strict format, else 0
     is_multi: bool  # several right answers: a comma in the truth, as in the official code
-    task: str
     fits: bool  # the text has a form that could be right
     agrees: bool  # the logged accuracy is the same, or there is none
 
@@ -106,7 +104,6 @@ def score_row(row: object, where: str) -> Answer:
         soft=soft,
         form=strict_format_reward(row["model_output"]),
         is_multi=is_choice and "," in truth,
-        task=task_of(facts),
         fits=fits,
         agrees=not isinstance(logged, int | float) or abs(logged - soft) < 1e-6,
     )
@@ -200,16 +197,13 @@ def accuracy(
 
 
 def parts(log: Log) -> dict[str, np.ndarray]:
-    """The soft scores (Q,) of all questions, of those with one and with several right answers, and
-    of each task."""
+    """The soft scores (Q,) of all questions, and of those with one and with several right
+    answers."""
     groups = {
         "overall": log.answers,
         "single": [a for a in log.answers if not a.is_multi],
         "multi": [a for a in log.answers if a.is_multi],
     }
-    tasks = sorted({a.task for a in log.answers if a.task})
-    if 2 <= len(tasks) <= MANY_TASKS:
-        groups |= {f"task {t}": [a for a in log.answers if a.task == t] for t in tasks}
     return {name: np.array([a.soft for a in group]) for name, group in groups.items() if group}
 
 
@@ -226,7 +220,7 @@ def table(logs: list[Log]) -> str:
         for log, scores in scored:
             if part in scores:
                 soft_Q = scores[part]
-                cells = [one_line(log.path.stem, 80), one_line(part, 30), f"{len(soft_Q):9}"]
+                cells = [one_line(log.path.stem, 80), part, f"{len(soft_Q):9}"]
                 for mean, low, high in (accuracy(soft_Q == 1), accuracy(soft_Q)):
                     cells += [f"{mean:6.2f}", f"{low:5.1f} to {high:5.1f}"]
                 rows.append([cell.replace("|", "\\|") for cell in cells])
