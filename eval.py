@@ -77,7 +77,7 @@ def run(args: argparse.Namespace, cfg: Config) -> None:
         raise UserError(f"{args.data}: none of its {len(todo)} questions has a readable clip")
     if ranks.is_main():
         print(f"{count} questions answered, {asked - count} skipped\n", flush=True)
-        print_scores([args.out])
+        print(score.table([score.read_log(args.out)]))
 
 
 def log_row(group: Group, style: str) -> dict:
@@ -124,11 +124,7 @@ def answers(
         yield from answer(cfg, policy, prompter, asked, args.batch_size, args.top_p)
 
 
-# --------------------------------------------------------------------------------- eval score, ask
-
-
-def print_scores(paths: list[str]) -> None:
-    print(score.table([score.read_log(path) for path in paths]))
+# ---------------------------------------------------------------------------------------- eval ask
 
 
 def ask(args: argparse.Namespace, cfg: Config) -> None:
@@ -207,7 +203,7 @@ def main() -> None:
     args = parser().parse_args()
     try:
         if args.command == "score":
-            print_scores(args.logs)
+            print(score.table([score.read_log(path) for path in args.logs]))
         else:
             (run if args.command == "run" else ask)(args, settings(args))
     except (UserError, VideoError, ranks.Failed) as error:

@@ -250,16 +250,19 @@ def test_check_names_every_fault(world, tmp_path, monkeypatch, capsys):
         (convert, "qai {}/q.json {}/out.json --p 2", "--p is a share"),
         (convert, "qai {}/q.json {}/out.json --seed -1", "--seed is 0 or more"),
         (convert, "qai {}/q.json {}/no/out.json", "out.json: cannot be written"),
-        (convert, "clevrer {}/no.json {}/out.json", "no.json: cannot be read"),
+        (convert, "qai {}/bad.json {}/out.json", "bad.json: 1 bad row"),
+        (convert, "clevrer {}/q.json {}/out.json", "scene 1: needs 'questions'"),
         (check, "{}/no.json", "no.json: cannot be read"),
     ],
 )
-def test_errors_on_the_command_line_are_one_sentence(
+def test_errors_on_the_command_line_say_why_and_write_nothing(
     tool, arguments, sentence, tmp_path, monkeypatch
 ):
     write(tmp_path, json.dumps([ROW]))
+    write(tmp_path, json.dumps([ROW, 5]), "bad.json")
     said = call(tool, monkeypatch, *(a.format(tmp_path) for a in arguments.split()))
-    assert said.startswith("error: ") and sentence in said and "\n" not in said
+    assert said.startswith("error: ") and sentence in said
+    assert not (tmp_path / "out.json").exists()
 
 
 def records_of(*answers):

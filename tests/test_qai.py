@@ -131,7 +131,7 @@ def test_the_number_of_right_options_varies():
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path):
-    """Rows do not depend on each other, and p is the share that is inverted."""
+    """Rows do not depend on each other, and p is the share that is inverted. The file loads."""
     rows = generated(200)
     (tmp_path / "in.json").write_text(json.dumps(rows))
     for name, seed in (("a", "5"), ("b", "5"), ("c", "6")):
@@ -139,16 +139,9 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path):
     a, b, c = ((tmp_path / f"{n}.json").read_bytes() for n in "abc")
     assert a == b != c
     assert json.loads(a)[:20] == qai_rows(rows[:20], 5)[0]
+    records = load_records(tmp_path / "a.json", tmp_path)
+    assert all(r.options == () and "\nA " in r.problem for r in records)  # lettered in the text
     assert [qai_rows([NEXT] * 20, 0, p)[1]["inverted"] for p in (0.0, 1.0)] == [0, 20]
-
-
-def test_inverted_rows_load_as_records(tmp_path):
-    (tmp_path / "in.jsonl").write_text("\n".join(json.dumps(r) for r in (NEXT, STAR)))
-    main(["qai", f"{tmp_path}/in.jsonl", f"{tmp_path}/out.json", "--p", "1"])
-    records = load_records(tmp_path / "out.json", tmp_path)
-    assert records[0].problem.startswith("why didn't the Boy run\nA ")
-    assert records[1].problem.startswith("What didn't the person do with the Clothes?\nA ")
-    assert all(r.options == () for r in records)  # they stand in the problem already
 
 
 def test_a_row_that_cannot_be_inverted_is_kept_and_counted():
@@ -159,13 +152,6 @@ def test_a_row_that_cannot_be_inverted_is_kept_and_counted():
     assert made[0]["solution"] == "<answer>A,B</answer>" and made[0]["answer"] == "(A),(B)"
     assert counts["kept (not a single-choice question with options)"] == 2
     assert counts["kept (cannot be negated)"] == 1 and counts["kept (no other option)"] == 1
-
-
-def test_bad_rows_are_all_named_and_nothing_is_written(tmp_path):
-    (tmp_path / "in.json").write_text(json.dumps([NEXT, 5, dict(NEXT, answer="(Z)")]))
-    with pytest.raises(SystemExit, match=r"(?s)error: .*2 bad row.*row 2: .*row 3: "):
-        main(["qai", f"{tmp_path}/in.json", f"{tmp_path}/out.json"])
-    assert not (tmp_path / "out.json").exists()
 
 
 # ------------------------------------------------------------------------------------------ clevrer
