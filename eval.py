@@ -206,7 +206,7 @@ def main() -> None:
             print(score.table([score.read_log(path) for path in args.logs]))
         else:
             (run if args.command == "run" else ask)(args, settings(args))
-    except (UserError, VideoError, ranks.Failed) as error:
+    except (UserError, VideoError, OSError, ranks.Failed) as error:
         raise SystemExit(f"error: {printable(str(error))}") from None
     except KeyboardInterrupt:
         raise SystemExit("interrupted; the same command resumes a run") from None

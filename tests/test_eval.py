@@ -239,7 +239,7 @@ def test_ask_answers_on_the_terminal_and_score_prints_one_table(world, sample, e
         ("--max_prompt_length 60", "24 question(s) that cannot become a prompt"),
         ("--model /nowhere/at/all", "no such model directory"),
         ("--data /nowhere.json", "nowhere.json: cannot be read"),
-        ("--out /nowhere/log.jsonl", "--out /nowhere/log.jsonl: No such file or directory"),
+        ("--out /nowhere/log.jsonl", "No such file or directory: '/nowhere/log.jsonl'"),
     ],
 )
 def test_flags_that_make_no_sense(flag, sentence, world, tmp_path, eval_py):

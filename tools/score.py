@@ -76,22 +76,18 @@ def read_log(path: str | Path) -> Log:
             log.answers.append(answer)
         seen.add(answer.key)
     if not log.answers:
-        expected = 'JSONL of {"question", "ground_truth", "model_output"}'
-        reason = "; ".join(["holds no row that can be scored", *log.errors[:1]])
-        raise UserError(f"{path}: {reason}; expected an evaluation log, {expected}")
+        why = log.errors[0] if log.errors else "it is empty"
+        raise UserError(f"{path}: holds no row of an evaluation log ({why})")
     return log
 
 
 def score_row(row: object, where: str) -> Answer:
     """Raises ValueError if the row has no output or no truth."""
-    if not isinstance(row, dict) or not isinstance(row.get("model_output"), str):
-        raise ValueError("needs 'model_output', a text")
-    question = row.get("question")
-    facts = question if isinstance(question, dict) else {}
-    truth = row.get("ground_truth", facts.get("solution"))
-    if not isinstance(truth, str) or not truth.strip():
-        raise ValueError("needs 'ground_truth', a text that is not empty")
-    truth, text = tagged_answer(truth), answer_of(row)
+    row = row if isinstance(row, dict) else {}
+    output, truth = row.get("model_output"), row.get("ground_truth")
+    if not isinstance(output, str) or not isinstance(truth, str) or not truth.strip():
+        raise ValueError("needs 'model_output' and 'ground_truth', two texts")
+    question, truth, text = row.get("question"), tagged_answer(truth), answer_of(row)
     soft, logged = compare_answers(text, truth), row.get("accuracy_score")
     is_choice, fits = _LETTERS.fullmatch(truth) is not None, text != ""
     if is_choice:
@@ -102,7 +98,7 @@ def score_row(row: object, where: str) -> Answer:
         key=question_key(where if question is None else question),
         text=text,
         soft=soft,
-        form=strict_format_reward(row["model_output"]),
+        form=strict_format_reward(output),
         is_multi=is_choice and "," in truth,
         fits=fits,
         agrees=not isinstance(logged, int | float) or abs(logged - soft) < 1e-6,
@@ -126,40 +122,30 @@ def answer_of(row: dict) -> str:
 class RowLog:
     """The JSONL log of a run. All its ranks append to it, and kill -9 loses at most one row.
 
-    Raises UserError on every rank, and leaves the file as it is, if it is not the log of a run with
-    these settings.
+    Raises UserError or OSError on every rank, and leaves the file as it is, if it cannot be read or
+    is not the log of a run with these settings.
     """
 
     def __init__(self, path: str, settings: dict):
         self.path, self.settings = path, settings
-        try:
-            self.done = ranks.on_first(mend, Path(path), settings)  # keys of answered questions
-        except (UserError, OSError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"--out {path}: {reason}") from None
+        self.done = ranks.on_first(mend, path, settings)  # keys of the answered questions
 
     def append(self, row: dict) -> None:
-        """Raises UserError if it cannot be written; the log is then as before."""
+        """Raises OSError if it cannot be written; the log is then as before."""
         line = (json.dumps(row | {"run": self.settings}) + "\n").encode()
-        try:
-            with open(self.path, "ab", buffering=0) as file:
-                fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed; other ranks wait
-                size = os.path.getsize(self.path)
-                try:
-                    while line:  # the kernel may write a part, and says why only the next time
-                        line = line[file.write(line) :]
-                except OSError:
-                    os.truncate(self.path, size)  # or the next row would be glued to this one
-                    raise
-        except OSError as error:
-            reason = f"cannot be written ({error.strerror}); the same command resumes it"
-            raise UserError(f"--out {self.path}: {reason}") from None
+        with open(self.path, "ab", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed; other ranks wait
+            size = os.path.getsize(self.path)
+            try:
+                while line:  # the kernel may write a part, and says why only the next time
+                    line = line[file.write(line) :]
+            except OSError:
+                os.truncate(self.path, size)  # or the next row would be glued to this one
+                raise
 
 
-def mend(path: Path, settings: dict) -> set[str]:
+def mend(path: str, settings: dict) -> set[str]:
     """Cuts off an unfinished last row, and returns the keys of the answered questions."""
-    if path.exists() and not path.is_file():
-        raise UserError("is not a file")
     with open(path, "a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
@@ -168,11 +154,12 @@ def mend(path: Path, settings: dict) -> set[str]:
         if data[len(whole) :].startswith(b'{"question": ') and isinstance(rows[-1][1], Exception):
             rows.pop()  # it was being written when the run was killed
         for k, row in rows:
+            place = f"--out {path}: line {k}"
             if not isinstance(row, dict) or not isinstance(row.get("run"), dict):
-                raise UserError(f"line {k} is not a row of eval.py run; choose another file")
+                raise UserError(f"{place} is not a row of eval.py run; choose another file")
             if changed := [name for name in settings if row["run"].get(name) != settings[name]]:
                 another = ", ".join(changed)
-                raise UserError(f"line {k} was made with another {another}; choose another file")
+                raise UserError(f"{place} was made with another {another}; choose another file")
         file.truncate(len(whole))
     return {question_key(row.get("question")) for _, row in files.json_lines(whole)}
 
