@@ -191,17 +191,12 @@ def test_counting_trains_and_evaluates_with_qwen2_vl(world, policy, tmp_path, mo
     ]
     data = tmp_path / "dvd.jsonl"
     data.write_text("\n".join(json.dumps(r) for r in rows))
-    prompts, render = [], twgrpo.Prompter.render
-    monkeypatch.setattr(
-        twgrpo.Prompter, "render", lambda self, r: prompts.append(render(self, r)) or prompts[-1]
-    )
     texts = iter(["<think>a</think><answer>0</answer>", "<answer>1</answer>"] * 999)
     monkeypatch.setattr("model.policy.Policy.decode", lambda self, completion: next(texts))
     flags = ["--model_name_or_path", tmp_path / "qwen2_vl", "--jsonl_path", data]
     flags += "--video_root / --num_generations 2 --reward_funcs accuracy format".split()
     command = twgrpo_command(world, tmp_path / "run", *flags)
     directory = twgrpo.train_and_evaluate(twgrpo.parse_config(command[2:]))
-    assert all("final answer (number) in <answer>" in prompt for prompt in prompts)
     metrics = read_rows(directory / "metrics.jsonl")
     rewards = [m["rewards/accuracy"] for m in metrics]  # solutions 0 and 1 are said half the time
     assert sum(rewards) == pytest.approx(0.5) and all(m["rewards/format"] == 0.5 for m in metrics)
