@@ -144,7 +144,8 @@ def question_text(record: Record, style: str = "think", question_type: str = "mi
     With "think", a question that asks for a number gets the template of DVD-counting's training.
     """
     if style == "think":
-        template = NUMBER_TEMPLATE if record.is_number else TEMPLATES[question_type]
+        is_number = record.kind in ("numerical", "regression")
+        template = NUMBER_TEMPLATE if is_number else TEMPLATES[question_type]
     else:
         template = STYLES[style]
     problem = record.text

@@ -53,11 +53,6 @@ class Record:
             return self.problem
         return self.problem + "Options:\n" + "".join(option + "\n" for option in self.options)
 
-    @property
-    def is_number(self) -> bool:
-        """Whether the question asks for a number."""
-        return self.kind in ("numerical", "regression")
-
 
 # -------------------------------------------------------------------------------------------- files
 

@@ -168,12 +168,9 @@ def qai_rows(rows: list[dict], seed: int, p: float = 0.5) -> tuple[list[dict], C
 
 
 def write_rows(rows: list[dict], out: str) -> None:
-    """Writes a JSON list, one row a line. Raises UserError if it cannot be written."""
-    try:
-        with replacing(Path(out)) as beside:
-            beside.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror})") from None
+    """Writes a JSON list, one row a line. Raises OSError if it cannot be written."""
+    with replacing(Path(out)) as beside:
+        beside.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -196,7 +193,7 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             raise UserError("--p is a share of the questions, 0 to 1; --seed is 0 or more")
         write_rows(rows, args.out)
-    except UserError as error:
+    except (UserError, OSError) as error:
         raise SystemExit(f"error: {printable(str(error))}") from None
     print(f"{args.out}: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
 
