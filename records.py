@@ -76,8 +76,7 @@ def read_rows(path: Path, errors: list[str]) -> Iterator[tuple[str, object]]:
         return
     for k, row in json_lines(text.encode()):
         if isinstance(row, Exception):
-            is_syntax = isinstance(row, json.JSONDecodeError)
-            reason = f"{row.msg} at column {row.colno}" if is_syntax else str(row)[:200]
+            reason = str(row)[:200].replace("line 1 column", "column")
             errors.append(f"line {k}: is not valid JSON ({reason})")
         else:
             yield f"line {k}", row
