@@ -159,10 +159,8 @@ def choose_frames(
 
 def _open(path: str):
     """The file as an open av container with a video stream whose frames can be shown."""
-    try:
-        import av
-    except ImportError:
-        raise VideoError("decoding clips needs PyAV: pip install av") from None
+    import av
+
     options = {"protocol_whitelist": "file", "format_whitelist": ",".join(FORMATS)}
     # The absolute path, because "concat:a.mp4" would be an instruction, and "/x/concat:a.mp4" not.
     container = av.open(os.path.abspath(path), options=options)

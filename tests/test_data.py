@@ -210,7 +210,8 @@ def call(tool, monkeypatch, *arguments):
 
 
 def test_check_names_every_fault(world, tmp_path, monkeypatch, capsys):
-    """And a clean file has none."""
+    """And a clean file has none. A file without records is one."""
+    assert call(check, monkeypatch, write(tmp_path, "[]", "none.json")) == 1
     flags = ("--video_root", world, "--decode")
     assert call(check, monkeypatch, world / "test.jsonl", *flags) == 0
     out = capsys.readouterr().out

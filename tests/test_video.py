@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import sys
 from fractions import Fraction
 
 import numpy as np
@@ -191,12 +190,6 @@ def test_huge_and_very_wide_frames_are_refused_before_they_are_decoded(tmp_path,
         monkeypatch.setattr(video, name, most)
         with pytest.raises(VideoError, match=f"a.mp4: its frames have 64 x 48 pixels{reason}"):
             read_clip(path)
-
-
-def test_without_pyav_the_message_names_the_package(world, monkeypatch):
-    monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(VideoError, match="pip install av"):
-        read_clip(world / "clips/train_000.mp4")
 
 
 def test_a_name_that_looks_like_an_address_is_only_a_name(world, tmp_path, monkeypatch):
