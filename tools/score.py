@@ -20,7 +20,6 @@ import fcntl
 import json
 import os
 import re
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -205,33 +204,28 @@ def table(logs: list[Log]) -> str:
         for log, scores in scored:
             if part in scores:
                 soft_Q = scores[part]
-                cells = [one_line(log.path.stem, 80), part, f"{len(soft_Q):9}"]
+                name = printable(log.path.stem).replace("|", "\\|")
+                cells = [name, part, f"{len(soft_Q):9}"]
                 for mean, low, high in (accuracy(soft_Q == 1), accuracy(soft_Q)):
                     cells += [f"{mean:6.2f}", f"{low:5.1f} to {high:5.1f}"]
-                rows.append([cell.replace("|", "\\|") for cell in cells])
+                rows.append(cells)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
     return "\n".join([*lines, *map(notes, logs)])
 
 
 def notes(log: Log) -> str:
-    """Format rate, and how many rows are odd, with up to five examples of each kind."""
-    unfit = Counter(repr(a.text) for a in log.answers if not a.fits)
-    differing = sum(not a.agrees for a in log.answers)
+    """Format rate, and how many rows are odd, with the first five of each kind."""
     form = 100 * np.mean([a.form for a in log.answers])
-    lines = [f"\n{one_line(log.path.name, 200)}: format rate {form:.2f}"]
-    for what, count, examples in (
-        ("answers that fit no rule", unfit.total(), [text for text, _ in unfit.most_common(5)]),
-        ("duplicate rows, counted once", len(log.duplicates), log.duplicates),
-        ("bad rows, not counted", len(log.errors), log.errors),
-        ("rows whose logged accuracy_score differs", differing, []),
-    ):
-        shown = "; ".join(one_line(example, 100) for example in examples[:5])
-        lines.append(f"- {what}: {count}" + (f" ({shown})" if shown else ""))
+    lines = [f"\n{printable(log.path.name)}: format rate {form:.2f}"]
+    for what, odd in {
+        "answers that fit no rule": [repr(a.text)[:100] for a in log.answers if not a.fits],
+        "duplicate rows, counted once": log.duplicates,
+        "bad rows, not counted": log.errors,
+        "rows whose logged accuracy_score differs": [
+            repr(a.text)[:100] for a in log.answers if not a.agrees
+        ],
+    }.items():
+        examples = f" ({'; '.join(odd[:5])})" if odd else ""
+        lines.append(f"- {what}: {len(odd)}{examples}")
     return "\n".join(lines)
-
-
-def one_line(text: str, length: int) -> str:
-    """Text from a file, for a terminal or a table: on one line, cut to `length`."""
-    text = text[:length] + ("..." if len(text) > length else "")
-    return printable(text).replace("\n", " ")
