@@ -63,17 +63,18 @@ def run(args: argparse.Namespace, cfg: Config) -> None:
     args.prompt = args.prompt or BENCHMARKS[args.benchmark]
     records = {score.question_key(r.row): r for r in load_records(args.data, args.video_root)}
     records = dict(itertools.islice(records.items(), args.limit))
-    log = score.RowLog(args.out, {name: getattr(args, name) for name in DECIDES_ANSWERS})
-    todo = [k for k, key in enumerate(records) if key not in log.done]
+    settings = {name: getattr(args, name) for name in DECIDES_ANSWERS}
+    done = ranks.on_first(score.resume, args.out, settings)
+    todo = [k for k, key in enumerate(records) if key not in done]
     if len(todo) < len(records) and ranks.is_main():
         before = len(records) - len(todo)
         print(f"{args.out}: {before} of {len(records)} answered before", flush=True)
     mine, answered = [k for k in todo if k % ranks.world() == ranks.rank()], 0
     for group in answers(args, cfg, list(records.values()), mine) if mine else ():
-        log.append(log_row(group, args.prompt))
+        score.append(args.out, log_row(group, args.prompt) | {"run": settings})
         answered += 1
     count, asked = map(sum, zip(*ranks.gather((answered, len(mine))), strict=True))
-    if not count and not log.done:
+    if not count and not done:
         raise UserError(f"{args.data}: none of its {len(todo)} questions has a readable clip")
     if ranks.is_main():
         print(f"{count} questions answered, {asked - count} skipped\n", flush=True)
@@ -186,7 +187,7 @@ def add_model_flags(command: argparse.ArgumentParser) -> None:
             add(f"--{field.name}", type=field.type, default=field.default, help=help)
 
 
-def settings(args: argparse.Namespace) -> Config:
+def config(args: argparse.Namespace) -> Config:
     """The flags that training has too. Raises UserError on any flag that makes no sense."""
     cfg = Config(**{name: getattr(args, name) for name in OF_TRAINING})
     cfg.check()
@@ -205,7 +206,7 @@ def main() -> None:
         if args.command == "score":
             print(score.table([score.read_log(path) for path in args.logs]))
         else:
-            (run if args.command == "run" else ask)(args, settings(args))
+            (run if args.command == "run" else ask)(args, config(args))
     except (UserError, VideoError, OSError, ranks.Failed) as error:
         raise SystemExit(f"error: {printable(str(error))}") from None
     except KeyboardInterrupt:

@@ -157,7 +157,7 @@ def test_a_file_that_is_no_log_of_this_run_is_left_as_it_is(text, reason, tmp_pa
     path = tmp_path / "mine.json"
     path.write_text(text)
     with pytest.raises(UserError, match=f"--out .*mine.json: {reason}"):
-        score.RowLog(str(path), {"prompt": "think"})
+        score.resume(path, {"prompt": "think"})
     assert path.read_text() == text and os.listdir(tmp_path) == ["mine.json"]
 
 
@@ -168,23 +168,22 @@ def test_a_log_of_this_run_is_mended_in_its_last_line_only(tmp_path):
         for last in ("", OURS[:20], OURS):
             whole = f"{OURS}\n" * rows
             path.write_text(whole + last)
-            log = score.RowLog(str(path), {"prompt": "think"})
-            assert path.read_text() == whole and len(log.done) == rows
+            done = score.resume(path, {"prompt": "think"})
+            assert path.read_text() == whole and len(done) == rows
 
 
 def test_a_row_that_does_not_fit_on_the_disk_is_cut_off_when_the_run_goes_on(tmp_path):
     """The kernel itself writes a part of the row, then refuses."""
     path = tmp_path / "log.jsonl"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    log = score.RowLog(str(path), {})
-    log.append({"question": 1})
+    score.append(path, {"question": 1})
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 100, limits[1]))
     try:
         with pytest.raises(OSError, match="File too large"):
-            log.append({"question": "x" * 1000})
+            score.append(path, {"question": "x" * 1000})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    score.RowLog(str(path), {}).append({"question": 2})
+    score.append(path, {"question": 2})
     assert questions_in(path) == [1, 2]
 
 
@@ -192,9 +191,8 @@ def test_ranks_that_write_at_once_do_not_tear_each_others_rows(tmp_path):
     path = tmp_path / "log.jsonl"
 
     def write_rows(rank):
-        log = score.RowLog(path, {"prompt": "think"})
         for k in range(50):
-            log.append({"question": [rank, k], "text": "x" * 20_000})
+            score.append(path, {"question": [rank, k], "text": "x" * 20_000})
 
     with ThreadPoolExecutor(4) as ranks:
         list(ranks.map(write_rows, range(4)))

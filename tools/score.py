@@ -1,6 +1,7 @@
 """Evaluation logs, this project's and the official ones: written a row at a time, and scored.
 
-    RowLog       the log of a run, shared by its ranks; a killed run is resumed in it
+    append       a row to the log of a run, which its ranks share
+    resume       what a killed run has answered
     read_log     JSONL of answered questions -> Log: one Answer per question, duplicates set aside
     accuracy     mean of some scores, with its 95 % interval
     table        several logs side by side, for a terminal or a Markdown document
@@ -27,7 +28,6 @@ import numpy as np
 
 import files
 from files import UserError
-from model import ranks
 from records import printable, read_rows
 from rewards import compare_answers, extract_answer, number, strict_format_reward, tagged_answer
 
@@ -118,33 +118,27 @@ def answer_of(row: dict) -> str:
 # ----------------------------------------------------------------------------------- a log to write
 
 
-class RowLog:
-    """The JSONL log of a run. All its ranks append to it, and kill -9 loses at most one row.
+def append(path: str, row: dict) -> None:
+    """Appends a row to a log that several ranks may write to; kill -9 loses at most this row.
+    Raises OSError if it cannot be written; the log is then as before."""
+    line = (json.dumps(row) + "\n").encode()
+    with open(path, "ab", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed; other ranks wait
+        size = os.path.getsize(path)
+        try:
+            while line:  # the kernel may write a part, and says why only the next time
+                line = line[file.write(line) :]
+        except OSError:
+            os.truncate(path, size)  # or the next row would be glued to this one
+            raise
 
-    Raises UserError or OSError on every rank, and leaves the file as it is, if it cannot be read or
-    is not the log of a run with these settings.
+
+def resume(path: str, settings: dict) -> set[str]:
+    """Cuts off a log's unfinished last row, and returns the keys of the answered questions.
+
+    Raises UserError or OSError, and leaves the file as it is, if it cannot be read or is not the
+    log of a run with these settings, which each row holds as its "run".
     """
-
-    def __init__(self, path: str, settings: dict):
-        self.path, self.settings = path, settings
-        self.done = ranks.on_first(mend, path, settings)  # keys of the answered questions
-
-    def append(self, row: dict) -> None:
-        """Raises OSError if it cannot be written; the log is then as before."""
-        line = (json.dumps(row | {"run": self.settings}) + "\n").encode()
-        with open(self.path, "ab", buffering=0) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed; other ranks wait
-            size = os.path.getsize(self.path)
-            try:
-                while line:  # the kernel may write a part, and says why only the next time
-                    line = line[file.write(line) :]
-            except OSError:
-                os.truncate(self.path, size)  # or the next row would be glued to this one
-                raise
-
-
-def mend(path: str, settings: dict) -> set[str]:
-    """Cuts off an unfinished last row, and returns the keys of the answered questions."""
     with open(path, "a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
