@@ -167,12 +167,6 @@ def qai_rows(rows: list[dict], seed: int, p: float = 0.5) -> tuple[list[dict], C
 # ------------------------------------------------------------------------------------- command line
 
 
-def write_rows(rows: list[dict], out: str) -> None:
-    """Writes a JSON list, one row a line. Raises OSError if it cannot be written."""
-    with replacing(Path(out)) as beside:
-        beside.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -192,7 +186,8 @@ def main(arguments: list[str] | None = None) -> None:
             rows, counts = qai_rows([record.row for record in records], args.seed, args.p)
         else:
             raise UserError("--p is a share of the questions, 0 to 1; --seed is 0 or more")
-        write_rows(rows, args.out)
+        with replacing(Path(args.out)) as beside:
+            beside.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     except (UserError, OSError) as error:
         raise SystemExit(f"error: {printable(str(error))}") from None
     print(f"{args.out}: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
