@@ -318,8 +318,8 @@ def test_clips_are_decoded_once_while_there_is_room(world, prompter, records, tm
         cfg = parse_config(f"--clip_cache_gb {room} --per_device_train_batch_size 4".split())
         log = RunLog(cfg, tmp_path)
         ahead = clips.QuestionsAhead(cfg, records[:8], prompter, log, 1)
-        submit, calls = ahead.workers.submit, []
-        ahead.workers.submit = lambda *a, s=submit, c=calls: c.append(a) or s(*a)
+        load, calls = ahead.reader.load_clip, []
+        ahead.reader.load_clip = lambda *a, load=load, c=calls: c.append(a) or load(*a)
         seen[room] = [q.patches for step in range(1, 7) for q in ahead.take(step)[0]]
         decoded[room] = len(calls)
         ahead.close()
