@@ -109,7 +109,6 @@ def train(
     optimizer = make_optimizer(cfg, policy)
     if resume:
         checkpoint.load(resume[0], policy, optimizer)
-        log.go_on_from(resume[1])
     saver = checkpoint.Saver(cfg, policy, optimizer, log, resume)
     step, ending = saver.step, None
     ahead = QuestionsAhead(cfg, records, prompter, log, step + 1)
@@ -267,7 +266,7 @@ def train_and_evaluate(cfg: Config) -> Path | None:
     prompter = make_prompter(cfg, policy)
     check_prompts(prompter, records, cfg.jsonl_path)
     check_prompts(prompter, held_out, cfg.eval_jsonl_path)
-    log = RunLog(cfg, directory, resume[1]["step"] if resume else 0)
+    log = RunLog(cfg, directory, resume and resume[1])
     if held_out and cfg.eval_on_start:
         measures.before(cfg, policy, prompter, held_out)
     steps = train(cfg, policy, records, prompter, log, resume)

@@ -64,7 +64,7 @@ class Saver:
 
     def finished(self, step: int) -> None:
         """The weights and counters are those after `step`, until the optimizer steps again."""
-        self.step, self.counters, self.between_steps = step, self.log.counters(), True
+        self.step, self.counters, self.between_steps = step, dict(self.log.counts), True
 
     def save(self) -> None:
         """Writes the checkpoint of the step that is finished. Called by all ranks."""

@@ -10,6 +10,7 @@ reward functions.
 
 import json
 import re
+import resource
 import sys
 import time
 from collections import defaultdict
@@ -47,40 +48,31 @@ def phase(name: str) -> Iterator[None]:
 class RunLog:
     """Collects the measurements of a run on every rank; the first rank writes them.
 
-    `done` is the number of steps that a resumed run has done. Means are over questions, so a rank
-    that was left with fewer of them does not distort them.
+    `counters` are those of the checkpoint from which a run is resumed. Means are over questions, so
+    a rank that was left with fewer of them does not distort them.
     """
 
-    def __init__(self, cfg: Config, directory: Path, done: int = 0):
+    def __init__(self, cfg: Config, directory: Path, counters: dict[str, int] | None = None):
         self.cfg, self.dir = cfg, directory
-        self.counts = dict.fromkeys(COUNTERS, 0)
+        self.counts = {name: (counters or {}).get(name, 0) for name in COUNTERS}
         self.failures = 0  # updates in a row that were not finite
-        self.sums: dict[str, float] = defaultdict(float)  # since the last line, as all below
-        self.numbers: dict[str, int] = defaultdict(int)  # of the values in each sum
-        self.tokens = self.steps = 0
+        self.values: dict[str, list[float]] = defaultdict(
+            list
+        )  # of each metric, since the last line
+        self.steps = 0  # since the last line
         SECONDS.clear()
         self.named: set[str] = set()
         if ranks.is_main():
+            done = counters["step"] if counters else 0
             write_settings(cfg, directory, done)
             move_aside_later_rows(directory, done)
             self.metrics_file = open(directory / "metrics.jsonl", "a", encoding="utf-8")
             self.completions_file = open(directory / "completions.jsonl", "a", encoding="utf-8")
 
-    def counters(self) -> dict[str, int]:
-        """What a resumed run needs to know of the log."""
-        return dict(self.counts)
-
-    def go_on_from(self, counters: dict[str, int]) -> None:
-        self.counts = {name: counters[name] for name in COUNTERS}
-
     def add(self, **values: float) -> None:
         """Adds to the mean of each metric, or to its maximum if its name ends in _max."""
         for name, value in values.items():
-            if name.endswith("_max"):
-                self.sums[name] = max(self.sums[name], float(value))
-            else:
-                self.sums[name] += float(value)
-                self.numbers[name] += 1
+            self.values[name].append(float(value))
 
     def note(self, key: str, message: str) -> None:
         """A line on the terminal, once per key."""
@@ -100,12 +92,13 @@ class RunLog:
     def reason_to_end(self, step: int) -> str | None:
         """Why the run cannot go on, in words, or None. The same on every rank."""
         asked, skipped = self.counts["asked"], self.counts["skipped"]
-        if step == self.cfg.max_steps and skipped == asked:
-            return f"no question was trained on: none of {asked} clips could be read"
         if self.failures >= 3:
             return f"{self.failures} updates in a row were not finite"
         allowed = self.cfg.max_skip_fraction
-        if skipped > allowed * max(asked, 100):  # one bad clip in ten is no trend
+        trained_on_none = step == self.cfg.max_steps and skipped == asked
+        if trained_on_none or skipped > allowed * max(
+            asked, 100
+        ):  # one bad clip in ten is no trend
             return (
                 f"{skipped} of {asked} clips could not be read, more than "
                 f"--max_skip_fraction {allowed} allows"
@@ -151,7 +144,7 @@ class RunLog:
 
     def scored(self, group: Group, output: HeadOutput) -> None:
         """What the completions of a question measured when they were first scored."""
-        reward_G, lengths = group.rewards_GK.sum(-1), group.lengths_G
+        reward_G, lengths_G = group.rewards_GK.sum(-1), group.lengths_G
         names = [f"rewards/{name}" for name in self.cfg.reward_funcs]
         drift_N = (group.sampled_logps_N - output.logps_N.cpu()).abs()
         self.add(
@@ -159,11 +152,11 @@ class RunLog:
             reward_std=reward_G.std(),
             frac_reward_zero_std=reward_G.std() == 0,
             **dict(zip(names, group.rewards_GK.mean(0), strict=True)),
-            completion_length=lengths.float().mean(),
+            completion_length=lengths_G.float().mean(),
             truncated_frac=1 - fmean(group.finished),
             divergence_mean=output.divergence_T.mean(),
             weight_mean=output.weights_T.mean(),
-            weight_mean_all_alive=output.weights_T[: int(lengths.min())].mean(),
+            weight_mean_all_alive=output.weights_T[: int(lengths_G.min())].mean(),
             # How unequal the weights are. Their range would say nothing: whatever the model does,
             # the official rule stretches it to 1..alpha within every group.
             weight_std=output.weights_T.std(correction=0),
@@ -172,13 +165,12 @@ class RunLog:
             sampling_logp_difference_p99=drift_N.quantile(0.99),
             sampling_logp_difference_max=drift_N.max(),
         )
-        self.tokens += int(lengths.sum())
 
     def show(self) -> None:
         """The means since the last line, beside the progress bar."""
-        if "reward" in self.numbers:
+        if "reward" in self.values:
             names = ("reward", "reward_std", "completion_length")
-            reward, std, length = (self.sums[name] / self.numbers[name] for name in names)
+            reward, std, length = (fmean(self.values[name]) for name in names)
             phases = " ".join(f"{name} {s / self.steps:.2f}" for name, s in SECONDS.items())
             self.bar.set_postfix_str(
                 f"reward {reward:.2f} std {std:.2f} length {length:.0f}, s: {phases}", refresh=False
@@ -188,25 +180,26 @@ class RunLog:
         """The line of metrics.jsonl for the steps since the last, if any. Called by all ranks."""
         if not self.steps:
             return
-        mine = (self.sums, self.numbers, SECONDS, self.tokens, peak_memory_gb())
-        sums, numbers, seconds, tokens, memory = zip(*ranks.gather(mine), strict=True)
+        mine = (self.values, SECONDS, peak_memory_gb())
+        values, seconds, memory = zip(*ranks.gather(mine), strict=True)
         if ranks.is_main():
-            row = {}
-            for name in dict.fromkeys(name for values in sums for name in values):
-                if name.endswith("_max"):
-                    row[name] = max(values[name] for values in sums)
-                else:
-                    row[name] = sum(v[name] for v in sums) / sum(n[name] for n in numbers)
+            row = {"step": step}
+            for name in dict.fromkeys(name for of_rank in values for name in of_rank):
+                everyones = [value for of_rank in values for value in of_rank.get(name, ())]
+                is_max = name.endswith("_max")
+                row[name] = max(everyones) if is_max else sum(everyones) / len(everyones)
             for name in SECONDS:
                 row[f"time/{name}"] = fmean(s[name] for s in seconds) / self.steps
-            row["tokens_per_second"] = sum(tokens) / max(sum(SECONDS.values()), 1e-9)
+            lengths = [length for of_rank in values for length in of_rank["completion_length"]]
+            tokens = sum(lengths) * self.cfg.num_generations
+            row["tokens_per_second"] = tokens / max(sum(SECONDS.values()), 1e-9)
             row["peak_memory_gb"] = max(memory)
             row |= {name: self.counts[name] for name in ("skipped", "nonfinite")}
-            self.metrics_file.write(json.dumps({"step": step, **row}) + "\n")
+            self.metrics_file.write(json.dumps(row) + "\n")
             self.metrics_file.flush()
-        for values in (self.sums, self.numbers, SECONDS):
-            values.clear()
-        self.tokens = self.steps = 0
+        self.values.clear()
+        SECONDS.clear()
+        self.steps = 0
 
 
 def completions_row(
@@ -261,27 +254,18 @@ def write_settings(cfg: Config, directory: Path, done: int) -> None:
         beside.write_text(text + "\n", encoding="utf-8")
 
 
-def step_of(line: bytes) -> int | None:
-    """The step of a whole line of a log; None if a kill cut it off."""
-    found = re.match(rb'\{"step": ([0-9]+),', line)
-    return int(found[1]) if found and line.endswith(b"\n") else None
-
-
 def move_aside_later_rows(run: Path, step: int) -> None:
     """Log lines written after `step` go to NAME.after-STEP, and a line cut off by a kill with them.
 
     The lines that stay are then those of the run that was never interrupted.
     """
-    for name in ("metrics.jsonl", "completions.jsonl"):
-        path = run / name
-        if not path.exists():
-            continue
+    for path in (run / "metrics.jsonl", run / "completions.jsonl"):
         kept, later = [], []
-        for line in path.read_bytes().splitlines(keepends=True):
-            of = step_of(line)
-            (kept if of is not None and of <= step else later).append(line)
+        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+            whole = re.match(rb'\{"step": ([0-9]+),.*\n', line)
+            (kept if whole and int(whole[1]) <= step else later).append(line)
         if later:
-            with open(run / f"{name}.after-{step}", "ab") as aside:
+            with open(run / f"{path.name}.after-{step}", "ab") as aside:
                 aside.writelines(later)
             with files.replacing(path) as beside:
                 beside.write_bytes(b"".join(kept))
@@ -295,7 +279,5 @@ def peak_memory_gb() -> float:
     """Peak memory of this process so far, 1e9 bytes: on the GPU if there is one, or resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    import resource  # not on Windows
-
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -123,8 +123,8 @@ def test_metrics_are_those_of_the_readme_in_a_line_a_step(short_run):
 def test_a_maximum_stays_one_over_questions_and_ranks(tmp_path, monkeypatch):
     log = RunLog(parse_config([]), tmp_path)
     for value in (1.0, 3.0, 2.0):
-        log.add(far=value, far_max=value)
-    other_rank = (dict(far=8.0, far_max=4.0), dict(far=1.0), {}, 0, 0.0)
+        log.add(far=value, far_max=value, completion_length=5)
+    other_rank = (dict(far=[8.0], far_max=[4.0], completion_length=[]), {}, 0.0)
     monkeypatch.setattr("model.ranks.gather", lambda mine: [mine, other_rank])
     log.steps = 1
     log.write(1)
@@ -331,7 +331,7 @@ def test_clips_are_decoded_once_while_there_is_room(world, prompter, records, tm
 def test_no_readable_clip_at_all_ends_the_run(world, tmp_path):
     row = dict(problem="?", solution="A", video="nothing.mp4")
     (tmp_path / "q.json").write_text(json.dumps([row]))
-    with pytest.raises(UserError, match="no question was trained on"):
+    with pytest.raises(UserError, match="4 of 4 clips could not be read"):
         train(world, tmp_path / "r", "--jsonl_path", tmp_path / "q.json")
 
 
