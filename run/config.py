@@ -263,12 +263,8 @@ def settings_of(cfg: Config) -> dict:
 
 def read_settings(directory: Path) -> dict:
     """config.json of a run. Raises UserError if it is damaged or not that of a run."""
-    path, remedy = directory / "config.json", "choose another --output_dir"
-    settings = {"world_size": 1} | files.read_json(path, remedy)
-    counts = ("max_steps", "save_steps", "world_size", *BATCH)
-    if not all(type(settings.get(name)) is int for name in counts):
-        raise UserError(f"{path} is not the config.json of a run; {remedy}")
-    return settings
+    remedy = "choose another --output_dir"
+    return files.read_json(directory / "config.json", remedy, ("world_size", *BATCH))
 
 
 def changed_settings(cfg: Config, old: dict) -> dict:
