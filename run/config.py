@@ -1,7 +1,6 @@
 """The settings of a run: every flag of twgrpo.py and its validation, and the files it names.
 
-A run without a model is an embedded toy: its defaults take the place of the recipe's, and
-`toy_config` names the files that the run makes first.
+A run without a model is an embedded toy, whose defaults take the place of the recipe's.
 """
 
 import dataclasses
@@ -242,14 +241,10 @@ def check_contents(cfg: Config, directory: Path) -> None:
     if toy.is_world(directory / "toy", cfg.toy, cfg.seed):
         begun.add("toy")
     names = {path.name for path in directory.iterdir()} - begun if directory.is_dir() else ()
-    if names and not cfg.resume_from_checkpoint:
+    if names and not (cfg.resume_from_checkpoint and "config.json" in names):
         raise UserError(
-            f"--output_dir {directory} is not empty; choose another, or resume the run in it "
-            "with --resume_from_checkpoint auto"
-        )
-    if names and "config.json" not in names:
-        raise UserError(
-            f"--output_dir {directory} holds files but no run (no config.json); choose another"
+            f"--output_dir {directory} is not empty; choose another, or if it holds a run (its "
+            "config.json), resume that with --resume_from_checkpoint auto"
         )
 
 
@@ -330,17 +325,6 @@ def held_out_records(cfg: Config) -> list[Record]:
     return load_records(cfg.eval_jsonl_path, cfg.video_root) if cfg.eval_jsonl_path else []
 
 
-def toy_config(cfg: Config, root: Path) -> Config:
-    """The same settings, pointed at the toy world under `root`."""
-    return dataclasses.replace(
-        cfg,
-        model_name_or_path=str(root / "model"),
-        jsonl_path=str(root / "train.jsonl"),
-        eval_jsonl_path=str(root / "test.jsonl"),
-        video_root=str(root),
-    )
-
-
 def show_toy_flags(cfg: Config) -> None:
     print(f"No --model_name_or_path: training the toy {cfg.toy!r}, which sets these flags:")
     defaults = toy.TOYS[cfg.toy].defaults
@@ -348,15 +332,10 @@ def show_toy_flags(cfg: Config) -> None:
 
 
 def make_toy(cfg: Config, root: Path) -> None:
-    """Makes the toy world unless it is there. Raises UserError if something else is there."""
+    """Makes the toy world unless it is there. Raises OSError if something else is there, but
+    --allow_changes trains on the world of another seed."""
     show_toy_flags(cfg)
-    if not root.exists():
+    other = cfg.allow_changes and (root / "model").is_dir()
+    if not other and not toy.is_world(root, cfg.toy, cfg.seed):
         print("Making its clips and its model first takes two to three minutes.", flush=True)
         toy.prepare(root, cfg.seed, cfg.toy)
-    elif not toy.is_world(root, cfg.toy, cfg.seed) and not (
-        cfg.allow_changes and (root / "model").is_dir()
-    ):
-        raise UserError(
-            f"{root} is not the world of --toy {cfg.toy} --seed {cfg.seed}; choose another "
-            "--output_dir, or --allow_changes true to train on it"
-        )
