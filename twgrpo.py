@@ -249,10 +249,11 @@ def differentiate(loss: Tensor, count: float) -> None:
 
 def train_and_evaluate(cfg: Config) -> Path | None:
     """A whole run, from the flags to the pictures: its directory, or None of a dry run."""
-    check_attention(cfg, ranks.start())
+    device = ranks.start()
     if cfg.dry_run:
         ranks.on_first(plan.show, cfg)
         return None
+    check_attention(cfg, device)
     is_toy = cfg.model_name_or_path is None
     if not is_toy:
         training_records(cfg), held_out_records(cfg)  # report bad rows before making a directory
