@@ -294,8 +294,6 @@ def check_changes(cfg: Config, old: dict, done: int) -> list[str]:
             f"{'; '.join(lines[name] for name in another)}: that would be another run; give the "
             "old values, or --allow_changes true"
         )
-    if before != now:
-        lines["questions"] = f"a step has {now} questions, not {before}"
     if "max_steps" in lines:
         lines["max_steps"] += ": the learning rate now falls to 0 there"
     return [printable(line) for line in lines.values()]
