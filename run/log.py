@@ -32,6 +32,7 @@ from records import printable
 from run.config import Config, changed_settings, read_settings, settings_of
 
 COUNTERS = ("asked", "skipped", "nonfinite")  # questions and updates since the start, all ranks
+SHOWN = ("reward", "reward_std", "completion_length")  # beside the progress bar
 SECONDS: dict[str, float] = defaultdict(float)  # spent in each phase since the last line
 
 
@@ -95,10 +96,8 @@ class RunLog:
         if self.failures >= 3:
             return f"{self.failures} updates in a row were not finite"
         allowed = self.cfg.max_skip_fraction
-        trained_on_none = step == self.cfg.max_steps and skipped == asked
-        if trained_on_none or skipped > allowed * max(
-            asked, 100
-        ):  # one bad clip in ten is no trend
+        too_many = skipped > allowed * max(asked, 100)  # one bad clip in ten is no trend
+        if too_many or (step == self.cfg.max_steps and skipped == asked):
             return (
                 f"{skipped} of {asked} clips could not be read, more than "
                 f"--max_skip_fraction {allowed} allows"
@@ -133,11 +132,11 @@ class RunLog:
                 self.not_finite(step, groups, update.loss)
         self.add(learning_rate=rate)
         self.steps += 1
-        self.show()
+        means = {name: fmean(self.values[name]) for name in SHOWN if name in self.values}
+        self.bar.set_postfix(means | SECONDS, refresh=False)
         if step % self.cfg.logging_steps == 0:
             if groups and updates and ranks.is_main():
-                names, output = self.cfg.reward_funcs, updates[0].outputs[0]
-                row = completions_row(step, groups[0], output, names, tokenizer)
+                row = self.completions_row(step, groups[0], updates[0].outputs[0], tokenizer)
                 self.completions_file.write(json.dumps(row) + "\n")
                 self.completions_file.flush()
             self.write(step)
@@ -166,15 +165,39 @@ class RunLog:
             sampling_logp_difference_max=drift_N.max(),
         )
 
-    def show(self) -> None:
-        """The means since the last line, beside the progress bar."""
-        if "reward" in self.values:
-            names = ("reward", "reward_std", "completion_length")
-            reward, std, length = (fmean(self.values[name]) for name in names)
-            phases = " ".join(f"{name} {s / self.steps:.2f}" for name, s in SECONDS.items())
-            self.bar.set_postfix_str(
-                f"reward {reward:.2f} std {std:.2f} length {length:.0f}, s: {phases}", refresh=False
-            )
+    def completions_row(
+        self, step: int, group: Group, output: HeadOutput, tokenizer: PreTrainedTokenizerBase
+    ) -> dict:
+        """One group for completions.jsonl. D_t and w_t belong to positions, logps to tokens.
+
+        `tokens` are decoded one by one, special ones included, so that each can be shown with its
+        numbers; a character that several tokens share the bytes of shows as U+FFFD in each of them.
+        """
+        record = group.question.record
+        logps = output.logps_N.cpu().split(group.lengths_G.tolist())
+        completions = zip(
+            group.texts, group.completions, logps, group.advantages_G, group.rewards_GK, strict=True
+        )
+        return dict(
+            step=step,
+            id=record.id,
+            problem=record.problem,
+            solution=record.solution,
+            video=str(record.video),
+            divergence=rounded(output.divergence_T),
+            weights=rounded(output.weights_T),
+            completions=[
+                dict(
+                    text=text,
+                    token_ids=ids.tolist(),
+                    tokens=tokenizer.batch_decode(ids[:, None]),
+                    logps=rounded(logps_i),
+                    advantage=round(float(advantage), 6),
+                    rewards=dict(zip(self.cfg.reward_funcs, rewards_K.tolist(), strict=True)),
+                )
+                for text, ids, logps_i, advantage, rewards_K in completions
+            ],
+        )
 
     def write(self, step: int) -> None:
         """The line of metrics.jsonl for the steps since the last, if any. Called by all ranks."""
@@ -200,45 +223,6 @@ class RunLog:
         self.values.clear()
         SECONDS.clear()
         self.steps = 0
-
-
-def completions_row(
-    step: int,
-    group: Group,
-    output: HeadOutput,
-    reward_names: list[str],
-    tokenizer: PreTrainedTokenizerBase,
-) -> dict:
-    """One group as completions.jsonl holds it. D_t and w_t belong to positions, logps to tokens.
-
-    `tokens` are decoded one by one, special ones included, so that each can be shown with its
-    numbers; a character that several tokens share the bytes of shows as U+FFFD in each of them.
-    """
-    record = group.question.record
-    logps = output.logps_N.cpu().split(group.lengths_G.tolist())
-    completions = zip(
-        group.texts, group.completions, logps, group.advantages_G, group.rewards_GK, strict=True
-    )
-    return dict(
-        step=step,
-        id=record.id,
-        problem=record.problem,
-        solution=record.solution,
-        video=str(record.video),
-        divergence=rounded(output.divergence_T),
-        weights=rounded(output.weights_T),
-        completions=[
-            dict(
-                text=text,
-                token_ids=ids.tolist(),
-                tokens=tokenizer.batch_decode(ids[:, None]),
-                logps=rounded(logps_i),
-                advantage=round(float(advantage), 6),
-                rewards=dict(zip(reward_names, rewards_K.tolist(), strict=True)),
-            )
-            for text, ids, logps_i, advantage, rewards_K in completions
-        ],
-    )
 
 
 def write_settings(cfg: Config, directory: Path, done: int) -> None:

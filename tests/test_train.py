@@ -166,7 +166,7 @@ def test_the_same_command_gives_the_same_bits(short_run, world, tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     assert metrics(tmp_path / "again") == metrics(short_run)
     assert same_weights(weights(short_run, 5), weights(tmp_path / "again", 5))
-    for words in ("reward ", " std ", " length ", "rollout 0.", "score 0."):
+    for words in ("reward=", "completion_length=", "rollout=0.", "score=0."):
         assert words in result.stderr
     train(world, tmp_path / "other", FIVE_STEPS, "--seed 7")
     assert metrics(tmp_path / "other") != metrics(short_run)
