@@ -345,13 +345,12 @@ def test_no_readable_clip_at_all_ends_the_run(world, tmp_path):
         ("--epsilon 1", "--epsilon 1.0 must be in [0, 1)"),
         ("--min_pixels 9000000", "--min_pixels must be at most --max_pixels"),
         ("--model_name_or_path x", "go together"),
-        ("--seed 99999999999999999999", "must be in [0, 9e18]"),
+        ("--seed 99999999999999999999", "must be in [0, 2e9]"),
         ("--weight_decay inf", "--weight_decay inf must be in [0, 1e9]"),
         ("--fps nan", "--fps nan must be in (0, 1e9]"),
         ("--learning_rate 0", "--learning_rate 0.0 must be in (0, 1e9]"),
         ("--clip_timeout 1e300", "--clip_timeout 1e+300 must be in (0, 86400]"),
         ("--max_frames 99999999999999999999", "must be in [2, 2e9]"),
-        ("--dataloader_num_workers 100000", "must be in [0, 256]"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_by_flag(flags, reason):
