@@ -69,7 +69,6 @@ class Saver:
     def save(self) -> None:
         """Writes the checkpoint of the step that is finished. Called by all ranks. Raises UserError
         on all of them, after the stage that failed on one: none waits for it in the next."""
-        self.log.write(self.step)
         self.saved_step = self.step  # even if it fails: once is enough
         final = self.log.dir / f"checkpoint-{self.step}"
         partial = final.with_name(f".{final.name}.partial")

@@ -139,7 +139,6 @@ class Bookkeeping:
     _argument_group_name = "bookkeeping"
     seed: int = flag(42, "seeds data order, sampling and the toy")
     save_steps: int = flag(100, "steps between checkpoints")
-    logging_steps: int = flag(1, "steps between lines of metrics.jsonl")
     save_only_model: bool = flag(False, "save weights only; the run cannot be resumed")
     resume_from_checkpoint: str | None = flag(None, "a checkpoint, or auto: the run's newest")
     allow_changes: bool = flag(False, "resume even with another seed, data, model or batch")

@@ -1,8 +1,8 @@
 """The files a run leaves behind, apart from its checkpoints.
 
     config.json         the flags, and what they were before the run was resumed with others
-    metrics.jsonl       one line every logging_steps and at each checkpoint: means since the last
-    completions.jsonl   one group every logging_steps, with rewards, advantages and token weights
+    metrics.jsonl       one line a step: means over its questions
+    completions.jsonl   one group a step, with rewards, advantages and token weights
 
 Metric names follow TRL where it has one. Letters as in twgrpo.py: B questions, G completions, K
 reward functions.
@@ -33,7 +33,7 @@ from run.config import Config, changed_settings, read_settings, settings_of
 
 COUNTERS = ("asked", "skipped", "nonfinite")  # questions and updates since the start, all ranks
 SHOWN = ("reward", "reward_std", "completion_length")  # beside the progress bar
-SECONDS: dict[str, float] = defaultdict(float)  # spent in each phase since the last line
+SECONDS: dict[str, float] = defaultdict(float)  # spent in each phase of this step
 
 
 @contextmanager
@@ -57,10 +57,7 @@ class RunLog:
         self.cfg, self.dir = cfg, directory
         self.counts = {name: (counters or {}).get(name, 0) for name in COUNTERS}
         self.failures = 0  # updates in a row that were not finite
-        self.values: dict[str, list[float]] = defaultdict(
-            list
-        )  # of each metric, since the last line
-        self.steps = 0  # since the last line
+        self.values: dict[str, list[float]] = defaultdict(list)  # of each metric, in this step
         SECONDS.clear()
         self.named: set[str] = set()
         if ranks.is_main():
@@ -131,15 +128,13 @@ class RunLog:
                 self.counts["nonfinite"] += 1
                 self.not_finite(step, groups, update.loss)
         self.add(learning_rate=rate)
-        self.steps += 1
         means = {name: fmean(self.values[name]) for name in SHOWN if name in self.values}
         self.bar.set_postfix(means | SECONDS, refresh=False)
-        if step % self.cfg.logging_steps == 0:
-            if groups and updates and ranks.is_main():
-                row = self.completions_row(step, groups[0], updates[0].outputs[0], tokenizer)
-                self.completions_file.write(json.dumps(row) + "\n")
-                self.completions_file.flush()
-            self.write(step)
+        if groups and updates and ranks.is_main():
+            row = self.completions_row(step, groups[0], updates[0].outputs[0], tokenizer)
+            self.completions_file.write(json.dumps(row) + "\n")
+            self.completions_file.flush()
+        self.write(step)
 
     def scored(self, group: Group, output: HeadOutput) -> None:
         """What the completions of a question measured when they were first scored."""
@@ -200,9 +195,7 @@ class RunLog:
         )
 
     def write(self, step: int) -> None:
-        """The line of metrics.jsonl for the steps since the last, if any. Called by all ranks."""
-        if not self.steps:
-            return
+        """The line of metrics.jsonl. Called by all ranks."""
         mine = (self.values, SECONDS, peak_memory_gb())
         values, seconds, memory = zip(*ranks.gather(mine), strict=True)
         if ranks.is_main():
@@ -212,7 +205,7 @@ class RunLog:
                 is_max = name.endswith("_max")
                 row[name] = max(everyones) if is_max else sum(everyones) / len(everyones)
             for name in SECONDS:
-                row[f"time/{name}"] = fmean(s[name] for s in seconds) / self.steps
+                row[f"time/{name}"] = fmean(s[name] for s in seconds)
             lengths = [length for of_rank in values for length in of_rank["completion_length"]]
             tokens = sum(lengths) * self.cfg.num_generations
             row["tokens_per_second"] = tokens / max(sum(SECONDS.values()), 1e-9)
@@ -222,7 +215,6 @@ class RunLog:
             self.metrics_file.flush()
         self.values.clear()
         SECONDS.clear()
-        self.steps = 0
 
 
 def write_settings(cfg: Config, directory: Path, done: int) -> None:

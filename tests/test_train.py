@@ -129,7 +129,6 @@ def test_a_maximum_stays_one_over_questions_and_ranks(tmp_path, monkeypatch):
         log.add(far=value, far_max=value, completion_length=5)
     other_rank = (dict(far=[8.0], far_max=[4.0], completion_length=[]), {}, 0.0)
     monkeypatch.setattr("model.ranks.gather", lambda mine: [mine, other_rank])
-    log.steps = 1
     log.write(1)
     (row,) = metrics(tmp_path)
     assert row["far"] == 14 / 4 and row["far_max"] == 4
@@ -173,14 +172,6 @@ def test_the_same_command_gives_the_same_bits(short_run, world, tmp_path):
         assert words in result.stderr
     train(world, tmp_path / "other", FIVE_STEPS, "--seed 7")
     assert metrics(tmp_path / "other") != metrics(short_run)
-
-
-def test_logging_steps_average_and_the_last_line_is_never_lost(short_run, world, tmp_path):
-    every = metrics(short_run)
-    rows = metrics(train(world, tmp_path / "r", FIVE_STEPS, "--save_steps 5 --logging_steps 2"))
-    assert [row["step"] for row in rows] == [2, 4, 5]
-    assert rows[0]["loss"] == pytest.approx((every[0]["loss"] + every[1]["loss"]) / 2)
-    assert rows[2]["reward"] == every[4]["reward"]
 
 
 def test_groups_that_teach_nothing_are_left_out_of_the_backward_pass(
