@@ -18,7 +18,6 @@ import video
 from run import decoder, held_out, plan
 from run.clips import QuestionsAhead
 from run.config import Config
-from tools import weights_page
 from video import VideoError
 
 
@@ -130,17 +129,6 @@ def test_training_leaves_out_clips_that_hang_or_crash(workers, world, prompter, 
     cfg = config(world, per_device_train_batch_size=3, dataloader_num_workers=workers)
     with contextlib.closing(QuestionsAhead(cfg, clips, prompter, log, first_step=1)) as ahead:
         assert len(ahead.take(1)[0]) == 1 and log.counts == dict(asked=3, skipped=2)
-
-
-def test_the_page_leaves_out_a_clip_that_crashes_its_decoder(stuck):
-    settings = dict(fps=2.0, max_frames=4, min_pixels=3136, max_pixels=3136)
-    with decoder.ClipReader() as reader:
-        bad, good = (
-            weights_page.shown_clip(str(stuck / name), settings, reader.load_clip)
-            for name in ("crash.mp4", "good.mp4")
-        )
-    assert bad["error"].endswith("crash.mp4: the decoder crashed on it")
-    assert len(good["frames"]) == 4
 
 
 # --------------------------------------------------------------------------- signals and orphans
