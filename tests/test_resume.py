@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 from conftest import twgrpo_command
-from test_train import metrics, same_weights, snapshot, train, weights
+from test_train import metrics, same_run, snapshot, train
 
 import toy
 import twgrpo
@@ -30,10 +30,6 @@ AUTO = "--resume_from_checkpoint auto"
 @pytest.fixture(scope="module")
 def whole(world, tmp_path_factory):
     return train(world, tmp_path_factory.mktemp("whole") / "r", FLAGS)
-
-
-def same_run(a, b):
-    return metrics(a) == metrics(b) and same_weights(weights(a, STEPS), weights(b, STEPS))
 
 
 @pytest.mark.slow
@@ -58,7 +54,7 @@ def test_killed_at_random_moments_it_ends_as_if_nothing_had_happened(whole, worl
             Policy.load(newest)  # what is there is whole
             done = int(newest.name.rpartition("-")[2])
             assert len(lines(out)) - done <= 2 + 1  # no more than --save_steps are lost
-    assert same_run(train(world, out, FLAGS, AUTO), whole)
+    assert same_run(train(world, out, FLAGS, AUTO), whole, STEPS)
 
 
 def lines(out):
@@ -267,7 +263,7 @@ def test_an_error_in_the_loop_saves_the_steps_before_it(
     assert checkpoint.find(out, "auto").name == f"checkpoint-{kept}"
     if not flags:
         copy = shutil.copytree(out, tmp_path / "copy")  # this process still holds the lock
-        assert same_run(train(world, copy, FLAGS, AUTO), whole)
+        assert same_run(train(world, copy, FLAGS, AUTO), whole, STEPS)
 
 
 # --------------------------------------------------------------------------------- other endings
@@ -292,7 +288,7 @@ def test_too_many_unreadable_clips_end_the_run_with_a_checkpoint(good, steps, wo
 
 @pytest.mark.slow
 def test_workers_ahead_change_nothing(whole, world, tmp_path):
-    assert same_run(train(world, tmp_path / "r", FLAGS, "--dataloader_num_workers 2"), whole)
+    assert same_run(train(world, tmp_path / "r", FLAGS, "--dataloader_num_workers 2"), whole, STEPS)
 
 
 def test_dry_run_shows_the_plan_and_touches_nothing(world, tmp_path, capsys):
