@@ -14,7 +14,7 @@ import fcntl
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
@@ -73,16 +73,15 @@ def new_directory(base: Path) -> Path:
             return directory
 
 
-def read_json(path: Path, remedy: str) -> dict:
-    """The object in a JSON file. If there is none, raises a UserError that ends with `remedy`."""
+def read_json(path: Path, remedy: str, numbers: Iterable[str] = ()) -> dict:
+    """The object in a JSON file. If there is none, or what it holds under one of the names in
+    `numbers` is not an integer, raises a UserError that ends with `remedy`."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
-    except (ValueError, RecursionError):
-        raise UserError(f"{path} is damaged, its text is not JSON; {remedy}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} does not hold a JSON object; {remedy}")
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}); {remedy}") from None
+    if not isinstance(value, dict) or not all(type(value.get(n)) is int for n in numbers):
+        raise UserError(f"{path} does not hold what it should; {remedy}")
     return value
 
 

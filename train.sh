@@ -40,6 +40,5 @@ torchrun --standalone --nproc_per_node "$GPUS" twgrpo.py \
     --max_grad_norm 20 \
     --freeze_vision_modules true \
     --save_steps 100 \
-    --logging_steps 1 \
     --seed 42 \
     "$@"

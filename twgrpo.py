@@ -109,7 +109,6 @@ def train(
     optimizer = make_optimizer(cfg, policy)
     if resume:
         checkpoint.load(resume[0], policy, optimizer)
-        log.go_on_from(resume[1])
     saver = checkpoint.Saver(cfg, policy, optimizer, log, resume)
     step, ending = saver.step, None
     ahead = QuestionsAhead(cfg, records, prompter, log, step + 1)
@@ -250,10 +249,11 @@ def differentiate(loss: Tensor, count: float) -> None:
 
 def train_and_evaluate(cfg: Config) -> Path | None:
     """A whole run, from the flags to the pictures: its directory, or None of a dry run."""
-    check_attention(cfg, ranks.start())
+    device = ranks.start()
     if cfg.dry_run:
         ranks.on_first(plan.show, cfg)
         return None
+    check_attention(cfg, device)
     is_toy = cfg.model_name_or_path is None
     if not is_toy:
         training_records(cfg), held_out_records(cfg)  # report bad rows before making a directory
@@ -267,7 +267,7 @@ def train_and_evaluate(cfg: Config) -> Path | None:
     prompter = make_prompter(cfg, policy)
     check_prompts(prompter, records, cfg.jsonl_path)
     check_prompts(prompter, held_out, cfg.eval_jsonl_path)
-    log = RunLog(cfg, directory, resume[1]["step"] if resume else 0)
+    log = RunLog(cfg, directory, resume and resume[1])
     if held_out and cfg.eval_on_start:
         measures.before(cfg, policy, prompter, held_out)
     steps = train(cfg, policy, records, prompter, log, resume)

@@ -16,7 +16,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
@@ -64,15 +64,51 @@ class Saver:
 
     def finished(self, step: int) -> None:
         """The weights and counters are those after `step`, until the optimizer steps again."""
-        self.step, self.counters, self.between_steps = step, self.log.counters(), True
+        self.step, self.counters, self.between_steps = step, dict(self.log.counts), True
 
     def save(self) -> None:
-        """Writes the checkpoint of the step that is finished. Called by all ranks."""
-        self.log.write(self.step)
+        """Writes the checkpoint of the step that is finished. Called by all ranks. Raises UserError
+        on all of them, after the stage that failed on one: none waits for it in the next."""
         self.saved_step = self.step  # even if it fails: once is enough
-        counters = {"step": self.step, **self.counters}
-        model_only, source = self.cfg.save_only_model, self.cfg.model_name_or_path
-        self.saved = save(self.policy, self.optimizer, counters, self.log.dir, source, model_only)
+        final = self.log.dir / f"checkpoint-{self.step}"
+        partial = final.with_name(f".{final.name}.partial")
+        for stage in (self._write_model, self._write_state, self._finish):
+            reason = None
+            try:
+                stage(partial, final)
+            except (Exception, CheckpointException) as error:  # of safetensors, torch or the disk
+                free = shutil.disk_usage(final.parent).free / 1e9
+                reason = f"{_sentence(error)}; {free:.2f} GB free there"
+            if failed := [r for r in ranks.gather(reason) if r is not None]:
+                if ranks.is_main():
+                    shutil.rmtree(partial, ignore_errors=True)
+                raise UserError(
+                    f"{final} could not be written ({failed[0]}); earlier checkpoints are whole"
+                )
+        self.saved = final
+
+    def _write_model(self, partial: Path, final: Path) -> None:
+        for killed in final.parent.glob(".checkpoint-*.partial") if ranks.is_main() else ():
+            shutil.rmtree(killed, ignore_errors=True)
+        self.policy.save(partial, self.cfg.model_name_or_path)
+
+    def _write_state(self, partial: Path, final: Path) -> None:
+        if not self.cfg.save_only_model:
+            path, alone = partial / "trainer_state", ranks.world() == 1
+            dcp.save(_state(self.policy, self.optimizer), checkpoint_id=path, no_dist=alone)
+
+    def _finish(self, partial: Path, final: Path) -> None:
+        if not ranks.is_main():
+            return
+        if not self.cfg.save_only_model:
+            counters = json.dumps({"step": self.step, **self.counters})
+            (partial / "trainer_state" / "counters.json").write_text(counters, encoding="utf-8")
+        for path in [*partial.rglob("*"), partial]:
+            files.flush(path)  # fsync before the rename
+        os.rename(partial, final)  # which fails if something has that name
+        for older in [] if self.cfg.save_only_model else checkpoints(final.parent).values():
+            if older != final:
+                shutil.rmtree(older / "trainer_state", ignore_errors=True)
 
     @contextlib.contextmanager
     def rescuing(self) -> Iterator[None]:
@@ -99,68 +135,6 @@ def weights_are_finite(policy: Policy) -> bool:
     """On all ranks. Saving NaNs would replace the last state that can be resumed."""
     shards = [getattr(p, "to_local", lambda p=p: p)() for p in policy.model.parameters()]
     return not ranks.agree(not all(shard.isfinite().all() for shard in shards))
-
-
-def save(
-    policy: Policy,
-    optimizer: optim.Optimizer,
-    counters: dict,
-    run: Path,
-    processor_from: str,
-    model_only: bool = False,
-) -> Path:
-    """Writes run/checkpoint-STEP, where counters["step"] is the step. Called by all ranks. Raises
-    UserError on all of them."""
-    final = run / f"checkpoint-{counters['step']}"
-    partial = run / f".{final.name}.partial"
-    state = partial / "trainer_state"
-
-    def begin() -> None:
-        for killed in run.glob(".checkpoint-*.partial"):
-            shutil.rmtree(killed)
-        state.mkdir(parents=True)
-
-    def write_state() -> None:
-        dcp.save(_state(policy, optimizer), checkpoint_id=state, no_dist=ranks.world() == 1)
-
-    def finish() -> None:
-        if model_only:
-            state.rmdir()
-        else:
-            (state / "counters.json").write_text(json.dumps(counters), encoding="utf-8")
-        for path in [*partial.rglob("*"), partial]:
-            files.flush(path)  # fsync before the rename
-        if final.exists():
-            raise UserError("something has that name")
-        os.rename(partial, final)
-        for older in [] if model_only else checkpoints(run).values():
-            if older != final and not (older / "trainer_state").is_symlink():
-                shutil.rmtree(older / "trainer_state", ignore_errors=True)
-
-    _together(final, begin, main_only=True)
-    _together(final, policy.save, partial, processor_from)
-    if not model_only:
-        _together(final, write_state)
-    _together(final, finish, main_only=True)
-    return final
-
-
-def _together(final: Path, action: Callable, *arguments, main_only: bool = False) -> None:
-    """One stage of a save. If it fails on one rank, all of them raise UserError, so that none waits
-    for the others in the next stage."""
-    reason = None
-    try:
-        if ranks.is_main() or not main_only:
-            action(*arguments)
-    except (Exception, CheckpointException) as error:  # of safetensors, torch or the disk
-        free = shutil.disk_usage(final.parent).free / 1e9
-        reason = f"{_sentence(error)}; {free:.2f} GB free there"
-    if failed := [r for r in ranks.gather(reason) if r is not None]:
-        if ranks.is_main():
-            shutil.rmtree(final.with_name(f".{final.name}.partial"), ignore_errors=True)
-        raise UserError(
-            f"{final} could not be written ({failed[0]}); earlier checkpoints are whole"
-        )
 
 
 def _sentence(error: BaseException) -> str:
@@ -194,7 +168,9 @@ def to_resume(cfg: Config, run: Path) -> tuple[Path, dict] | None:
     path = find(run, cfg.resume_from_checkpoint) if cfg.resume_from_checkpoint else None
     if path is None:
         return None
-    counters = read_counters(path)
+    remedy = "resume from another checkpoint, or start a new run from its weights"
+    file = path / "trainer_state" / "counters.json"
+    counters = files.read_json(file, remedy, numbers=("step", *COUNTERS))
     done = counters["step"]
     if later := [kept for step, kept in checkpoints(run).items() if step > done]:
         raise UserError(
@@ -225,16 +201,6 @@ def find(run: Path, which: str) -> Path | None:
             "as --model_name_or_path, with another --output_dir"
         )
     return path
-
-
-def read_counters(path: Path) -> dict:
-    """The counters of a checkpoint. Raises UserError if they are damaged."""
-    file = path / "trainer_state" / "counters.json"
-    remedy = "resume from another checkpoint, or start a new run from its weights"
-    counters = files.read_json(file, remedy)
-    if not all(type(counters.get(name)) is int for name in ("step", *COUNTERS)):
-        raise UserError(f"{file} does not hold the counters of a run; {remedy}")
-    return counters
 
 
 def load(path: Path, policy: Policy, optimizer: optim.Optimizer) -> None:

@@ -1,8 +1,8 @@
 """The files a run leaves behind, apart from its checkpoints.
 
     config.json         the flags, and what they were before the run was resumed with others
-    metrics.jsonl       one line every logging_steps and at each checkpoint: means since the last
-    completions.jsonl   one group every logging_steps, with rewards, advantages and token weights
+    metrics.jsonl       one line a step: means over its questions
+    completions.jsonl   one group a step, with rewards, advantages and token weights
 
 Metric names follow TRL where it has one. Letters as in twgrpo.py: B questions, G completions, K
 reward functions.
@@ -10,6 +10,7 @@ reward functions.
 
 import json
 import re
+import resource
 import sys
 import time
 from collections import defaultdict
@@ -31,7 +32,8 @@ from records import printable
 from run.config import Config, changed_settings, read_settings, settings_of
 
 COUNTERS = ("asked", "skipped", "nonfinite")  # questions and updates since the start, all ranks
-SECONDS: dict[str, float] = defaultdict(float)  # spent in each phase since the last line
+SHOWN = ("reward", "reward_std", "completion_length")  # beside the progress bar
+SECONDS: dict[str, float] = defaultdict(float)  # spent in each phase of this step
 
 
 @contextmanager
@@ -47,40 +49,28 @@ def phase(name: str) -> Iterator[None]:
 class RunLog:
     """Collects the measurements of a run on every rank; the first rank writes them.
 
-    `done` is the number of steps that a resumed run has done. Means are over questions, so a rank
-    that was left with fewer of them does not distort them.
+    `counters` are those of the checkpoint from which a run is resumed. Means are over questions, so
+    a rank that was left with fewer of them does not distort them.
     """
 
-    def __init__(self, cfg: Config, directory: Path, done: int = 0):
+    def __init__(self, cfg: Config, directory: Path, counters: dict[str, int] | None = None):
         self.cfg, self.dir = cfg, directory
-        self.counts = dict.fromkeys(COUNTERS, 0)
+        self.counts = {name: (counters or {}).get(name, 0) for name in COUNTERS}
         self.failures = 0  # updates in a row that were not finite
-        self.sums: dict[str, float] = defaultdict(float)  # since the last line, as all below
-        self.numbers: dict[str, int] = defaultdict(int)  # of the values in each sum
-        self.tokens = self.steps = 0
+        self.values: dict[str, list[float]] = defaultdict(list)  # of each metric, in this step
         SECONDS.clear()
         self.named: set[str] = set()
         if ranks.is_main():
+            done = counters["step"] if counters else 0
             write_settings(cfg, directory, done)
             move_aside_later_rows(directory, done)
             self.metrics_file = open(directory / "metrics.jsonl", "a", encoding="utf-8")
             self.completions_file = open(directory / "completions.jsonl", "a", encoding="utf-8")
 
-    def counters(self) -> dict[str, int]:
-        """What a resumed run needs to know of the log."""
-        return dict(self.counts)
-
-    def go_on_from(self, counters: dict[str, int]) -> None:
-        self.counts = {name: counters[name] for name in COUNTERS}
-
     def add(self, **values: float) -> None:
         """Adds to the mean of each metric, or to its maximum if its name ends in _max."""
         for name, value in values.items():
-            if name.endswith("_max"):
-                self.sums[name] = max(self.sums[name], float(value))
-            else:
-                self.sums[name] += float(value)
-                self.numbers[name] += 1
+            self.values[name].append(float(value))
 
     def note(self, key: str, message: str) -> None:
         """A line on the terminal, once per key."""
@@ -100,12 +90,11 @@ class RunLog:
     def reason_to_end(self, step: int) -> str | None:
         """Why the run cannot go on, in words, or None. The same on every rank."""
         asked, skipped = self.counts["asked"], self.counts["skipped"]
-        if step == self.cfg.max_steps and skipped == asked:
-            return f"no question was trained on: none of {asked} clips could be read"
         if self.failures >= 3:
             return f"{self.failures} updates in a row were not finite"
         allowed = self.cfg.max_skip_fraction
-        if skipped > allowed * max(asked, 100):  # one bad clip in ten is no trend
+        too_many = skipped > allowed * max(asked, 100)  # one bad clip in ten is no trend
+        if too_many or (step == self.cfg.max_steps and skipped == asked):
             return (
                 f"{skipped} of {asked} clips could not be read, more than "
                 f"--max_skip_fraction {allowed} allows"
@@ -139,19 +128,17 @@ class RunLog:
                 self.counts["nonfinite"] += 1
                 self.not_finite(step, groups, update.loss)
         self.add(learning_rate=rate)
-        self.steps += 1
-        self.show()
-        if step % self.cfg.logging_steps == 0:
-            if groups and updates and ranks.is_main():
-                names, output = self.cfg.reward_funcs, updates[0].outputs[0]
-                row = completions_row(step, groups[0], output, names, tokenizer)
-                self.completions_file.write(json.dumps(row) + "\n")
-                self.completions_file.flush()
-            self.write(step)
+        means = {name: fmean(self.values[name]) for name in SHOWN if name in self.values}
+        self.bar.set_postfix(means | SECONDS, refresh=False)
+        if groups and updates and ranks.is_main():
+            row = self.completions_row(step, groups[0], updates[0].outputs[0], tokenizer)
+            self.completions_file.write(json.dumps(row) + "\n")
+            self.completions_file.flush()
+        self.write(step)
 
     def scored(self, group: Group, output: HeadOutput) -> None:
         """What the completions of a question measured when they were first scored."""
-        reward_G, lengths = group.rewards_GK.sum(-1), group.lengths_G
+        reward_G, lengths_G = group.rewards_GK.sum(-1), group.lengths_G
         names = [f"rewards/{name}" for name in self.cfg.reward_funcs]
         drift_N = (group.sampled_logps_N - output.logps_N.cpu()).abs()
         self.add(
@@ -159,11 +146,11 @@ class RunLog:
             reward_std=reward_G.std(),
             frac_reward_zero_std=reward_G.std() == 0,
             **dict(zip(names, group.rewards_GK.mean(0), strict=True)),
-            completion_length=lengths.float().mean(),
+            completion_length=lengths_G.float().mean(),
             truncated_frac=1 - fmean(group.finished),
             divergence_mean=output.divergence_T.mean(),
             weight_mean=output.weights_T.mean(),
-            weight_mean_all_alive=output.weights_T[: int(lengths.min())].mean(),
+            weight_mean_all_alive=output.weights_T[: int(lengths_G.min())].mean(),
             # How unequal the weights are. Their range would say nothing: whatever the model does,
             # the official rule stretches it to 1..alpha within every group.
             weight_std=output.weights_T.std(correction=0),
@@ -172,80 +159,62 @@ class RunLog:
             sampling_logp_difference_p99=drift_N.quantile(0.99),
             sampling_logp_difference_max=drift_N.max(),
         )
-        self.tokens += int(lengths.sum())
 
-    def show(self) -> None:
-        """The means since the last line, beside the progress bar."""
-        if "reward" in self.numbers:
-            names = ("reward", "reward_std", "completion_length")
-            reward, std, length = (self.sums[name] / self.numbers[name] for name in names)
-            phases = " ".join(f"{name} {s / self.steps:.2f}" for name, s in SECONDS.items())
-            self.bar.set_postfix_str(
-                f"reward {reward:.2f} std {std:.2f} length {length:.0f}, s: {phases}", refresh=False
-            )
+    def completions_row(
+        self, step: int, group: Group, output: HeadOutput, tokenizer: PreTrainedTokenizerBase
+    ) -> dict:
+        """One group for completions.jsonl. D_t and w_t belong to positions, logps to tokens.
+
+        `tokens` are decoded one by one, special ones included, so that each can be shown with its
+        numbers; a character that several tokens share the bytes of shows as U+FFFD in each of them.
+        """
+        record = group.question.record
+        logps = output.logps_N.cpu().split(group.lengths_G.tolist())
+        completions = zip(
+            group.texts, group.completions, logps, group.advantages_G, group.rewards_GK, strict=True
+        )
+        return dict(
+            step=step,
+            id=record.id,
+            problem=record.problem,
+            solution=record.solution,
+            video=str(record.video),
+            divergence=rounded(output.divergence_T),
+            weights=rounded(output.weights_T),
+            completions=[
+                dict(
+                    text=text,
+                    token_ids=ids.tolist(),
+                    tokens=tokenizer.batch_decode(ids[:, None]),
+                    logps=rounded(logps_i),
+                    advantage=round(float(advantage), 6),
+                    rewards=dict(zip(self.cfg.reward_funcs, rewards_K.tolist(), strict=True)),
+                )
+                for text, ids, logps_i, advantage, rewards_K in completions
+            ],
+        )
 
     def write(self, step: int) -> None:
-        """The line of metrics.jsonl for the steps since the last, if any. Called by all ranks."""
-        if not self.steps:
-            return
-        mine = (self.sums, self.numbers, SECONDS, self.tokens, peak_memory_gb())
-        sums, numbers, seconds, tokens, memory = zip(*ranks.gather(mine), strict=True)
+        """The line of metrics.jsonl. Called by all ranks."""
+        mine = (self.values, SECONDS, peak_memory_gb())
+        values, seconds, memory = zip(*ranks.gather(mine), strict=True)
         if ranks.is_main():
-            row = {}
-            for name in dict.fromkeys(name for values in sums for name in values):
-                if name.endswith("_max"):
-                    row[name] = max(values[name] for values in sums)
-                else:
-                    row[name] = sum(v[name] for v in sums) / sum(n[name] for n in numbers)
+            row = {"step": step}
+            for name in dict.fromkeys(name for of_rank in values for name in of_rank):
+                everyones = [value for of_rank in values for value in of_rank.get(name, ())]
+                is_max = name.endswith("_max")
+                row[name] = max(everyones) if is_max else sum(everyones) / len(everyones)
             for name in SECONDS:
-                row[f"time/{name}"] = fmean(s[name] for s in seconds) / self.steps
-            row["tokens_per_second"] = sum(tokens) / max(sum(SECONDS.values()), 1e-9)
+                row[f"time/{name}"] = fmean(s[name] for s in seconds)
+            lengths = [length for of_rank in values for length in of_rank["completion_length"]]
+            tokens = sum(lengths) * self.cfg.num_generations
+            row["tokens_per_second"] = tokens / max(sum(SECONDS.values()), 1e-9)
             row["peak_memory_gb"] = max(memory)
             row |= {name: self.counts[name] for name in ("skipped", "nonfinite")}
-            self.metrics_file.write(json.dumps({"step": step, **row}) + "\n")
+            self.metrics_file.write(json.dumps(row) + "\n")
             self.metrics_file.flush()
-        for values in (self.sums, self.numbers, SECONDS):
-            values.clear()
-        self.tokens = self.steps = 0
-
-
-def completions_row(
-    step: int,
-    group: Group,
-    output: HeadOutput,
-    reward_names: list[str],
-    tokenizer: PreTrainedTokenizerBase,
-) -> dict:
-    """One group as completions.jsonl holds it. D_t and w_t belong to positions, logps to tokens.
-
-    `tokens` are decoded one by one, special ones included, so that each can be shown with its
-    numbers; a character that several tokens share the bytes of shows as U+FFFD in each of them.
-    """
-    record = group.question.record
-    logps = output.logps_N.cpu().split(group.lengths_G.tolist())
-    completions = zip(
-        group.texts, group.completions, logps, group.advantages_G, group.rewards_GK, strict=True
-    )
-    return dict(
-        step=step,
-        id=record.id,
-        problem=record.problem,
-        solution=record.solution,
-        video=str(record.video),
-        divergence=rounded(output.divergence_T),
-        weights=rounded(output.weights_T),
-        completions=[
-            dict(
-                text=text,
-                token_ids=ids.tolist(),
-                tokens=tokenizer.batch_decode(ids[:, None]),
-                logps=rounded(logps_i),
-                advantage=round(float(advantage), 6),
-                rewards=dict(zip(reward_names, rewards_K.tolist(), strict=True)),
-            )
-            for text, ids, logps_i, advantage, rewards_K in completions
-        ],
-    )
+        self.values.clear()
+        SECONDS.clear()
 
 
 def write_settings(cfg: Config, directory: Path, done: int) -> None:
@@ -261,27 +230,18 @@ def write_settings(cfg: Config, directory: Path, done: int) -> None:
         beside.write_text(text + "\n", encoding="utf-8")
 
 
-def step_of(line: bytes) -> int | None:
-    """The step of a whole line of a log; None if a kill cut it off."""
-    found = re.match(rb'\{"step": ([0-9]+),', line)
-    return int(found[1]) if found and line.endswith(b"\n") else None
-
-
 def move_aside_later_rows(run: Path, step: int) -> None:
     """Log lines written after `step` go to NAME.after-STEP, and a line cut off by a kill with them.
 
     The lines that stay are then those of the run that was never interrupted.
     """
-    for name in ("metrics.jsonl", "completions.jsonl"):
-        path = run / name
-        if not path.exists():
-            continue
+    for path in (run / "metrics.jsonl", run / "completions.jsonl"):
         kept, later = [], []
-        for line in path.read_bytes().splitlines(keepends=True):
-            of = step_of(line)
-            (kept if of is not None and of <= step else later).append(line)
+        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+            whole = re.match(rb'\{"step": ([0-9]+),.*\n', line)
+            (kept if whole and int(whole[1]) <= step else later).append(line)
         if later:
-            with open(run / f"{name}.after-{step}", "ab") as aside:
+            with open(run / f"{path.name}.after-{step}", "ab") as aside:
                 aside.writelines(later)
             with files.replacing(path) as beside:
                 beside.write_bytes(b"".join(kept))
@@ -295,7 +255,5 @@ def peak_memory_gb() -> float:
     """Peak memory of this process so far, 1e9 bytes: on the GPU if there is one, or resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    import resource  # not on Windows
-
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -1,5 +1,6 @@
 """What a run is made of before its first step: directory, policy, prompts, optimizer, schedule."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from data import Prompter
 from model import ranks
 from model.policy import Policy
 from run import checkpoint
-from run.config import Config, make_output_dir, make_toy, toy_config
+from run.config import Config, make_output_dir, make_toy
 from run.log import phase
 
 
@@ -17,14 +18,21 @@ def prepare(cfg: Config) -> tuple[Config, Path, tuple[Path, dict] | None]:
     """The output directory, and the checkpoint to resume with its counters. Without a model, the
     toy world is made there, and the settings name it. Called by all ranks. Raises UserError."""
     directory = ranks.on_first(make_output_dir, cfg)
+    root = directory / "toy"
     if is_toy := cfg.model_name_or_path is None:
-        cfg = toy_config(cfg, directory / "toy")
+        cfg = dataclasses.replace(
+            cfg,
+            model_name_or_path=str(root / "model"),
+            jsonl_path=str(root / "train.jsonl"),
+            eval_jsonl_path=str(root / "test.jsonl"),
+            video_root=str(root),
+        )
         # So that its numbers do not depend on the cores, and because OpenMP's threads wait for
         # each other: with another process on one of two cores, two take 10 times as long as one.
         torch.set_num_threads(1)
     resume = ranks.on_first(checkpoint.to_resume, cfg, directory)
     if is_toy:
-        ranks.on_first(make_toy, cfg, directory / "toy")
+        ranks.on_first(make_toy, cfg, root)
     return cfg, directory, resume
 
 

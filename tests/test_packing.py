@@ -5,7 +5,6 @@ documentation says: sequence by sequence, the last query at the last key. What i
 tokens we hand it.
 """
 
-import dataclasses
 import json
 import sys
 import types
@@ -205,9 +204,8 @@ def test_attention_that_cannot_train_here_is_refused(flash_attn, monkeypatch):
         check_attention(cfg, device)
     with pytest.raises(UserError, match="sdpa works everywhere"):
         check_attention(flash, cpu)
-    check_attention(dataclasses.replace(flash, dry_run=True), cpu)
     monkeypatch.setitem(sys.modules, "flash_attn", None)
-    with pytest.raises(UserError, match="pip install flash-attn"):
+    with pytest.raises(ImportError, match="flash_attn"):
         check_attention(flash, cuda)
 
 

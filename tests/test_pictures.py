@@ -156,7 +156,7 @@ def test_what_is_wrong_is_said_in_one_sentence(tmp_path):
         (lambda: draw([good], tmp_path / "c.xyz"), "c.xyz has an unknown ending"),
         (lambda: draw([good], tmp_path / "no/such/c.png"), "no/such/c.png cannot be written"),
         (lambda: page(tmp_path / "none", tmp_path / "w", 9), "none/config.json cannot be read"),
-        (lambda: page(tmp_path / "damaged", tmp_path / "w", 9), "config.json is damaged"),
+        (lambda: page(tmp_path / "damaged", tmp_path / "w", 9), "config.json cannot be read"),
         (lambda: page(tmp_path / "lost", tmp_path / "w", 9), "completions.jsonl cannot be read"),
         (lambda: page(empty, tmp_path / "w", 9), "completions.jsonl holds no group yet"),
     ):

@@ -126,7 +126,7 @@ def page_data(run: Path, max_groups: int) -> dict:
     path = run / "completions.jsonl"
     groups, total = read_log(path, is_group, max_groups)
     if not groups:
-        raise UserError(f"{path} holds no group yet; a run writes one every --logging_steps")
+        raise UserError(f"{path} holds no group yet; a run writes one a step")
     with ClipReader() as reader:
         names = dict.fromkeys(str(group["video"]) for group in groups)
         clips = {name: shown_clip(name, config, reader.load_clip) for name in names}
