@@ -116,15 +116,13 @@ def launch_everything(arch: int) -> None:
     """Each kernel under each of its constants: group sizes, forms of D_t, dtypes."""
     for G in (2, 4, 8, 16):
         launch_decode(G)
-    for dtype, impl, G, divergence in itertools.product(
-        (torch.bfloat16, torch.float32),
-        ("chunked", "fused"),
-        (2, 4, 8, 16),
-        ("official", "textbook", "entropy"),
-    ):
-        launch_head(arch, [300] * G, impl, dtype, divergence=divergence)
-    for divergence in ("official", "textbook", "entropy"):  # one completion outlives the other
-        launch_head(arch, [300, 100], "fused", divergence=divergence)
+    forms = (dict(), dict(divergence="textbook"), dict(token_weights="entropy"))
+    for form in forms:
+        for dtype, impl, G in itertools.product(
+            (torch.bfloat16, torch.float32), ("chunked", "fused"), (2, 4, 8, 16)
+        ):
+            launch_head(arch, [300] * G, impl, dtype, **form)
+        launch_head(arch, [300, 100], "fused", **form)  # one completion outlives the other
 
 
 def properties(arch: int, compiled) -> tuple[str, int, int, float, int]:

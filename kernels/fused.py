@@ -236,8 +236,8 @@ def forward(
     statistics_3N = row_statistics(hidden_ND, weight_VD, targets_N, options.temperature, tile)
     V, D, T = *weight_VD.shape, len(layout.starts) - 1
     divergence_T = hidden_ND.new_zeros(T, dtype=torch.float32)
-    official = options.divergence == "official"
-    has_spread = layout.G > 1 or options.divergence == "entropy"
+    official = options.form == "official"
+    has_spread = layout.G > 1 or options.form == "entropy"
     for first, last, rows in buckets_of_positions(layout.starts) if has_spread else ():
         narrow = divergence_tile(tile, rows, official)
         token_tiles = triton.cdiv(last - first, narrow.tokens // rows)
@@ -246,7 +246,7 @@ def forward(
         divergence_kernel[(token_tiles, slices)](
             hidden_ND, weight_VD, statistics_3N[1:].sum(0), layout.order_N, layout.start_of_t,
             partial_ST, first, last, V, D, T, layout.G, math.log(V), 1 / options.temperature,
-            slice_tiles, FORM=options.divergence, UNIFORM=options.stands_in, ROWS=rows,
+            slice_tiles, FORM=options.form, UNIFORM=options.stands_in, ROWS=rows,
             WORDS=narrow.words, TOKENS=narrow.tokens, DEPTH=tile.depth, EVEN_D=D % tile.depth == 0,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip

@@ -122,7 +122,7 @@ def statistics(
     (R, V), T, scale = logits_RV.shape, last - first, 1 / options.temperature
     statistics_3R = logits_RV.new_empty(3, R)
     row_kernel[(R,)](logits_RV, targets_R, *statistics_3R, V, scale, BLOCK=ROW_BLOCK, num_warps=8)
-    if layout.G == 1 and options.divergence != "entropy":  # one alone has no spread
+    if layout.G == 1 and options.form != "entropy":  # one alone has no spread
         return statistics_3R, logits_RV.new_zeros(T)
     # A position is a program; four slices of the vocabulary each fill the GPU also when few
     # positions are in a chunk.
@@ -133,7 +133,7 @@ def statistics(
     group_kernel[(T, slices)](
         logits_RV, *statistics_3R[1:], layout.start_of_t, partial_TS,
         first, V, layout.G, math.log(V), scale, slice_words,
-        FORM=options.divergence, UNIFORM=options.stands_in,
+        FORM=options.form, UNIFORM=options.stands_in,
         ROWS=rows, BLOCK=block,
         # Four neighbouring words to each thread, and all the rows of a group: with more warps a
         # group is spread over two of them, and each of its sums and maxima has to wait for both.

@@ -37,16 +37,16 @@ def statistics(
     logps_RV = F.log_softmax(logps_RV, dim=-1)
     log_sum_R = -logps_RV.amax(1)  # at the peak, log p = -log Σ e^(x-m)
     statistics_3R = torch.stack([logps_RV.gather(1, targets_R[:, None])[:, 0], peak_R, log_sum_R])
-    if layout.G == 1 and options.divergence != "entropy":  # one alone has no spread
+    if layout.G == 1 and options.form != "entropy":  # one alone has no spread
         return statistics_3R, peak_R.new_zeros(last - first)
     alive_TG = torch.arange(first, last, device=peak_R.device)[:, None] < layout.lengths_G
     # The terms of the textbook form cancel where rows are nearly equal: sum those in float64.
-    wide = torch.float64 if options.divergence == "textbook" else logps_RV.dtype
+    wide = torch.float64 if options.form == "textbook" else logps_RV.dtype
     rows_GTV = logps_RV.new_zeros(layout.G, last - first, logits_RV.shape[1], dtype=wide)
     rows_GTV.transpose(0, 1)[alive_TG] = logps_RV.to(wide)  # the chunk is position-major
     del logps_RV
     divergence_T = reference.group_divergence(
-        rows_GTV, layout.lengths_G - first, options.divergence, options.ended_rows
+        rows_GTV, layout.lengths_G - first, options.form, options.ended_rows
     )
     return statistics_3R, divergence_T
 
