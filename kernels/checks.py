@@ -78,10 +78,6 @@ def check_group(
 
 def check_kernels(impl: str, hidden_ND: Tensor, options: LossOptions) -> None:
     """What only the kernels require. Raises RuntimeError, TypeError or ValueError."""
-    if not options.detach_weights:
-        raise ValueError(
-            f"detach_weights=False needs impl='reference': {impl} has no gradient through w_t"
-        )
     if impl == "plain":
         return
     from triton.runtime.jit import JITFunction

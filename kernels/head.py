@@ -176,8 +176,6 @@ def choose_impl(impl: str, hidden_ND: Tensor, options: LossOptions) -> str:
         return "chunked" if interpreted else "plain"
     if impl != "auto":
         return impl
-    if not options.detach_weights:
-        return "reference"
     # Which of the two designs is faster has not yet been measured; chunked does fewer
     # multiplications.
     return "chunked" if native else "plain"

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 LOG_RATIO_CLAMP = 11.0  # nats; the official bound on every log-ratio that is exponentiated
 
@@ -46,7 +47,6 @@ class LossOptions:
     token_weights: Literal["divergence", "entropy", "position", "shuffled", "none"] = "divergence"
     normalize_token_weights: bool = False  # the tokens' mean weight is then 1
     shuffle_seed: tuple[int, ...] = ()  # fixes the permutation of "shuffled"
-    detach_weights: bool = True  # False (reference only): gradient through w_t, the official code
 
     def __post_init__(self):
         least = dict(alpha=1, beta=0, temperature=1e-3)
@@ -293,12 +293,8 @@ def tw_grpo(
     logps_NV = vocab_logps(hidden_ND, weight_VD, options.temperature)
     logps_N = logps_NV.gather(1, targets_N[:, None])[:, 0]
     # OFFICIAL: the gradient also flows through w_t.  OURS: a weight is an importance, not a target,
-    # so it is detached; detach_weights=False gives the official gradient (on-policy and without KL
-    # they agree if no completion ends before another).
-    rows_NV = logps_NV.detach() if options.detach_weights else logps_NV
-    # The N rows laid out as G x T; what stays empty belongs to completions that have ended.
-    empty_GTV = logps_NV.new_zeros(len(lengths_G), int(lengths_G.max()), logps_NV.shape[1])
-    logps_GTV = empty_GTV.index_put(positions_of_tokens(lengths_G), rows_NV)
+    # so it is detached (on-policy and without KL they agree if no completion ends before another).
+    logps_GTV = pad_sequence(logps_NV.detach().split(lengths_G.tolist()), batch_first=True)
     divergence_T = group_divergence(logps_GTV, lengths_G, options.form, options.ended_rows)
     return weighted_loss(
         logps_N, divergence_T, lengths_G, advantages_G, old_logps_N, ref_logps_N, options
