@@ -17,13 +17,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def small_cuts():
     """A group of a dozen tokens and 100 words takes several chunks, slices, blocks and tiles."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logits, "CHUNK_ROWS", 7)
-        patch.setattr(plain, "CHUNK_ELEMENTS", 7 * 97)
+        patch.setattr(logits, "CHUNK_ELEMENTS", 12 * 97)
+        patch.setattr(plain, "CHUNK_ELEMENTS", 12 * 97)
         patch.setattr(logits, "ROW_BLOCK", 64)
         patch.setattr(logits, "GROUP_ELEMENTS", 512)
         patch.setattr(logits, "GRADIENT_BLOCK", 64)
         patch.setattr(backward, "words_of_slice", lambda *_: 80)
-        tile = fused.Tile(32, 32, 16, warps=4, stages=2)
+        tile = dict(WORDS=32, TOKENS=32, DEPTH=16, num_warps=4, num_stages=2)
         patch.setattr(fused, "tile_for", lambda hidden_ND: tile)
         yield
 
