@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from data import Prompter, Question, check_prompts
 from files import UserError
-from kernels import KEPT_BYTES, HeadOutput, LossOptions, tw_grpo_head
+from kernels import HeadOutput, LossOptions, tw_grpo_head
 from model import ranks
 from model.packing import Group
 from model.policy import Policy
@@ -225,7 +225,7 @@ def score_groups(
             old_logps_N=group.old_logps_N,
             ref_logps_N=group.ref_logps_N,
             shuffle_seed=(*group.seed[:3], 6),  # 6: no other stream ends so
-            kept_bytes=KEPT_BYTES / len(scored),
+            kept_share=1 / len(scored),
             **options,
         )
         for group, hidden_ND in zip(scored, hidden, strict=True)

@@ -23,9 +23,7 @@ import triton
 from kernel_cases import DEVICE, error, forward_backward, make_group, small_cuts
 
 from kernels import chunked, fused, logits, plain, reference, token_logps, tw_grpo_head
-from kernels.backward import words_of_slice
-from kernels.chunked import lay_out
-from kernels.head import KEPT_BYTES
+from kernels.backward import KEPT_BYTES, words_of_slice
 
 # NumPy, on which the interpreter runs, warns of the NaN and the overflows that these tests provoke.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
@@ -57,16 +55,15 @@ def check_against_float64(group, impl, slack=1.0, cuts=small_cuts, **options):
     assert (ours.logps_N - exact.logps_N).abs().max() <= 1e-4
     D, D64 = ours.divergence_T.double(), exact.divergence_T
     tolerance_T = 1e-5 * D64 + 1e-8 * V
-    if (
-        options.get("token_weights") == "entropy"
-    ):  # no difference, so a logit's rounding remains in it
+    if options.get("token_weights") == "entropy":  # no difference: a logit's rounding remains
         tolerance_T += 1e-5
     assert ((D - D64).abs() <= tolerance_T).all(), (D, D64)
     # Where D_t hardly varies, a rounding of it is a large part of its range, and of the weights'.
     weight_error = (ours.weights_T - exact.weights_T).abs().max().item()
     assert weight_error <= 3 * (D - D64).abs().max() / (D64.max() - D64.min() + 1e-8) + 1e-5
-    assert error(dH, exact_dH) <= slack * error(plain_dH, exact_dH) + 1e-5 + weight_error
-    assert error(dW, exact_dW) <= slack * error(plain_dW, exact_dW) + 1e-5 + weight_error
+    # 2e-5: where a logit of 90 is computed a second time, its last digit, 7.6e-6, may differ.
+    for ours_d, plain_d, exact_d in ((dH, plain_dH, exact_dH), (dW, plain_dW, exact_dW)):
+        assert error(ours_d, exact_d) <= slack * error(plain_d, exact_d) + 2e-5 + weight_error
     assert_close(ours.loss.double(), exact.loss, rtol=1e-5, atol=1e-5 + weight_error)
     assert_close(ours.kl.double(), exact.kl, rtol=1e-4, atol=1e-6)
     assert_close(ours.clip_ratio.double(), exact.clip_ratio.double())
@@ -86,7 +83,7 @@ def check_against_float64(group, impl, slack=1.0, cuts=small_cuts, **options):
     loss_type=st.sampled_from(["tw_grpo", "tw_grpo", "grpo"]),
     off_policy=st.booleans(),
     temperature=st.sampled_from([1.0, 1.0, 0.7]),
-    kept_bytes=st.sampled_from([0, 1000, 4000, 1e9]),  # no row, one, some, all
+    kept_share=st.sampled_from([0, 1e-6, 3e-6, 1]),  # no row, one, some, all
 )
 def test_kernels_agree_with_float64(impl, lengths, V, D, scale, seed, off_policy, **options):
     group = make_group(lengths, V, D, *scale, seed, off_policy)
@@ -169,8 +166,8 @@ def test_bits_repeat(impl):
 
 @KERNELS
 @pytest.mark.parametrize("frozen", ["hidden_ND", "weight_VD"])
-@pytest.mark.parametrize("kept_bytes", [0, 1e9])
-def test_a_frozen_side_costs_no_matmul(impl, frozen, kept_bytes, monkeypatch):
+@pytest.mark.parametrize("kept_share", [0, 1])
+def test_a_frozen_side_costs_no_matmul(impl, frozen, kept_share, monkeypatch):
     group = make_group([3, 1, 4])
     _, dH, dW = forward_backward(group, impl)
     products = []
@@ -179,7 +176,7 @@ def test_a_frozen_side_costs_no_matmul(impl, frozen, kept_bytes, monkeypatch):
     other = "weight_VD" if frozen == "hidden_ND" else "hidden_ND"
     leaf = group[other].clone().requires_grad_()
     with small_cuts():
-        output = tw_grpo_head(**{**group, other: leaf}, impl=impl, kept_bytes=kept_bytes)
+        output = tw_grpo_head(**{**group, other: leaf}, impl=impl, kept_share=kept_share)
         output.loss.backward()
     assert_close(leaf.grad, dH if other == "hidden_ND" else dW)
     transposed = [a for a, _ in products if a.shape[1] == len(group["targets_N"])]  # gᵀ H
@@ -201,7 +198,7 @@ def test_kept_rows_make_the_backward_two_products(impl, steps, monkeypatch):
         tw_grpo_head(**group, impl=impl)
         with torch.no_grad():
             tw_grpo_head(**group | leaves, impl=impl)
-        tw_grpo_head(**group | leaves, impl=impl, kept_bytes=0)
+        tw_grpo_head(**group | leaves, impl=impl, kept_share=0)
         assert not rows
         output = tw_grpo_head(**group | leaves, impl=impl)
     assert sum(rows) == 8
@@ -233,31 +230,22 @@ def test_token_logps(impl):
     assert not ours.requires_grad
 
 
-@pytest.mark.parametrize("kept_bytes", [0, 1500, 1e9])
-def test_bfloat16_through_the_chunked_head(kept_bytes):
+@pytest.mark.parametrize("kept_share", [0, 1.2e-6, 1])
+def test_bfloat16_through_the_chunked_head(kept_share):
     """The interpreter's bf16 dot is wrong, but this design multiplies in torch.
 
     Storing bf16 it truncates where a GPU rounds, so it may be twice as far off.
     """
     group = make_group([4, 2, 5], V=131, D=64, off_policy=True, dtype=torch.bfloat16)
     slack = 1.0 if DEVICE == "cuda" else 2.0
-    check_against_float64(group, "chunked", slack, beta=0.04, kept_bytes=kept_bytes)
+    check_against_float64(group, "chunked", slack, beta=0.04, kept_share=kept_share)
 
 
 # --------------------------------------------------------------------------------- part by part
 
 
-@given(
-    lengths=groups,
-    V=st.integers(1, 200_000),
-    words=st.sampled_from([64, 128, 256]),
-    tiles=st.integers(1, 900),
-)
-def test_the_fused_design_wastes_little(lengths, V, words, tiles):
-    """Less than half of a tile of positions, and no slice of words is empty."""
-    starts = lay_out(lengths, "cpu").starts
-    for first, last, rows in fused.buckets_of_positions(starts):
-        assert all(rows / 2 < starts[t + 1] - starts[t] <= rows for t in range(first, last))
+@given(V=st.integers(1, 200_000), words=st.sampled_from([64, 256]), tiles=st.integers(1, 900))
+def test_no_slice_of_words_is_empty(V, words, tiles):
     slices, slice_tiles = fused.slices_of_words(V, words, tiles)
     assert (slices - 1) * slice_tiles * words < V <= slices * slice_tiles * words
 
@@ -276,16 +264,17 @@ def test_chunked_multiplies_alive_rows_only(impl, monkeypatch):
 
 def test_memory_of_the_backward_is_bounded():
     """The part that is arithmetic: slices x 6 bytes + dH in float32, D = 3584."""
-    for impl, limits in (("chunked", (1.3e9, 1.5e9)), ("fused", (0.25e9, 0.75e9))):
-        for N, limit in zip((8192, 32768), limits, strict=True):
-            assert N * (words_of_slice(impl, N) * 6 + 3584 * 4) < limit
-        assert words_of_slice(impl, 5001) % 256 == 0
-    chunk, kept = logits.CHUNK_ROWS * (152064 * 4 + 3584 * 2), KEPT_BYTES
-    assert chunk < 1.3e9 and chunk + kept < 2.6e9
-    K = int(kept / 152064 / 2)
-    rest = 8192 - K
-    slices = words_of_slice("chunked", rest, 3584) * (6 * rest + 4 * 3584)
-    assert K == 4110 and kept + slices + 3584 * (8192 * 4 + K * 6 + rest * 6) < 2.6e9
+    kept = KEPT_BYTES["chunked"]
+    assert logits.CHUNK_ELEMENTS * 4 + kept < 2.6e9 and int(kept / 152064 / 2) == 4110
+    for impl, N, limit in (
+        ("chunked", 8192, kept + 1.1e9),
+        ("chunked", 32768, kept + 1.6e9),
+        ("fused", 8192, 0.25e9),
+        ("fused", 32768, 0.75e9),
+    ):
+        in_order = 2 if KEPT_BYTES[impl] else 0
+        assert N * (words_of_slice(impl, N) * 6 + 3584 * (4 + in_order)) + KEPT_BYTES[impl] < limit
+        assert words_of_slice(impl, N + 1) % 256 == 0
 
 
 # ------------------------------------------------------ bad input, and machines that lack something
@@ -298,12 +287,12 @@ def test_what_the_kernels_take(impl):
     strided = {k: group[k].T.contiguous().T for k in ("hidden_ND", "weight_VD")}
     assert torch.equal(call(**strided)[1], call()[1])
     wide = {k: group[k].double() for k in ("hidden_ND", "weight_VD")}
-    if impl == "plain":
+    if impl == "fused":
+        with pytest.raises(RuntimeError, match="impl='fused' cannot run .* in torch.float64"):
+            call(**wide)
+    else:
         exact, *gradients = call(**wide)
         assert_close(exact.loss, forward_backward(group, "float64")[0].loss, rtol=1e-12, atol=1e-12)
-    else:
-        with pytest.raises(TypeError, match="hidden_ND must be float32 or bfloat16"):
-            call(**wide)
 
 
 def python(code: str) -> str:
@@ -322,36 +311,33 @@ if {hide}:
     sys.modules["triton"] = None
 group = dict(hidden_ND=torch.randn(3, 4), weight_VD=torch.randn(7, 4),
     targets_N=torch.tensor([1, 2, 6]), lengths_G=torch.tensor([2, 1]), advantages_G=torch.ones(2))
-statistics, calls = plain.statistics, []
-plain.statistics = lambda *a: calls.append(1) or statistics(*a)
+statistics, calls = plain.row_statistics, []
+plain.row_statistics = lambda *a: calls.append(1) or statistics(*a)
 for impl in ("auto", "chunked", "fused"):
     for call in (lambda: tw_grpo_head(**group, impl=impl),
                  lambda: token_logps(*list(group.values())[:3], impl=impl)):
         try:
             call()
-        except (ImportError, RuntimeError) as problem:
-            print(type(problem).__name__, problem)
+        except RuntimeError as problem:
+            print(problem)
     print(impl, len(calls), "triton" in sys.modules)
 """
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="needs a machine without GPU")
-@pytest.mark.parametrize(
-    "hide, name, remedy",
-    [(True, "ModuleNotFoundError", "triton"), (False, "RuntimeError", "TRITON_INTERPRET=1")],
-)
-def test_where_triton_cannot_run_chunked_is_plain_torch(hide, name, remedy):
+@pytest.mark.parametrize("hide", [True, False])
+def test_where_triton_cannot_run_chunked_is_plain_torch(hide):
     """Without Triton, and on a CPU without its interpreter; "fused" then says what it needs."""
     auto, chunked, *failed, _ = python(WITHOUT_GPU.format(hide=hide)).splitlines()
     assert (auto, chunked) == (f"auto 2 {hide}", f"chunked 4 {hide}")
-    assert len(failed) == 2 and all(x.startswith(name) and remedy in x for x in failed)
+    assert len(failed) == 2 and all("it needs Triton" in x for x in failed)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="needs a machine without GPU")
 @pytest.mark.parametrize("impl, steps", [("chunked", logits), ("auto", plain), ("plain", plain)])
 def test_the_interpreter_runs_only_where_triton_is_asked_for(impl, steps, monkeypatch):
-    calls, statistics = [], steps.statistics
-    monkeypatch.setattr(steps, "statistics", lambda *a: calls.append(impl) or statistics(*a))
+    calls, statistics = [], steps.row_statistics
+    monkeypatch.setattr(steps, "row_statistics", lambda *a: calls.append(impl) or statistics(*a))
     tw_grpo_head(**make_group([3, 1]), impl=impl)
     assert calls == [impl]
 

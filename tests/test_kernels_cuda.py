@@ -55,7 +55,7 @@ MATMULS = dict(chunked=4, fused=5)
 @KERNELS
 @pytest.mark.parametrize("N", [8192, 32768])
 def test_memory_is_what_was_derived_and_time_less_than_twice_its_matmuls(impl, N):
-    """Memory: see `kernels.backward.words_of_slice` and both forwards' docstrings."""
+    """Memory: see `kernels.backward.SLICE_ELEMENTS` and both forwards' docstrings."""
     row = measured(impl, N)
     assert row["peak_mb"] <= LIMITS_MB[impl][N]
     assert row["ratio"] <= 2 * MATMULS[impl] / 3 or not IS_HOPPER
