@@ -10,12 +10,11 @@ the vocabulary is in memory at a time. Slices write disjoint rows of dW and are 
 order: no atomics, the same bits every time. Shape letters: `kernels/reference.py`.
 """
 
-from types import ModuleType
+from importlib import import_module
 
 import torch
 from torch import Tensor
 
-from kernels import chunked
 from kernels.chunked import Layout, matmul_float32
 from kernels.reference import LossOptions
 
@@ -27,17 +26,6 @@ KEPT_BYTES = dict(chunked=1.25e9, plain=0.05e9, fused=0)
 # float32 (N D 4), chunked takes 0.92 GB at N = 8,192 and 1.28 GB at 32,768, and its forward 1.26 GB
 # (2,048 rows of logits and of hidden); fused takes 0.22 and 0.67 GB, and its forward 9 MB.
 SLICE_ELEMENTS = dict(chunked=2**27, plain=2**24, fused=2**24)
-
-
-def modules(impl: str) -> tuple[ModuleType, ModuleType]:
-    """(the module whose `forward` it is, the one that works on logits in memory)."""
-    if impl == "plain":
-        from kernels import plain
-
-        return chunked, plain
-    from kernels import fused, logits
-
-    return (fused if impl == "fused" else chunked), logits
 
 
 def words_of_slice(impl: str, N: int) -> int:
@@ -61,14 +49,15 @@ class Statistics(torch.autograd.Function):
         options: LossOptions,
         kept_share: float,
     ) -> tuple[Tensor, Tensor]:
-        design, steps = modules(impl)
+        design = import_module("kernels.fused" if impl == "fused" else "kernels.chunked")
+        steps = import_module("kernels.plain" if impl == "plain" else "kernels.logits")
         inputs = [x.contiguous() for x in (hidden_ND, weight_VD, targets_N)]
         N, V = len(hidden_ND), len(weight_VD)
         K = min(N, int(kept_share * KEPT_BYTES[impl] / hidden_ND.element_size() / V))
         kept_KV = hidden_ND.new_empty(K, V)
         statistics_3N, divergence_T = design.forward(*inputs, layout, options, steps, kept_KV)
         ctx.save_for_backward(*inputs, statistics_3N, layout.order_N, kept_KV)
-        ctx.impl, ctx.temperature = impl, options.temperature
+        ctx.impl, ctx.temperature, ctx.steps = impl, options.temperature, steps
         ctx.mark_non_differentiable(divergence_T)
         return statistics_3N[0].clone(), divergence_T
 
@@ -93,7 +82,7 @@ class Statistics(torch.autograd.Function):
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         dH = hidden_ND.new_zeros(N, D, dtype=wide) if needs_hidden else None
         dW = torch.empty_like(weight_VD) if needs_weight else None
-        size, steps = V, modules(ctx.impl)[1]
+        size = V
         if K < N:
             size = min(V, words_of_slice(ctx.impl, N))
             logits = gradients = hidden_ND.new_empty(N * size)
@@ -108,7 +97,9 @@ class Statistics(torch.autograd.Function):
                 gradients_NS[:K] = kept_KS
                 logits_RS = logits[: N * len(weight_SD)].view(N, -1)[K:]
                 matmul_float32(rows_ND[K:], weight_SD.T, out=logits_RS)
-                steps.softmax_gradient(logits_RS, gradients_NS[K:], *others, first, ctx.temperature)
+                ctx.steps.softmax_gradient(
+                    logits_RS, gradients_NS[K:], *others, first, ctx.temperature
+                )
             if needs_hidden:
                 matmul_float32(gradients_NS, weight_SD, out=dH, beta=1.0)
             if needs_weight:

@@ -73,16 +73,16 @@ def forward(
     positions = max(1, steps.CHUNK_ELEMENTS // (V * layout.G))
     buffer = hidden_ND.new_empty(starts[min(positions, T)], V, dtype=wide)
     for first in range(0, T, positions):
-        last = min(first + positions, T)
-        rows = slice(starts[first], starts[last])
+        span = range(first, min(first + positions, T))
+        rows = slice(starts[first], starts[span.stop])
         order_R = layout.order_N[rows]
         logits_RV = matmul_float32(hidden_ND[order_R], weight_VD.T, out=buffer[: len(order_R)])
         targets_R, kept_V = targets_N[order_R], kept_KV[rows]
         statistics_3R = steps.row_statistics(logits_RV, targets_R, options.temperature)
         statistics_3N[:, order_R] = statistics_3R
         if layout.G > 1 or options.form == "entropy":  # one alone has no spread
-            divergence_T[first:last] = steps.divergence(
-                logits_RV, statistics_3R, layout, first, last, options
+            divergence_T[span.start : span.stop] = steps.divergence(
+                logits_RV, statistics_3R, layout, span, options
             )
         if K := len(kept_V):
             # One more read of the chunk, a thirtieth of the time of three matmuls. The group kernel

@@ -134,11 +134,13 @@ def divergence_kernel(
 
 def tile_for(hidden_ND: Tensor) -> dict[str, int]:
     """Constants of a matmul tile: words x tokens, in steps of DEPTH along D."""
-    if hidden_ND.dtype == torch.float32:  # exact dots, outside the tensor cores: not for speed
-        return dict(WORDS=64, TOKENS=64, DEPTH=32, num_warps=8, num_stages=2)
-    major, _ = torch.cuda.get_device_capability(hidden_ND.device)
-    words, tokens = TILES.get(major, TILES[8])
-    return dict(WORDS=words, TOKENS=tokens, DEPTH=64, num_warps=8, num_stages=3)
+    words, tokens, depth, stages = 64, 64, 32, 2
+    if hidden_ND.dtype != torch.float32:  # whose dots are exact, outside the tensor cores, and slow
+        major, _ = torch.cuda.get_device_capability(hidden_ND.device)
+        (words, tokens), depth, stages = TILES.get(major, TILES[8]), 64, 3
+    even = hidden_ND.shape[1] % depth == 0
+    tile = dict(WORDS=words, TOKENS=tokens, DEPTH=depth, EVEN_D=even)
+    return tile | dict(num_warps=8, num_stages=stages)
 
 
 def divergence_tile(tile: dict[str, int], rows: int, official: bool) -> dict[str, int]:
@@ -185,43 +187,11 @@ def row_statistics(
     peak_SN, sum_SN = hidden_ND.new_empty(2, slices, N, dtype=torch.float32)
     log_sum_exp_kernel[(token_tiles, slices)](
         hidden_ND, weight_VD, targets_N, picked_N, peak_SN, sum_SN,
-        N, V, D, 1 / temperature, slice_tiles, EVEN_D=D % tile["DEPTH"] == 0, **tile,
+        N, V, D, 1 / temperature, slice_tiles, **tile,
     )  # fmt: skip
     peak_N = peak_SN.amax(0)
     log_sum_N = (sum_SN * (peak_SN - peak_N).exp()).sum(0).log()
     return torch.stack([picked_N - peak_N - log_sum_N, peak_N, log_sum_N])
-
-
-def divergence(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    lse_N: Tensor,
-    layout: Layout,
-    options: LossOptions,
-    tile: dict[str, int],
-) -> Tensor:
-    """D_t: (T,) float32.
-
-    Fewer and fewer completions are alive as t grows. Positions that have more than rows / 2 and at
-    most rows of them, a power of two, are a launch: never are all padded to G.
-    """
-    V, D, T = *weight_VD.shape, len(layout.starts) - 1
-    divergence_T, last = hidden_ND.new_empty(T, dtype=torch.float32), 0
-    alive = [end - start for start, end in itertools.pairwise(layout.starts)]
-    for rows, positions in itertools.groupby(alive, key=triton.next_power_of_2):
-        first, last = last, last + len(list(positions))
-        narrow = divergence_tile(tile, rows, options.form == "official")
-        token_tiles = triton.cdiv(last - first, narrow["TOKENS"] // rows)
-        slices, slice_tiles = slices_of_words(V, narrow["WORDS"], token_tiles)
-        partial_ST = hidden_ND.new_empty(slices, T, dtype=torch.float32)
-        divergence_kernel[(token_tiles, slices)](
-            hidden_ND, weight_VD, lse_N, layout.order_N, layout.start_of_t, partial_ST,
-            first, last, V, D, T, layout.G, math.log(V), 1 / options.temperature, slice_tiles,
-            FORM=options.form, UNIFORM=options.stands_in, ROWS=rows,
-            EVEN_D=D % tile["DEPTH"] == 0, **narrow,
-        )  # fmt: skip
-        divergence_T[first:last] = partial_ST[:, first:last].sum(0)
-    return divergence_T
 
 
 def forward(
@@ -234,11 +204,26 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(statistics_3N, divergence_T), as `chunked.forward`.
 
+    Fewer and fewer completions are alive as t grows. Positions with more than rows / 2 and at most
+    `rows` of them, a power of two, are a launch, so that never all are padded to G.
     Memory beyond outputs: what the slices leave, slices (2 N + T) 4 bytes, 9 MB at N = 32,768.
     """
-    tile = tile_for(hidden_ND)
+    tile, V, D, T = tile_for(hidden_ND), *weight_VD.shape, len(layout.starts) - 1
     statistics_3N = row_statistics(hidden_ND, weight_VD, targets_N, options.temperature, tile)
+    divergence_T, last = statistics_3N.new_zeros(T), 0
     if layout.G == 1 and options.form != "entropy":  # one alone has no spread
-        return statistics_3N, statistics_3N.new_zeros(len(layout.starts) - 1)
-    lse_N = statistics_3N[1:].sum(0)
-    return statistics_3N, divergence(hidden_ND, weight_VD, lse_N, layout, options, tile)
+        return statistics_3N, divergence_T
+    alive = [end - start for start, end in itertools.pairwise(layout.starts)]
+    for rows, positions in itertools.groupby(alive, key=triton.next_power_of_2):
+        first, last = last, last + len(list(positions))
+        narrow = divergence_tile(tile, rows, options.form == "official")
+        token_tiles = triton.cdiv(last - first, narrow["TOKENS"] // rows)
+        slices, slice_tiles = slices_of_words(V, narrow["WORDS"], token_tiles)
+        partial_ST = hidden_ND.new_empty(slices, T, dtype=torch.float32)
+        divergence_kernel[(token_tiles, slices)](
+            hidden_ND, weight_VD, statistics_3N[1:].sum(0), layout.order_N, layout.start_of_t,
+            partial_ST, first, last, V, D, T, layout.G, math.log(V), 1 / options.temperature,
+            slice_tiles, FORM=options.form, UNIFORM=options.stands_in, ROWS=rows, **narrow,
+        )  # fmt: skip
+        divergence_T[first:last] = partial_ST[:, first:last].sum(0)
+    return statistics_3N, divergence_T

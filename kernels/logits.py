@@ -112,11 +112,10 @@ def row_statistics(logits_RV: Tensor, targets_R: Tensor, temperature: float) -> 
 
 
 def divergence(
-    logits_RV: Tensor, statistics_3R: Tensor, layout: Layout, first: int, last: int,
-    options: LossOptions,
-) -> Tensor:  # fmt: skip
-    """(last - first,): D_t of the positions first to last, whose rows these are."""
-    V, T = logits_RV.shape[1], last - first
+    logits_RV: Tensor, statistics_3R: Tensor, layout: Layout, span: range, options: LossOptions
+) -> Tensor:
+    """(len(span),): D_t of the positions of the span, whose rows these are."""
+    V, T = logits_RV.shape[1], len(span)
     # A position is a program; four slices of the vocabulary each fill the GPU also when few
     # positions are in a chunk.
     slices, rows = 4, triton.next_power_of_2(layout.G)
@@ -125,7 +124,7 @@ def divergence(
     partial_TS = logits_RV.new_empty(T, slices)
     group_kernel[(T, slices)](
         logits_RV, *statistics_3R[1:], layout.start_of_t, partial_TS,
-        first, V, layout.G, math.log(V), 1 / options.temperature, slice_words,
+        span.start, V, layout.G, math.log(V), 1 / options.temperature, slice_words,
         FORM=options.form, UNIFORM=options.stands_in, ROWS=rows, BLOCK=block,
         # Four neighbouring words to each thread, and all the rows of a group: with more warps a
         # group is spread over two of them, and each of its sums and maxima has to wait for both.

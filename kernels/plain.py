@@ -24,25 +24,19 @@ def row_statistics(logits_RV: Tensor, targets_R: Tensor, temperature: float) -> 
 
 
 def divergence(
-    logits_RV: Tensor,
-    statistics_3R: Tensor,
-    layout: Layout,
-    first: int,
-    last: int,
-    options: LossOptions,
+    logits_RV: Tensor, statistics_3R: Tensor, layout: Layout, span: range, options: LossOptions
 ) -> Tensor:
     """As `logits.divergence`."""
     _, peak_R1, log_sum_R1 = statistics_3R[..., None]
     logps_RV = logits_RV / options.temperature - peak_R1 - log_sum_R1
-    alive_TG = torch.arange(first, last, device=logps_RV.device)[:, None] < layout.lengths_G
+    lengths_G = layout.lengths_G - span.start
+    alive_TG = torch.arange(len(span), device=logps_RV.device)[:, None] < lengths_G
     # The terms of the textbook form cancel where rows are nearly equal: sum those in float64.
     wide = torch.float64 if options.form == "textbook" else logps_RV.dtype
-    rows_GTV = logps_RV.new_zeros(layout.G, last - first, logits_RV.shape[1], dtype=wide)
+    rows_GTV = logps_RV.new_zeros(layout.G, len(span), logits_RV.shape[1], dtype=wide)
     rows_GTV.transpose(0, 1)[alive_TG] = logps_RV.to(wide)  # the chunk is position-major
     del logps_RV
-    return reference.group_divergence(
-        rows_GTV, layout.lengths_G - first, options.form, options.ended_rows
-    )
+    return reference.group_divergence(rows_GTV, lengths_G, options.form, options.ended_rows)
 
 
 def softmax_gradient(

@@ -20,11 +20,6 @@ NAN_STAYS = tl.constexpr(tl.PropagateNan.ALL)
 
 
 @triton.jit
-def clamp_log_ratio(d):
-    return tl.clamp(d, -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP, propagate_nan=NAN_STAYS)
-
-
-@triton.jit
 def k3_series(d):
     """Eq. 22: exp(d) - d - 1 for abs(d) < 1/2; what is left out is below 1e-6 of the result."""
     # e^d - d - 1 = d² (1/2! + d/3! + d²/4! + ...)
@@ -35,10 +30,11 @@ def k3_series(d):
 
 @triton.jit
 def k3(d):
-    """exp(d) - d - 1: the estimator of `reference.k3_kl`, the integrand of the group's divergence.
+    """exp(d) - d - 1 of the clamped d: the integrand of the group's divergence.
 
     For small d the three terms cancel and leave no digit, so there the series is summed instead.
     """
+    d = tl.clamp(d, -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP, propagate_nan=NAN_STAYS)
     return tl.where(tl.abs(d) < 0.5, k3_series(d), tl.exp(d) - d - 1)
 
 
@@ -85,7 +81,7 @@ def group_spread(logp, alive, alive_count, ended, log_V, FORM: tl.constexpr, AXI
     else:
         total = tl.sum(row, axis=AXIS, keep_dims=True) + ended * uniform
         mean = total * share  # m = mean_i l_i
-        terms = tl.where(alive, k3(clamp_log_ratio(mean - row)), 0.0)  # e^d_i - d_i - 1
+        terms = tl.where(alive, k3(mean - row), 0.0)  # e^d_i - d_i - 1
         spread = tl.sum(terms, axis=AXIS, keep_dims=True)
-        spread += ended * k3(clamp_log_ratio(mean - uniform))
+        spread += ended * k3(mean - uniform)
     return spread * share
