@@ -19,7 +19,6 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -124,17 +123,14 @@ def launch_everything(arch: int) -> None:
 
 def properties(arch: int, compiled) -> tuple[str, int, int, float, int]:
     """Target, registers a thread, spilled bytes, KB of shared memory, and barriers."""
-    import triton
+    from triton.backends.nvidia.compiler import get_ptxas
 
-    folder = Path(triton.__file__).parent / "backends/nvidia/bin"
-    ptxas = folder / "ptxas-blackwell"
-    ptxas = ptxas if arch >= 100 and ptxas.exists() else folder / "ptxas"
     ptx = compiled.asm["ptx"]
     target = re.search(r"\.target (sm_\w+)", ptx)[1]
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        command = [ptxas, "-v", f"-arch={target}", file.name, "-o", "/dev/null"]
+        command = [get_ptxas(arch).path, "-v", f"-arch={target}", file.name, "-o", "/dev/null"]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers = int(re.search(r"Used (\d+) registers", report)[1])
     spills = sum(map(int, re.findall(r"(\d+) bytes spill", report)))
