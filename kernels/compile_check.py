@@ -1,8 +1,7 @@
 """Every kernel compiled ahead of time, as it is launched, without a GPU: registers, spills, shared
 memory, and barriers.
 
-    python -m kernels.compile_check             # sm_80, sm_90 and sm_100
-    python -m kernels.compile_check --arch 90
+    python -m kernels.compile_check    # for sm_80, sm_90 and sm_100
 
 The head itself runs, forward and backward, and so does the attention of a decoding step, on tensors
 without storage (device "meta") at production size; each launch compiles what Triton would compile
@@ -12,7 +11,6 @@ group kernel waits inside its loop. Needs Triton; must not run under TRITON_INTE
 where a kernel is never compiled.
 """
 
-import argparse
 import contextlib
 import itertools
 import re
@@ -139,18 +137,16 @@ def properties(arch: int, compiled) -> tuple[str, int, int, float, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", type=int, nargs="*", default=[80, 90, 100], choices=[80, 90, 100])
     print(f"{'kernel':92} {'target':8} registers  spills B  shared KB  barriers")
     failed = []
-    for arch in parser.parse_args().arch:
+    for arch, limit in SHARED_LIMIT.items():
         with compiling_for(arch) as found:
             launch_everything(arch)
         for name, compiled in found.items():
             target, registers, spills, shared, barriers = properties(arch, compiled)
             print(f"{name:92} {target:8} {registers:9} {spills:9} {shared:10.1f} {barriers:9}")
             waits = name.startswith("group") and barriers > GROUP_BARRIERS
-            if spills or shared > SHARED_LIMIT[arch] or waits:
+            if spills or shared > limit or waits:
                 failed.append(f"{name} on {target}")
     if failed:
         raise SystemExit(
