@@ -85,19 +85,12 @@ def launch_head(
 
 
 def launch_decode(
-    G: int,
-    B: int = 1,
-    H: int = 28,
-    K: int = 4,
-    P: int = 1100,
-    T: int = 170,
-    D: int = 128,
-    device: str = "meta",
+    G: int, B: int = 1, H: int = 28, K: int = 4, P: int = 1100, T: int = 170, device: str = "meta"
 ) -> None:
     """The attention of one decoding step, by default of Qwen2.5-VL-7B, in bf16."""
     from kernels import decode
 
-    R, bf16 = B * G, dict(dtype=torch.bfloat16, device=device)
+    R, D, bf16 = B * G, 128, dict(dtype=torch.bfloat16, device=device)
     new = [torch.empty(R, heads, D, **bf16) for heads in (H, K, K)]
     rotation = [torch.empty(R, D, **bf16) for _ in range(2)]
     prompt = [torch.empty(B, K, P, D, **bf16) for _ in range(2)]

@@ -239,11 +239,9 @@ def token_coefficients(
       token-normalised GRPO.
     - "grpo":     1 / (G len_i), the mean over each completion first, then over the completions.
     """
-    if loss_type == "tw_grpo":
-        return weights_T[position_N] / len(position_N)
     if loss_type == "grpo":
         return 1.0 / (len(lengths_G) * lengths_G[completion_N].to(weights_T.dtype))
-    raise ValueError(f"loss_type must be 'tw_grpo' or 'grpo', not {loss_type!r}")
+    return weights_T[position_N] / len(position_N)
 
 
 def weighted_loss(

@@ -15,8 +15,6 @@ import triton.language as tl
 VIEWS = ["target_ptr", "logp_ptr", "peak_ptr", "log_sum_ptr", "sum_ptr", "coefficient_ptr"]
 
 LOG_RATIO_CLAMP = tl.constexpr(11.0)  # nats, as in reference.py
-# Triton's clamp and minimum drop a NaN unless asked; a loss must not hide one.
-NAN_STAYS = tl.constexpr(tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -34,7 +32,8 @@ def k3(d):
 
     For small d the three terms cancel and leave no digit, so there the series is summed instead.
     """
-    d = tl.clamp(d, -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP, propagate_nan=NAN_STAYS)
+    # Triton's clamp drops a NaN unless asked; a loss must not hide one.
+    d = tl.clamp(d, -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP, propagate_nan=tl.PropagateNan.ALL)
     return tl.where(tl.abs(d) < 0.5, k3_series(d), tl.exp(d) - d - 1)
 
 
