@@ -8,7 +8,7 @@ import math
 import os
 import subprocess
 import sys
-from unittest import mock
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -90,20 +90,12 @@ def test_kernels_agree_with_float64(impl, lengths, V, D, scale, seed, off_policy
     check_against_float64(group, impl, beta=0.04 if off_policy else 0.0, **options)
 
 
-def opposite_peaks():
-    """Two opposite peaks of 60 nats and a flat row: log-ratios far beyond 11 on either side."""
-    group = make_group([2, 2, 2], V=97, scale=0.1)
-    group["hidden_ND"][0, 0], group["hidden_ND"][2, 0] = 10.0, -10.0
-    group["weight_VD"][:, 0] = torch.linspace(-3, 3, 97)
-    return group
-
-
 HARD_GROUPS = dict(
-    opposite_peaks=opposite_peaks,
+    # Log-ratios far beyond 11 on either side, and an ended row far above the live ones: e^145 would
+    # overflow float32.
+    far_apart=dict(lengths=[2, 2, 2, 1], scale=40.0),
     # One long completion among short ones: most positions have a single live row.
-    long_tail=lambda: make_group([1, 12, 2, 1, 3], off_policy=True),
-    # Live log-probs of -150 beside the uniform row's -4.6: e^145 would overflow float32.
-    far_below_an_ended_row=lambda: make_group([4, 1, 1], scale=40.0),
+    long_tail=dict(lengths=[1, 12, 2, 1, 3], off_policy=True),
 )
 
 
@@ -112,19 +104,16 @@ HARD_GROUPS = dict(
 @ENDED
 @pytest.mark.parametrize("name", HARD_GROUPS)
 def test_hard_groups(impl, divergence, ended_rows, name):
-    group = HARD_GROUPS[name]()
+    group = make_group(**HARD_GROUPS[name])
     check_against_float64(group, impl, divergence=divergence, ended_rows=ended_rows)
 
 
 @KERNELS
-def test_production_sizes_on_a_small_group(impl):
+def test_production_sizes_on_a_small_group(impl, monkeypatch):
     """The block sizes used on a GPU, with a vocabulary that is not a multiple of any of them."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     group = make_group([3, 1, 2], V=4999, D=70, off_policy=True)
-
-    def cuts():
-        return mock.patch.object(torch.cuda, "get_device_capability", lambda device: (9, 0))
-
-    check_against_float64(group, impl, cuts=cuts, beta=0.04)
+    check_against_float64(group, impl, cuts=nullcontext, beta=0.04)
 
 
 @KERNELS
@@ -165,47 +154,35 @@ def test_bits_repeat(impl):
 
 
 @KERNELS
-@pytest.mark.parametrize("frozen", ["hidden_ND", "weight_VD"])
 @pytest.mark.parametrize("kept_share", [0, 1])
-def test_a_frozen_side_costs_no_matmul(impl, frozen, kept_share, monkeypatch):
-    group = make_group([3, 1, 4])
-    _, dH, dW = forward_backward(group, impl)
-    products = []
-    mm = torch.mm
-    monkeypatch.setattr(torch, "mm", lambda *a, **k: products.append(a) or mm(*a, **k))
-    other = "weight_VD" if frozen == "hidden_ND" else "hidden_ND"
-    leaf = group[other].clone().requires_grad_()
+@pytest.mark.parametrize("needed", [["hidden_ND"], ["weight_VD"], ["hidden_ND", "weight_VD"]])
+def test_the_backward_makes_no_product_too_many(impl, kept_share, needed, monkeypatch):
+    """Of a frozen side none, and of logits none that were kept; in two slices of the vocabulary."""
+    group, products = make_group([3, 1, 4]), []
+    _, *expected = forward_backward(group, impl)
+    leaves = {name: group[name].clone().requires_grad_() for name in needed}
     with small_cuts():
-        output = tw_grpo_head(**{**group, other: leaf}, impl=impl, kept_share=kept_share)
-        output.loss.backward()
-    assert_close(leaf.grad, dH if other == "hidden_ND" else dW)
-    transposed = [a for a, _ in products if a.shape[1] == len(group["targets_N"])]  # gᵀ H
-    assert bool(transposed) == (other == "weight_VD")
+        loss = tw_grpo_head(**group | leaves, impl=impl, kept_share=kept_share).loss
+        for real in (torch.mm, torch.addmm):
+            spy = lambda *a, real=real, **k: products.append(a) or real(*a, **k)  # noqa: E731
+            monkeypatch.setattr(torch, real.__name__, spy)
+        loss.backward()
+    is_kept = kept_share and impl != "fused"
+    assert len(products) == (len(needed) if is_kept else 2 * (len(needed) + 1))
+    for gradient, name in zip(expected, ("hidden_ND", "weight_VD"), strict=True):
+        if name in needed:
+            assert_close(leaves[name].grad, gradient)
 
 
 @pytest.mark.parametrize("impl, steps", [("chunked", logits), ("plain", plain)])
-def test_kept_rows_make_the_backward_two_products(impl, steps, monkeypatch):
-    """And nothing is kept where no gradient is wanted, or without a budget."""
-    group, rows, products = make_group([3, 1, 4]), [], []
-
-    def spy(module, name, seen):
-        real = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *a, **k: seen.append(len(a[0])) or real(*a, **k))
-
-    spy(steps, "softmax_gradient", rows)
-    leaves = {k: group[k].clone().requires_grad_() for k in ("hidden_ND", "weight_VD")}
-    with small_cuts():
+def test_rows_are_kept_only_for_a_backward(impl, steps, monkeypatch):
+    monkeypatch.setattr(steps, "softmax_gradient", None)
+    group = make_group([3, 1, 4])
+    tw_grpo_head(**group, impl=impl)
+    group["hidden_ND"].requires_grad_()
+    tw_grpo_head(**group, impl=impl, kept_share=0)
+    with torch.no_grad():
         tw_grpo_head(**group, impl=impl)
-        with torch.no_grad():
-            tw_grpo_head(**group | leaves, impl=impl)
-        tw_grpo_head(**group | leaves, impl=impl, kept_share=0)
-        assert not rows
-        output = tw_grpo_head(**group | leaves, impl=impl)
-    assert sum(rows) == 8
-    spy(torch, "mm", products)
-    spy(torch, "addmm", products)
-    output.loss.backward()
-    assert len(products) == 2 and sum(rows) == 8
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -281,18 +258,18 @@ def test_memory_of_the_backward_is_bounded():
 
 
 @KERNELS
-def test_what_the_kernels_take(impl):
+def test_strides_and_float64(impl):
     group = make_group([3, 1, 4])
-    call = lambda **k: forward_backward({**group, **k}, impl)  # noqa: E731
-    strided = {k: group[k].T.contiguous().T for k in ("hidden_ND", "weight_VD")}
-    assert torch.equal(call(**strided)[1], call()[1])
-    wide = {k: group[k].double() for k in ("hidden_ND", "weight_VD")}
-    if impl == "fused":
-        with pytest.raises(RuntimeError, match="impl='fused' cannot run .* in torch.float64"):
-            call(**wide)
-    else:
-        exact, *gradients = call(**wide)
-        assert_close(exact.loss, forward_backward(group, "float64")[0].loss, rtol=1e-12, atol=1e-12)
+    output, *gradients = forward_backward(group, impl)
+    for change in (lambda x: x.T.contiguous().T, torch.Tensor.double):
+        changed = group | {k: change(group[k]) for k in ("hidden_ND", "weight_VD")}
+        if impl == "fused" and changed["hidden_ND"].dtype == torch.float64:
+            with pytest.raises(RuntimeError, match="impl='fused' cannot run .* in torch.float64"):
+                tw_grpo_head(**changed, impl=impl)
+        else:
+            again, *gradients_again = forward_backward(changed, impl)
+            assert_close(again.loss, output.loss, check_dtype=False)
+            assert_close(gradients_again, gradients, check_dtype=False)
 
 
 def python(code: str) -> str:
@@ -304,33 +281,25 @@ def python(code: str) -> str:
     return result.stdout
 
 
-WITHOUT_GPU = """
+@pytest.mark.skipif(DEVICE == "cuda", reason="needs a machine without GPU")
+@pytest.mark.parametrize("hide", ["", "sys.modules['triton'] = None"])
+def test_where_triton_cannot_run_chunked_is_plain_torch(hide):
+    """On a CPU without its interpreter, and without Triton; "fused" then says what it needs."""
+    said = python(f"""
 import sys, torch
-from kernels import plain, tw_grpo_head, token_logps
-if {hide}:
-    sys.modules["triton"] = None
+from kernels import tw_grpo_head
+{hide}
 group = dict(hidden_ND=torch.randn(3, 4), weight_VD=torch.randn(7, 4),
     targets_N=torch.tensor([1, 2, 6]), lengths_G=torch.tensor([2, 1]), advantages_G=torch.ones(2))
-statistics, calls = plain.row_statistics, []
-plain.row_statistics = lambda *a: calls.append(1) or statistics(*a)
-for impl in ("auto", "chunked", "fused"):
-    for call in (lambda: tw_grpo_head(**group, impl=impl),
-                 lambda: token_logps(*list(group.values())[:3], impl=impl)):
-        try:
-            call()
-        except RuntimeError as problem:
-            print(problem)
-    print(impl, len(calls), "triton" in sys.modules)
-"""
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="needs a machine without GPU")
-@pytest.mark.parametrize("hide", [True, False])
-def test_where_triton_cannot_run_chunked_is_plain_torch(hide):
-    """Without Triton, and on a CPU without its interpreter; "fused" then says what it needs."""
-    auto, chunked, *failed, _ = python(WITHOUT_GPU.format(hide=hide)).splitlines()
-    assert (auto, chunked) == (f"auto 2 {hide}", f"chunked 4 {hide}")
-    assert len(failed) == 2 and all("it needs Triton" in x for x in failed)
+for impl in ("auto", "chunked"):
+    tw_grpo_head(**group, impl=impl)
+assert not sys.modules.get("triton")
+try:
+    tw_grpo_head(**group, impl="fused")
+except RuntimeError as problem:
+    print(problem)
+""")
+    assert "it needs Triton" in said and "TRITON_INTERPRET=1" in said
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="needs a machine without GPU")
@@ -373,13 +342,13 @@ def test_kernels_compile_ahead_of_time_without_spills():
     assert all(f" {arch}" in table for arch in ("sm_80", "sm_90", "sm_100"))
 
 
-def test_what_is_checked_is_what_is_launched_whatever_the_lengths():
-    """Else the check says nothing, and a step would stop for seconds whenever lengths are new. Real
+def test_what_is_checked_is_what_is_launched_whatever_the_sizes():
+    """Else the check says nothing, and a step would stop for seconds whenever sizes are new. Real
     tensors and other lengths compile nothing that the tensors without storage have not."""
     python("""
 from kernels import compile_check, head, logits
-from kernels.compile_check import compiling_for, launch_head
-head.choose_impl, head.check_kernels = lambda impl, *_: impl, lambda *_: None  # also on a CPU
+from kernels.compile_check import compiling_for, launch_decode, launch_head
+head.choose_impl = lambda impl, *_: impl  # also on a CPU
 compile_check.D, compile_check.V = 128, 4096
 with compiling_for(90) as found:
     for impl in ("chunked", "fused"):
@@ -395,4 +364,11 @@ with compiling_for(90) as found:
     logits.GROUP_ELEMENTS = 2048
     launch_head(90, [300] * 8)
     assert "group FORM=official UNIFORM=1 ROWS=8 BLOCK=256" in found
+
+    for G in (2, 4, 8, 16):
+        launch_decode(G)
+    checked = set(found)
+    launch_decode(1, B=3, H=16, K=16, P=1, T=1)
+    launch_decode(24, B=2, H=32, K=8, P=5003, T=171, device="cpu")
+    assert set(found) == checked, set(found) - checked
 """)
