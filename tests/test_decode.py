@@ -18,8 +18,7 @@ from test_kernels import few
 from test_policy import as_qwen2_vl
 from test_qwen3 import as_qwen3_vl
 
-import toy
-from data import TEMPLATES, Question
+from data import Question
 from kernels import decode
 from kernels.compile_check import launch_decode
 from model import rollout
@@ -100,9 +99,7 @@ def two_questions(policy, device):
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="decodes on the CPU, in the interpreter")
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_a_rollout_by_the_kernels_draws_the_same_tokens(kind, monkeypatch):
-    tokenizer = toy.build_tokenizer(list(TEMPLATES.values()))
-    policy = Policy(toy.build_model(tokenizer).eval(), tokenizer, toy.CHAT_TEMPLATE)
+def test_a_rollout_by_the_kernels_draws_the_same_tokens(kind, policy, monkeypatch):
     policy = FAMILIES[kind](policy)
     policy.eos_ids = torch.tensor([-1])  # never end
     arguments = *two_questions(policy, "cpu"), 2, 6, 1.0, [(1,), (2,)]

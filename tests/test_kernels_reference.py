@@ -279,9 +279,7 @@ def test_each_form_reaches_the_loss_of_a_step(world, policy, questions):
     "flags, sentence",
     [
         ("entropy --divergence textbook", "entropy ignores --divergence and"),
-        ("position --ended_rows exclude", "position ignores --divergence and"),
         ("none --ended_rows exclude", "none ignores --divergence and"),
-        ("none --loss_type grpo", "need --loss_type tw_grpo"),
         ("shuffled --loss_type grpo", "need --loss_type tw_grpo"),
         ("divergence --normalize_token_weights true --loss_type grpo", "need --loss_type tw_grpo"),
     ],
