@@ -8,7 +8,7 @@ import contextlib
 import pytest
 import torch
 
-from kernels import backward, fused, logits, plain, reference, tw_grpo_head
+from kernels import backward, plain, reference, tw_grpo_head
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -16,6 +16,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @contextlib.contextmanager
 def small_cuts():
     """A group of a dozen tokens and 100 words takes several chunks, slices, blocks and tiles."""
+    from kernels import fused, logits  # need Triton
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(logits, "CHUNK_ELEMENTS", 12 * 97)
         patch.setattr(plain, "CHUNK_ELEMENTS", 12 * 97)
