@@ -98,12 +98,9 @@ def token_logps(
 
     For the old and the reference log-probs; arguments as in `tw_grpo_head`.
     """
-    check_tensors(hidden_ND=hidden_ND, weight_VD=weight_VD, targets_N=targets_N)
-    inputs, impl = (hidden_ND, weight_VD, targets_N), choose_impl(impl, hidden_ND)
-    if impl == "reference":
-        return reference.token_logps(*inputs, temperature)
-    layout = lay_out([len(hidden_ND)], hidden_ND.device)  # one completion: no divergence
-    return Statistics.apply(*inputs, layout, impl, LossOptions(temperature=temperature), 0)[0]
+    # As one completion: alone it has no divergence, which is then not computed.
+    group = hidden_ND, weight_VD, targets_N, torch.tensor([len(hidden_ND)]), hidden_ND.new_zeros(1)
+    return tw_grpo_head(*group, temperature=temperature, impl=impl).logps_N
 
 
 def check_tensors(**tensors: Tensor | None) -> None:
@@ -141,8 +138,8 @@ def choose_impl(impl: str, hidden_ND: Tensor) -> str:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, not {impl!r}")
     device, dtype = hidden_ND.device.type, hidden_ND.dtype
     interpreted = device not in COMPILES_FOR and os.environ.get("TRITON_INTERPRET") == "1"
-    runs = device in COMPILES_FOR or interpreted
-    runs = runs and dtype in KERNEL_DTYPES and find_spec("triton") is not None
+    has_kernels = dtype in KERNEL_DTYPES and find_spec("triton") is not None
+    runs = has_kernels and (device in COMPILES_FOR or interpreted)
     if impl in ("auto", "chunked"):
         # Which of the two designs is faster has not yet been measured; chunked does fewer
         # multiplications.

@@ -256,7 +256,6 @@ def test_each_form_reaches_the_loss_of_a_step(world, policy, questions):
     assert_close(w["position"], torch.linspace(1, 1.7, len(w["none"])))
     by_hand = reference.shuffled_weights(w["divergence"], (42, 7, 0, 6))
     assert torch.equal(w["shuffled"], by_hand) and not torch.equal(by_hand, w["divergence"])
-    assert torch.equal(outputs["position"].divergence_T, outputs["divergence"].divergence_T)
     H_T = outputs["entropy"].divergence_T
     assert H_T[0] > 0 == outputs["divergence"].divergence_T[0].round(decimals=6)  # one prompt row
     assert_close(w["entropy"], reference.token_weights(H_T, 1.7))
