@@ -255,7 +255,7 @@ def python(code: str) -> str:
     """What the code prints in a process of its own, where kernels are not interpreted."""
     clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", code]
-    result = subprocess.run(command, capture_output=True, text=True, env=clean, timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, env=clean, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
