@@ -223,7 +223,8 @@ def forward(
         divergence_kernel[(token_tiles, slices)](
             hidden_ND, weight_VD, statistics_3N[1:].sum(0), layout.order_N, layout.start_of_t,
             partial_ST, first, last, V, D, T, layout.G, math.log(V), 1 / options.temperature,
-            slice_tiles, FORM=options.form, UNIFORM=options.stands_in, ROWS=rows, **narrow,
+            slice_tiles, FORM=options.form, UNIFORM=options.ended_rows == "uniform", ROWS=rows,
+            **narrow,
         )  # fmt: skip
         divergence_T[first:last] = partial_ST[:, first:last].sum(0)
     return statistics_3N, divergence_T

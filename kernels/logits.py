@@ -125,7 +125,7 @@ def divergence(
     group_kernel[(T, slices)](
         logits_RV, *statistics_3R[1:], layout.start_of_t, partial_TS,
         span.start, V, layout.G, math.log(V), 1 / options.temperature, slice_words,
-        FORM=options.form, UNIFORM=options.stands_in, ROWS=rows, BLOCK=block,
+        FORM=options.form, UNIFORM=options.ended_rows == "uniform", ROWS=rows, BLOCK=block,
         # Four neighbouring words to each thread, and all the rows of a group: with more warps a
         # group is spread over two of them, and each of its sums and maxima has to wait for both.
         num_warps=min(max(block // 128, 1), 4),

@@ -64,11 +64,6 @@ class LossOptions:
         """What D_t is: a form of the divergence, or in its place the entropy."""
         return "entropy" if self.token_weights == "entropy" else self.divergence
 
-    @property
-    def stands_in(self) -> bool:
-        """Whether the uniform distribution stands in for completions that have ended."""
-        return self.ended_rows == "uniform" and self.form != "entropy"
-
 
 @dataclass
 class HeadOutput:

@@ -60,6 +60,8 @@ def group_spread(logp, alive, alive_count, ended, log_V, FORM: tl.constexpr, AXI
     Everything is measured from the largest log-prob of the group at that word (`anchor`): identical
     rows then differ by exactly 0, and the textbook form cannot underflow.
     """
+    if FORM == "entropy":  # of alive rows alone
+        ended = 0.0
     share = 1 / (alive_count + ended)
     anchor = tl.max(tl.where(alive, logp, float("-inf")), axis=AXIS, keep_dims=True)
     anchor = tl.where(ended > 0, tl.maximum(anchor, -log_V), anchor)
