@@ -10,7 +10,7 @@ kernels/reference.py; here K is the number of reward functions.
 """
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from data import Prompter, Question, check_prompts
 from files import UserError
-from kernels import KEPT_BYTES, HeadOutput, tw_grpo_head
+from kernels import HeadOutput, LossOptions, tw_grpo_head
 from model import ranks
 from model.packing import Group
 from model.policy import Policy
@@ -211,6 +211,9 @@ def score_groups(
     """
     scored, dtype = groups or [policy.idle_group()], policy.compute_dtype
     hidden = policy.hidden_states(scored)
+    options = {f.name: getattr(cfg, f.name) for f in fields(LossOptions) if hasattr(cfg, f.name)}
+    if not groups:
+        options["beta"] = 0.0  # no reference model has scored the idle group
     outputs = [
         tw_grpo_head(
             hidden_ND.to(dtype),
@@ -220,18 +223,9 @@ def score_groups(
             group.advantages_G.to(hidden_ND.device, non_blocking=True),
             old_logps_N=group.old_logps_N,
             ref_logps_N=group.ref_logps_N,
-            alpha=cfg.alpha,
-            eps_low=cfg.epsilon,
-            eps_high=cfg.epsilon_high,
-            beta=cfg.beta if group.ref_logps_N is not None else 0.0,
-            temperature=cfg.temperature,
-            loss_type=cfg.loss_type,
-            divergence="entropy" if cfg.token_weights == "entropy" else cfg.divergence,
-            ended_rows=cfg.ended_rows,
-            token_weights="divergence" if cfg.token_weights == "entropy" else cfg.token_weights,
-            normalize_token_weights=cfg.normalize_token_weights,
             shuffle_seed=(*group.seed[:3], 6),  # 6: no other stream ends so
-            kept_bytes=KEPT_BYTES / len(scored),
+            kept_share=1 / len(scored),
+            **options,
         )
         for group, hidden_ND in zip(scored, hidden, strict=True)
     ]

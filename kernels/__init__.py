@@ -8,10 +8,10 @@ import importlib.util
 import sys
 from importlib import metadata
 
-from kernels.head import KEPT_BYTES, token_logps, tw_grpo_head
-from kernels.reference import HeadOutput
+from kernels.head import token_logps, tw_grpo_head
+from kernels.reference import HeadOutput, LossOptions
 
-__all__ = ["KEPT_BYTES", "HeadOutput", "token_logps", "tw_grpo_head"]
+__all__ = ["HeadOutput", "LossOptions", "token_logps", "tw_grpo_head"]
 
 try:
     _hub = str(metadata.distribution("kernels").locate_file("kernels"))

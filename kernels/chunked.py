@@ -6,7 +6,6 @@ of about 2,048 rows is written once in float32 and read twice: by rows for the l
 groups for the divergence. Shape letters: `kernels/reference.py`.
 """
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -53,20 +52,12 @@ def matmul_float32(a: Tensor, b: Tensor, out: Tensor, beta: float = 0.0) -> Tens
     return torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
 
 
-def chunks_of_positions(starts: Sequence[int], rows: int) -> Iterator[tuple[int, int]]:
-    """Ranges [first, last) of at most this many alive rows, or of one position if it has more."""
-    first = 0
-    for last in range(1, len(starts)):
-        if last + 1 == len(starts) or starts[last + 1] - starts[first] > rows:
-            yield first, last
-            first = last
-
-
 def forward(
     hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, layout: Layout,
     options: LossOptions, steps: ModuleType, kept_KV: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(statistics_3N, divergence_T), in float32 or wider, see `logits.statistics`.
+    """(statistics_3N, divergence_T), in float32 or wider: of each token the log-prob of the target,
+    the peak of its row, and log Σ e^(x-peak); and D_t.
 
     steps    the module `logits` (Triton) or `plain` (torch)
     kept_KV  is filled with P' = 1[v=y] - p of the first K rows in position-major order
@@ -74,22 +65,25 @@ def forward(
     Memory beyond outputs: one chunk of logits, 2048 x 152064 x 4 = 1.25 GB, whatever N is; in plain
     torch 41 rows and about 7 copies of them, 0.2 GB.
     """
-    starts, V = layout.starts, len(weight_VD)
+    starts, T, V = layout.starts, len(layout.starts) - 1, len(weight_VD)
     wide = torch.promote_types(hidden_ND.dtype, torch.float32)
     statistics_3N = hidden_ND.new_empty(3, len(hidden_ND), dtype=wide)
-    divergence_T = hidden_ND.new_empty(len(starts) - 1, dtype=wide)
-    chunks = list(steps.chunks(layout, V))
-    widest = max(starts[last] - starts[first] for first, last in chunks)
-    buffer = hidden_ND.new_empty(widest, V, dtype=wide)
-    for first, last in chunks:
-        rows = slice(starts[first], starts[last])
+    divergence_T = hidden_ND.new_zeros(T, dtype=wide)
+    # Of each position G rows are counted, as if all its completions were alive.
+    positions = max(1, steps.CHUNK_ELEMENTS // (V * layout.G))
+    buffer = hidden_ND.new_empty(starts[min(positions, T)], V, dtype=wide)
+    for first in range(0, T, positions):
+        span = range(first, min(first + positions, T))
+        rows = slice(starts[first], starts[span.stop])
         order_R = layout.order_N[rows]
         logits_RV = matmul_float32(hidden_ND[order_R], weight_VD.T, out=buffer[: len(order_R)])
         targets_R, kept_V = targets_N[order_R], kept_KV[rows]
-        statistics_3R, divergence_T[first:last] = steps.statistics(
-            logits_RV, targets_R, layout, first, last, options
-        )
+        statistics_3R = steps.row_statistics(logits_RV, targets_R, options.temperature)
         statistics_3N[:, order_R] = statistics_3R
+        if layout.G > 1 or options.form == "entropy":  # one alone has no spread
+            divergence_T[span.start : span.stop] = steps.divergence(
+                logits_RV, statistics_3R, layout, span, options
+            )
         if K := len(kept_V):
             # One more read of the chunk, a thirtieth of the time of three matmuls. The group kernel
             # could write it too, but bf16 stores suit another layout of its tile than float32

@@ -1,8 +1,7 @@
 """Every kernel compiled ahead of time, as it is launched, without a GPU: registers, spills, shared
 memory, and barriers.
 
-    python -m kernels.compile_check             # sm_80, sm_90 and sm_100
-    python -m kernels.compile_check --arch 90
+    python -m kernels.compile_check    # for sm_80, sm_90 and sm_100
 
 The head itself runs, forward and backward, and so does the attention of a decoding step, on tensors
 without storage (device "meta") at production size; each launch compiles what Triton would compile
@@ -12,14 +11,12 @@ group kernel waits inside its loop. Needs Triton; must not run under TRITON_INTE
 where a kernel is never compiled.
 """
 
-import argparse
 import contextlib
 import itertools
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -75,8 +72,6 @@ def launch_head(
     **options: str,
 ) -> None:
     """Forward and backward of a group of these lengths, by default on tensors without storage."""
-    from kernels import fused
-
     N, G = sum(lengths), len(lengths)
     hidden_ND, weight_VD = (
         torch.empty(n, D, dtype=dtype, device=device, requires_grad=True) for n in (N, V)
@@ -84,26 +79,18 @@ def launch_head(
     targets_N = torch.zeros(N, dtype=torch.int64, device=device)
     advantages_G = torch.empty(G, device=device)
     group = (hidden_ND, weight_VD, targets_N, torch.tensor(lengths), advantages_G)
-    tile = fused.FLOAT32_TILE if dtype == torch.float32 else fused.TILES[arch // 10]
-    with mock.patch.object(fused, "tile_for", lambda hidden_ND: tile):
+    with mock.patch.object(torch.cuda, "get_device_capability", lambda _: (arch // 10, 0)):
         output = tw_grpo_head(*group, impl=impl, **options)
     output.loss.backward()
 
 
 def launch_decode(
-    G: int,
-    B: int = 1,
-    H: int = 28,
-    K: int = 4,
-    P: int = 1100,
-    T: int = 170,
-    D: int = 128,
-    device: str = "meta",
+    G: int, B: int = 1, H: int = 28, K: int = 4, P: int = 1100, T: int = 170, device: str = "meta"
 ) -> None:
     """The attention of one decoding step, by default of Qwen2.5-VL-7B, in bf16."""
     from kernels import decode
 
-    R, bf16 = B * G, dict(dtype=torch.bfloat16, device=device)
+    R, D, bf16 = B * G, 128, dict(dtype=torch.bfloat16, device=device)
     new = [torch.empty(R, heads, D, **bf16) for heads in (H, K, K)]
     rotation = [torch.empty(R, D, **bf16) for _ in range(2)]
     prompt = [torch.empty(B, K, P, D, **bf16) for _ in range(2)]
@@ -116,30 +103,25 @@ def launch_everything(arch: int) -> None:
     """Each kernel under each of its constants: group sizes, forms of D_t, dtypes."""
     for G in (2, 4, 8, 16):
         launch_decode(G)
-    for dtype, impl, G, divergence in itertools.product(
-        (torch.bfloat16, torch.float32),
-        ("chunked", "fused"),
-        (2, 4, 8, 16),
-        ("official", "textbook", "entropy"),
-    ):
-        launch_head(arch, [300] * G, impl, dtype, divergence=divergence)
-    for divergence in ("official", "textbook", "entropy"):  # one completion outlives the other
-        launch_head(arch, [300, 100], "fused", divergence=divergence)
+    forms = (dict(), dict(divergence="textbook"), dict(token_weights="entropy"))
+    for form in forms:
+        for dtype, impl, G in itertools.product(
+            (torch.bfloat16, torch.float32), ("chunked", "fused"), (2, 4, 8, 16)
+        ):
+            launch_head(arch, [300] * G, impl, dtype, **form)
+        launch_head(arch, [300, 100], "fused", **form)  # one completion outlives the other
 
 
 def properties(arch: int, compiled) -> tuple[str, int, int, float, int]:
     """Target, registers a thread, spilled bytes, KB of shared memory, and barriers."""
-    import triton
+    from triton.backends.nvidia.compiler import get_ptxas
 
-    folder = Path(triton.__file__).parent / "backends/nvidia/bin"
-    ptxas = folder / "ptxas-blackwell"
-    ptxas = ptxas if arch >= 100 and ptxas.exists() else folder / "ptxas"
     ptx = compiled.asm["ptx"]
     target = re.search(r"\.target (sm_\w+)", ptx)[1]
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        command = [ptxas, "-v", f"-arch={target}", file.name, "-o", "/dev/null"]
+        command = [get_ptxas(arch).path, "-v", f"-arch={target}", file.name, "-o", "/dev/null"]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers = int(re.search(r"Used (\d+) registers", report)[1])
     spills = sum(map(int, re.findall(r"(\d+) bytes spill", report)))
@@ -148,18 +130,16 @@ def properties(arch: int, compiled) -> tuple[str, int, int, float, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", type=int, nargs="*", default=[80, 90, 100], choices=[80, 90, 100])
     print(f"{'kernel':92} {'target':8} registers  spills B  shared KB  barriers")
     failed = []
-    for arch in parser.parse_args().arch:
+    for arch, limit in SHARED_LIMIT.items():
         with compiling_for(arch) as found:
             launch_everything(arch)
         for name, compiled in found.items():
             target, registers, spills, shared, barriers = properties(arch, compiled)
             print(f"{name:92} {target:8} {registers:9} {spills:9} {shared:10.1f} {barriers:9}")
             waits = name.startswith("group") and barriers > GROUP_BARRIERS
-            if spills or shared > SHARED_LIMIT[arch] or waits:
+            if spills or shared > limit or waits:
                 failed.append(f"{name} on {target}")
     if failed:
         raise SystemExit(

@@ -9,10 +9,8 @@ position stand POSITIONS columns apart (group-major): on tensor cores each threa
 values of a word, and their mean needs no exchange.
 """
 
+import itertools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from itertools import groupby
 
 import torch
 import triton
@@ -23,29 +21,11 @@ from kernels.chunked import Layout
 from kernels.reference import LossOptions
 from kernels.tiles import VIEWS, group_spread
 
-
-@dataclass(frozen=True)
-class Tile:
-    """Shape of one matmul tile: words x tokens, in steps of `depth` along D."""
-
-    words: int
-    tokens: int
-    depth: int
-    warps: int
-    stages: int
-
-
-# bf16, by the GPU's major compute capability: the largest tile whose accumulator and group
-# arithmetic fit the registers without a spill (`python -m kernels.compile_check` prints them).
-# Blackwell's tensor memory hands a thread a whole row of the tile, hence fewer tokens there. Speed
-# on a GPU: not yet measured.
-TILES = {
-    8: Tile(128, 128, 64, warps=8, stages=3),
-    9: Tile(256, 128, 64, warps=8, stages=3),
-    10: Tile(128, 64, 64, warps=8, stages=3),
-}
-# float32 dots are exact ("ieee") and run outside the tensor cores: for checks, not for speed.
-FLOAT32_TILE = Tile(64, 64, 32, warps=8, stages=2)
+# bf16, by the GPU's major compute capability, (words, tokens): the largest tile whose accumulator
+# and group arithmetic fit the registers without a spill (`python -m kernels.compile_check` prints
+# them). Blackwell's tensor memory hands a thread a whole row of the tile, hence fewer tokens there.
+# Speed on a GPU: not yet measured.
+TILES = {8: (128, 128), 9: (256, 128), 10: (128, 64)}
 MULTIPROCESSORS = 132  # of an H200; elsewhere the slices below are still valid, only less even
 
 
@@ -152,21 +132,27 @@ def divergence_kernel(
     tl.store(partial_ptr + tl.program_id(1).to(tl.int64) * T + t, total, t < last_t)
 
 
-def tile_for(hidden_ND: Tensor) -> Tile:
-    if hidden_ND.dtype == torch.float32:
-        return FLOAT32_TILE
-    return TILES.get(torch.cuda.get_device_capability(hidden_ND.device)[0], TILES[8])
+def tile_for(hidden_ND: Tensor) -> dict[str, int]:
+    """Constants of a matmul tile: words x tokens, in steps of DEPTH along D."""
+    words, tokens, depth, stages = 64, 64, 32, 2
+    if hidden_ND.dtype != torch.float32:  # whose dots are exact, outside the tensor cores, and slow
+        major, _ = torch.cuda.get_device_capability(hidden_ND.device)
+        (words, tokens), depth, stages = TILES.get(major, TILES[8]), 64, 3
+    even = hidden_ND.shape[1] % depth == 0
+    tile = dict(WORDS=words, TOKENS=tokens, DEPTH=depth, EVEN_D=even)
+    return tile | dict(num_warps=8, num_stages=stages)
 
 
-def divergence_tile(tile: Tile, rows: int, official: bool) -> Tile:
+def divergence_tile(tile: dict[str, int], rows: int, official: bool) -> dict[str, int]:
     """The tile for groups of `rows` rows, changed until nothing spills.
 
     As many positions as `tile` would hold of eight rows, so that what a thread keeps for each
     position stays the same; fewer for more rows. Half the words where there is more to keep.
     """
-    tokens = rows * tile.tokens // 8 if rows <= 8 else max(tile.tokens, rows)
-    words = tile.words if official and rows <= 8 else tile.words // 2
-    return replace(tile, words=words, tokens=max(16, tokens))  # 16: the narrowest product
+    words, tokens = tile["WORDS"], tile["TOKENS"]
+    tokens = rows * tokens // 8 if rows <= 8 else max(tokens, rows)
+    words = words if official and rows <= 8 else words // 2
+    return tile | dict(WORDS=words, TOKENS=max(16, tokens))  # 16: the narrowest product
 
 
 def slices_of_words(V: int, words: int, token_tiles: int) -> tuple[int, int]:
@@ -187,37 +173,25 @@ def slices_of_words(V: int, words: int, token_tiles: int) -> tuple[int, int]:
 
 
 def row_statistics(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, temperature: float, tile: Tile
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    temperature: float,
+    tile: dict[str, int],
 ) -> Tensor:
-    """(3, N) float32: log-prob, peak, and log Σ e^(x-peak)."""
+    """(3, N) float32, as `logits.row_statistics`."""
     (N, D), V = hidden_ND.shape, len(weight_VD)
-    token_tiles = triton.cdiv(N, tile.tokens)
-    slices, slice_tiles = slices_of_words(V, tile.words, token_tiles)
+    token_tiles = triton.cdiv(N, tile["TOKENS"])
+    slices, slice_tiles = slices_of_words(V, tile["WORDS"], token_tiles)
     picked_N = hidden_ND.new_empty(N, dtype=torch.float32)
     peak_SN, sum_SN = hidden_ND.new_empty(2, slices, N, dtype=torch.float32)
     log_sum_exp_kernel[(token_tiles, slices)](
         hidden_ND, weight_VD, targets_N, picked_N, peak_SN, sum_SN,
-        N, V, D, 1 / temperature, slice_tiles,
-        WORDS=tile.words, TOKENS=tile.tokens, DEPTH=tile.depth, EVEN_D=D % tile.depth == 0,
-        num_warps=tile.warps, num_stages=tile.stages,
+        N, V, D, 1 / temperature, slice_tiles, **tile,
     )  # fmt: skip
     peak_N = peak_SN.amax(0)
     log_sum_N = (sum_SN * (peak_SN - peak_N).exp()).sum(0).log()
     return torch.stack([picked_N - peak_N - log_sum_N, peak_N, log_sum_N])
-
-
-def buckets_of_positions(starts: list[int]) -> Iterator[tuple[int, int, int]]:
-    """Ranges (first, last, rows) of positions with more than rows / 2 and at most rows alive
-    completions.
-
-    Fewer and fewer completions are alive as t grows; a tile is padded to a power of two of them,
-    never to all G.
-    """
-    positions = range(len(starts) - 1)
-    padded = lambda t: triton.next_power_of_2(starts[t + 1] - starts[t])  # noqa: E731
-    for rows, bucket in groupby(positions, key=padded):
-        first, *rest = bucket
-        yield first, first + len(rest) + 1, rows
 
 
 def forward(
@@ -230,25 +204,27 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(statistics_3N, divergence_T), as `chunked.forward`.
 
+    Fewer and fewer completions are alive as t grows. Positions with more than rows / 2 and at most
+    `rows` of them, a power of two, are a launch, so that never all are padded to G.
     Memory beyond outputs: what the slices leave, slices (2 N + T) 4 bytes, 9 MB at N = 32,768.
     """
-    tile = tile_for(hidden_ND)
+    tile, V, D, T = tile_for(hidden_ND), *weight_VD.shape, len(layout.starts) - 1
     statistics_3N = row_statistics(hidden_ND, weight_VD, targets_N, options.temperature, tile)
-    V, D, T = *weight_VD.shape, len(layout.starts) - 1
-    divergence_T = hidden_ND.new_zeros(T, dtype=torch.float32)
-    official = options.divergence == "official"
-    has_spread = layout.G > 1 or options.divergence == "entropy"
-    for first, last, rows in buckets_of_positions(layout.starts) if has_spread else ():
-        narrow = divergence_tile(tile, rows, official)
-        token_tiles = triton.cdiv(last - first, narrow.tokens // rows)
-        slices, slice_tiles = slices_of_words(V, narrow.words, token_tiles)
+    divergence_T, last = statistics_3N.new_zeros(T), 0
+    if layout.G == 1 and options.form != "entropy":  # one alone has no spread
+        return statistics_3N, divergence_T
+    alive = [end - start for start, end in itertools.pairwise(layout.starts)]
+    for rows, positions in itertools.groupby(alive, key=triton.next_power_of_2):
+        first, last = last, last + len(list(positions))
+        narrow = divergence_tile(tile, rows, options.form == "official")
+        token_tiles = triton.cdiv(last - first, narrow["TOKENS"] // rows)
+        slices, slice_tiles = slices_of_words(V, narrow["WORDS"], token_tiles)
         partial_ST = hidden_ND.new_empty(slices, T, dtype=torch.float32)
         divergence_kernel[(token_tiles, slices)](
             hidden_ND, weight_VD, statistics_3N[1:].sum(0), layout.order_N, layout.start_of_t,
             partial_ST, first, last, V, D, T, layout.G, math.log(V), 1 / options.temperature,
-            slice_tiles, FORM=options.divergence, UNIFORM=options.stands_in, ROWS=rows,
-            WORDS=narrow.words, TOKENS=narrow.tokens, DEPTH=tile.depth, EVEN_D=D % tile.depth == 0,
-            num_warps=tile.warps, num_stages=tile.stages,
+            slice_tiles, FORM=options.form, UNIFORM=options.ended_rows == "uniform", ROWS=rows,
+            **narrow,
         )  # fmt: skip
         divergence_T[first:last] = partial_ST[:, first:last].sum(0)
     return statistics_3N, divergence_T

@@ -6,75 +6,18 @@ Triton is imported on first use, so that the reference works without it. Shape l
 
 import os
 from importlib.util import find_spec
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from kernels import chunked, reference
-from kernels.checks import COMPILES_FOR, KERNEL_DTYPES, check_group, check_inputs, check_kernels
-from kernels.chunked import Layout, lay_out
+from kernels import reference
+from kernels.backward import Statistics
+from kernels.chunked import lay_out
 from kernels.reference import HeadOutput, LossOptions
 
-# For what the forward keeps: 4,110 rows in bf16 at V = 152064. Plain torch keeps less, so that on a
-# CPU too the head's memory stays near one copy of 512 rows of logits.
-KEPT_BYTES, KEPT_BYTES_PLAIN = 1.25e9, 0.05e9
 IMPLS = ("auto", "chunked", "fused", "plain", "reference")
-
-
-def modules(impl: str) -> tuple[ModuleType, ModuleType]:
-    """(the module whose `forward` it is, the one that works on logits in memory)."""
-    if impl == "plain":
-        from kernels import plain
-
-        return chunked, plain
-    from kernels import fused, logits
-
-    return (fused if impl == "fused" else chunked), logits
-
-
-class Statistics(torch.autograd.Function):
-    """Eqs. 8 and 12 to 15 by the kernels: (logps_N, divergence_T), the second without gradient."""
-
-    @staticmethod
-    def forward(
-        ctx,
-        hidden_ND: Tensor,
-        weight_VD: Tensor,
-        targets_N: Tensor,
-        layout: Layout,
-        impl: str,
-        options: LossOptions,
-        kept_bytes: float,
-    ) -> tuple[Tensor, Tensor]:
-        design, steps = modules(impl)
-        inputs = hidden_ND, weight_VD, targets_N
-        N, V = len(hidden_ND), len(weight_VD)
-        K = min(N, int(kept_bytes / hidden_ND.element_size() / V))
-        kept_KV = hidden_ND.new_empty(K, V)
-        statistics_3N, divergence_T = design.forward(*inputs, layout, options, steps, kept_KV)
-        ctx.save_for_backward(*inputs, statistics_3N, layout.order_N, kept_KV)
-        ctx.impl, ctx.temperature = impl, options.temperature
-        ctx.mark_non_differentiable(divergence_T)
-        return statistics_3N[0].clone(), divergence_T
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, coefficients_N: Tensor, _) -> tuple[Tensor | None, ...]:
-        from kernels.backward import backward, words_of_slice
-
-        hidden_ND, *_, kept_KV = ctx.saved_tensors
-        N, K = len(hidden_ND), len(kept_KV)
-        words = words_of_slice(ctx.impl, max(1, N - K), hidden_ND.shape[1] if K else 0)
-        dH, dW = backward(
-            coefficients_N.contiguous(),
-            *ctx.saved_tensors,
-            *ctx.needs_input_grad[:2],
-            ctx.temperature,
-            words,
-            modules(ctx.impl)[1],
-        )
-        return dH, dW, None, None, None, None, None
+COMPILES_FOR = ("cuda", "meta")  # meta: compiled and not run, see `kernels/compile_check.py`
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)  # float16 would flush gradients of 1/N p to zero
 
 
 def tw_grpo_head(
@@ -87,7 +30,7 @@ def tw_grpo_head(
     old_logps_N: Tensor | None = None,
     ref_logps_N: Tensor | None = None,
     impl: str = "auto",
-    kept_bytes: float = KEPT_BYTES,
+    kept_share: float = 1.0,
     **options: float | str | bool,
 ) -> HeadOutput:
     """The clipped, token-weighted loss of one question and everything measured on the way.
@@ -107,35 +50,39 @@ def tw_grpo_head(
                   "fused"      Triton only, logits in registers
                   "plain"      chunked in plain torch; "chunked" is this where Triton cannot run
                   "auto"       chunked on CUDA if Triton is installed, else plain
-    kept_bytes    budget for the rows of logits that `chunked` and `plain` keep for the backward, as
-                  1[v=y] - p, and need not compute again; 0: none. Questions whose losses are
-                  differentiated together share it.
+    kept_share    of the memory for rows of logits (`KEPT_BYTES`) that the forward keeps, as
+                  1[v=y] - p, and the backward need not compute again; 0: none. Questions whose
+                  losses are differentiated together share it.
     options       alpha, beta, temperature, loss_type, divergence, ...: `LossOptions`
 
     `chunked` and `fused` take float32 or bfloat16 on CUDA, or float32 on a CPU under
     TRITON_INTERPRET=1; `plain` also float64. A NaN in `hidden_ND` gives a NaN loss.
 
-    Raises ValueError or TypeError naming the argument that is wrong, ImportError if Triton is
-    needed and missing, RuntimeError if the kernels cannot run on this device. On CUDA a target
-    outside the vocabulary is a device-side assertion instead, so that nothing waits for the GPU.
+    Raises ValueError or TypeError naming the argument that is wrong, and RuntimeError if `fused`
+    cannot run here, or for a target outside the vocabulary; on CUDA that is a device-side
+    assertion, so that nothing waits for the GPU.
     """
     settings = LossOptions(**options)
-    check_inputs(hidden_ND, weight_VD, targets_N)
-    group = (lengths_G, advantages_G, old_logps_N, ref_logps_N)
-    lengths = check_group(hidden_ND, *group, settings.beta)
+    check_tensors(
+        hidden_ND=hidden_ND, weight_VD=weight_VD, targets_N=targets_N, lengths_G=lengths_G,
+        advantages_G=advantages_G, old_logps_N=old_logps_N, ref_logps_N=ref_logps_N,
+    )  # fmt: skip
+    lengths = lengths_G.tolist()
+    if min(lengths, default=0) < 1 or sum(lengths) != len(hidden_ND):
+        raise ValueError(
+            f"lengths_G must be at least 1 each and sum to the {len(hidden_ND)} rows of hidden_ND, "
+            f"not {lengths}"
+        )
+    if settings.beta > 0 and ref_logps_N is None:
+        raise ValueError("beta > 0 needs ref_logps_N, the log-probs of the reference model")
     layout = lay_out(lengths, hidden_ND.device)
-    group = (layout.lengths_G, *group[1:])
-    impl = choose_impl(impl, hidden_ND, settings)
+    group = (layout.lengths_G, advantages_G, old_logps_N, ref_logps_N)
+    inputs, impl = (hidden_ND, weight_VD, targets_N), choose_impl(impl, hidden_ND)
     if impl == "reference":
-        return reference.tw_grpo(hidden_ND, weight_VD, targets_N, *group, settings)
-    check_kernels(impl, hidden_ND, settings)
-    wants_gradient = hidden_ND.requires_grad or weight_VD.requires_grad
-    if impl == "fused" or not (wants_gradient and torch.is_grad_enabled()):
-        kept_bytes = 0  # "fused" has no logits in memory to keep
-    elif impl == "plain":
-        kept_bytes *= KEPT_BYTES_PLAIN / KEPT_BYTES
-    inputs = (x.contiguous() for x in (hidden_ND, weight_VD, targets_N))
-    statistics = Statistics.apply(*inputs, layout, impl, settings, kept_bytes)
+        return reference.tw_grpo(*inputs, *group, settings)
+    if not (torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)):
+        kept_share = 0  # no backward will ask for them
+    statistics = Statistics.apply(*inputs, layout, impl, settings, kept_share)
     return reference.weighted_loss(*statistics, *group, settings)
 
 
@@ -151,33 +98,57 @@ def token_logps(
 
     For the old and the reference log-probs; arguments as in `tw_grpo_head`.
     """
-    options = LossOptions(temperature=temperature)
-    check_inputs(hidden_ND, weight_VD, targets_N)
-    impl = choose_impl(impl, hidden_ND, options)
-    if impl == "reference":
-        return reference.token_logps(hidden_ND, weight_VD, targets_N, temperature)
-    check_kernels(impl, hidden_ND, options)
-    layout = lay_out([len(hidden_ND)], hidden_ND.device)  # one completion: no divergence
-    inputs = (x.contiguous() for x in (hidden_ND, weight_VD, targets_N))
-    design, steps = modules(impl)
-    nothing = hidden_ND.new_empty(0, len(weight_VD))
-    return design.forward(*inputs, layout, options, steps, nothing)[0][0]
+    # As one completion: alone it has no divergence, which is then not computed.
+    group = hidden_ND, weight_VD, targets_N, torch.tensor([len(hidden_ND)]), hidden_ND.new_zeros(1)
+    return tw_grpo_head(*group, temperature=temperature, impl=impl).logps_N
 
 
-def choose_impl(impl: str, hidden_ND: Tensor, options: LossOptions) -> str:
-    """What runs. "auto" and "chunked" are "plain" on a CPU, unless TRITON_INTERPRET=1 for the
-    second, and for dtypes that the kernels do not take."""
+def check_tensors(**tensors: Tensor | None) -> None:
+    """Raises an error that names the tensor that is not what its name says.
+
+    The last letters of a name are its shape. Nothing here waits for a GPU.
+    """
+    hidden_ND, sizes = tensors["hidden_ND"], {}
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        letters = name.split("_")[-1]
+        shape = tuple(sizes.setdefault(*pair) for pair in zip(letters, x.shape, strict=False))
+        is_index = name in ("targets_N", "lengths_G")
+        right_kind = x.dtype == torch.int64 if is_index else x.is_floating_point()
+        if x.shape != shape or x.ndim != len(letters) or not right_kind:
+            raise ValueError(
+                f"{name} must be {'int64' if is_index else 'float'} ({', '.join(letters)}) with "
+                f"{sizes}, not {x.dtype} {tuple(x.shape)}"
+            )
+        if x.device != hidden_ND.device and name != "lengths_G":
+            raise ValueError(f"{name} is on {x.device} and hidden_ND on {hidden_ND.device}")
+    if tensors["weight_VD"].dtype != hidden_ND.dtype:
+        raise TypeError(f"weight_VD and hidden_ND ({hidden_ND.dtype}) must be of one dtype")
+    targets_N, V = tensors["targets_N"], sizes["V"]
+    in_range = (targets_N >= 0) & (targets_N < V)
+    # On CUDA the assertion fails when the GPU gets there.
+    torch._assert_async(in_range.all(), f"targets_N holds a word outside the vocabulary of {V}")
+
+
+def choose_impl(impl: str, hidden_ND: Tensor) -> str:
+    """What runs: "auto" and "chunked" are "plain" where the kernels cannot run, and "auto" is where
+    they would be interpreted. Raises RuntimeError for "fused" there, ValueError for any other."""
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, not {impl!r}")
-    compiles = hidden_ND.device.type in COMPILES_FOR and hidden_ND.dtype in KERNEL_DTYPES
-    native = compiles and find_spec("triton")
-    if impl == "chunked" and not native:
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton")
-        return "chunked" if interpreted else "plain"
-    if impl != "auto":
-        return impl
-    if not options.detach_weights:
-        return "reference"
-    # Which of the two designs is faster has not yet been measured; chunked does fewer
-    # multiplications.
-    return "chunked" if native else "plain"
+    device, dtype = hidden_ND.device.type, hidden_ND.dtype
+    interpreted = device not in COMPILES_FOR and os.environ.get("TRITON_INTERPRET") == "1"
+    has_kernels = dtype in KERNEL_DTYPES and find_spec("triton") is not None
+    runs = has_kernels and (device in COMPILES_FOR or interpreted)
+    if impl in ("auto", "chunked"):
+        # Which of the two designs is faster has not yet been measured; chunked does fewer
+        # multiplications.
+        return "chunked" if runs and not (impl == "auto" and interpreted) else "plain"
+    # The bfloat16 dot of Triton's interpreter is wrong.
+    if impl == "fused" and not (runs and (dtype == torch.float32 or not interpreted)):
+        raise RuntimeError(
+            f"impl='fused' cannot run on {device} in {dtype}: it needs Triton, and float32 or "
+            "bfloat16 on a GPU, or float32 on a CPU with TRITON_INTERPRET=1 set before Triton is "
+            "imported"
+        )
+    return impl

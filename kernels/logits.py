@@ -5,17 +5,16 @@ The matmuls around it are in `kernels/chunked.py` and `kernels/backward.py`. Sha
 """
 
 import math
-from collections.abc import Iterator
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.chunked import Layout, chunks_of_positions
+from kernels.chunked import Layout
 from kernels.reference import LossOptions
 from kernels.tiles import VIEWS, group_spread
 
-CHUNK_ROWS = 2048
+CHUNK_ELEMENTS = 2048 * 152064  # logits in memory at a time in the forward, 1.25 GB
 ROW_BLOCK = 4096  # words a row program reads at once
 GROUP_ELEMENTS = 4096  # words x rows a group program reads at once
 GRADIENT_BLOCK = 1024  # words of one backward program
@@ -102,28 +101,21 @@ def softmax_gradient_kernel(
     tl.store(gradient_ptr + n * words + v, gradient.to(gradient_ptr.dtype.element_ty), v < words)
 
 
-def chunks(layout: Layout, V: int) -> Iterator[tuple[int, int]]:
-    """Ranges of positions whose logits are in memory at a time: 1.25 GB at V = 152064."""
-    return chunks_of_positions(layout.starts, CHUNK_ROWS)
-
-
-def statistics(
-    logits_RV: Tensor,
-    targets_R: Tensor,
-    layout: Layout,
-    first: int,
-    last: int,
-    options: LossOptions,
-) -> tuple[Tensor, Tensor]:
-    """(statistics_3R, divergence_T) of the positions first to last, whose rows these are.
-
-    Statistics: the log-prob of the target, the row's peak, and log Σ e^(x-peak).
-    """
-    (R, V), T, scale = logits_RV.shape, last - first, 1 / options.temperature
+def row_statistics(logits_RV: Tensor, targets_R: Tensor, temperature: float) -> Tensor:
+    """(3, R): the log-prob of the target, the row's peak, and log Σ e^(x-peak)."""
+    R, V = logits_RV.shape
     statistics_3R = logits_RV.new_empty(3, R)
-    row_kernel[(R,)](logits_RV, targets_R, *statistics_3R, V, scale, BLOCK=ROW_BLOCK, num_warps=8)
-    if layout.G == 1 and options.divergence != "entropy":  # one alone has no spread
-        return statistics_3R, logits_RV.new_zeros(T)
+    row_kernel[(R,)](
+        logits_RV, targets_R, *statistics_3R, V, 1 / temperature, BLOCK=ROW_BLOCK, num_warps=8
+    )
+    return statistics_3R
+
+
+def divergence(
+    logits_RV: Tensor, statistics_3R: Tensor, layout: Layout, span: range, options: LossOptions
+) -> Tensor:
+    """(len(span),): D_t of the positions of the span, whose rows these are."""
+    V, T = logits_RV.shape[1], len(span)
     # A position is a program; four slices of the vocabulary each fill the GPU also when few
     # positions are in a chunk.
     slices, rows = 4, triton.next_power_of_2(layout.G)
@@ -132,14 +124,13 @@ def statistics(
     partial_TS = logits_RV.new_empty(T, slices)
     group_kernel[(T, slices)](
         logits_RV, *statistics_3R[1:], layout.start_of_t, partial_TS,
-        first, V, layout.G, math.log(V), scale, slice_words,
-        FORM=options.divergence, UNIFORM=options.stands_in,
-        ROWS=rows, BLOCK=block,
+        span.start, V, layout.G, math.log(V), 1 / options.temperature, slice_words,
+        FORM=options.form, UNIFORM=options.ended_rows == "uniform", ROWS=rows, BLOCK=block,
         # Four neighbouring words to each thread, and all the rows of a group: with more warps a
         # group is spread over two of them, and each of its sums and maxima has to wait for both.
         num_warps=min(max(block // 128, 1), 4),
     )  # fmt: skip
-    return statistics_3R, partial_TS.sum(1)
+    return partial_TS.sum(1)
 
 
 def softmax_gradient(

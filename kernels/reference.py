@@ -17,57 +17,52 @@ Source of the formulas: the official code at aa529ff, src/open_r1/trainer/grpo_t
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Literal, get_args, get_origin
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 LOG_RATIO_CLAMP = 11.0  # nats; the official bound on every log-ratio that is exponentiated
 
 
 @dataclass(frozen=True)
 class LossOptions:
-    """The options of `kernels.tw_grpo_head`. Raises ValueError for a value out of range."""
+    """The options of `kernels.tw_grpo_head`, by the names and values of the flags of training.
 
-    alpha: float = 1.7  # upper bound of the token weights, >= 1 (where tables say 0, w = 1)
-    eps_low: float = 0.2  # ratios are clipped to [1 - eps_low, 1 + eps_high]
-    eps_high: float = 0.28
-    beta: float = 0.0  # factor of the KL term, >= 0
-    temperature: float = 1.0  # divides the logits, > 0
-    loss_type: str = "tw_grpo"  # or "grpo"
-    divergence: str = "official"  # or "textbook"; "entropy" takes the place of a divergence
-    ended_rows: str = "uniform"  # or "exclude": how completions that have ended count in D_t
-    token_weights: str = "divergence"  # or "position", "shuffled", "none", see `weights_of`
+    Raises ValueError for a value out of range.
+    """
+
+    alpha: float = 1.7  # upper bound of the token weights (where tables say 0, w = 1)
+    epsilon: float = 0.2  # ratios are clipped to [1 - epsilon, 1 + epsilon_high]
+    epsilon_high: float = 0.28
+    beta: float = 0.0  # factor of the KL term
+    temperature: float = 1.0  # divides the logits
+    loss_type: Literal["tw_grpo", "grpo"] = "tw_grpo"
+    divergence: Literal["official", "textbook"] = "official"
+    ended_rows: Literal["uniform", "exclude"] = "uniform"  # how ended completions count in D_t
+    token_weights: Literal["divergence", "entropy", "position", "shuffled", "none"] = "divergence"
     normalize_token_weights: bool = False  # the tokens' mean weight is then 1
     shuffle_seed: tuple[int, ...] = ()  # fixes the permutation of "shuffled"
-    detach_weights: bool = True  # False (reference only): gradient through w_t, the official code
-
-    @property
-    def stands_in(self) -> bool:
-        """Whether the uniform distribution stands in for completions that have ended."""
-        return self.ended_rows == "uniform" and self.divergence != "entropy"
 
     def __post_init__(self):
-        for name, allowed in (
-            ("loss_type", ("tw_grpo", "grpo")),
-            ("divergence", ("official", "textbook", "entropy")),
-            ("ended_rows", ("uniform", "exclude")),
-            ("token_weights", ("divergence", "position", "shuffled", "none")),
-        ):
-            if getattr(self, name) not in allowed:
-                value = getattr(self, name)
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
-        if not self.alpha >= 1:
-            raise ValueError(
-                "alpha is the upper bound of the token weights and must be at least 1, "
-                f"not {self.alpha}"
-            )
-        if not self.beta >= 0:
-            raise ValueError(f"beta must be 0 or more, not {self.beta}")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be above 0, not {self.temperature}")
+        least = dict(alpha=1, beta=0, temperature=1e-3)
+        for name, kind in ((field.name, field.type) for field in fields(self)):
+            value = getattr(self, name)
+            if name in least and not value >= least[name]:
+                raise ValueError(f"{name} must be at least {least[name]}, not {value}")
+            if get_origin(kind) is Literal and value not in get_args(kind):
+                raise ValueError(
+                    f"{name} must be one of {', '.join(get_args(kind))}, not {value!r}"
+                )
+
+    @property
+    def form(self) -> str:
+        """What D_t is: a form of the divergence, or in its place the entropy."""
+        return "entropy" if self.token_weights == "entropy" else self.divergence
 
 
 @dataclass
@@ -200,25 +195,24 @@ def weights_of(divergence_T: Tensor, position_N: Tensor, options: LossOptions) -
         weights_T = token_weights(divergence_T, options.alpha)
     if options.token_weights == "shuffled":
         weights_T = shuffled_weights(weights_T, options.shuffle_seed)
-    return (
-        normalized_weights(weights_T, position_N) if options.normalize_token_weights else weights_T
-    )
+    if options.normalize_token_weights:
+        weights_T = normalized_weights(weights_T, position_N)
+    return weights_T
 
 
 def clipped_objective(
-    logps_N: Tensor, old_logps_N: Tensor, advantages_N: Tensor, eps_low: float, eps_high: float
+    logps_N: Tensor, old_logps_N: Tensor, advantages_N: Tensor, epsilon: float, epsilon_high: float
 ) -> tuple[Tensor, Tensor]:
-    """Eqs. 9, 10: min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A) with
+    """Eqs. 9, 10: min(rho A, clip(rho, 1 - epsilon, 1 + epsilon_high) A) with
     rho = exp(logp - old_logp): (N,), and where it clipped.
 
     A token counts as clipped where the constant branch is the smaller one, that is where its
     gradient is zero.
     """
     rho = torch.exp(logps_N - old_logps_N)
-    clipped = rho.clamp(1 - eps_low, 1 + eps_high)
-    is_clipped = ((rho < 1 - eps_low) & (advantages_N < 0)) | (
-        (rho > 1 + eps_high) & (advantages_N > 0)
-    )
+    clipped = rho.clamp(1 - epsilon, 1 + epsilon_high)
+    too_low, too_high = rho < 1 - epsilon, rho > 1 + epsilon_high
+    is_clipped = (too_low & (advantages_N < 0)) | (too_high & (advantages_N > 0))
     return torch.minimum(rho * advantages_N, clipped * advantages_N), is_clipped
 
 
@@ -240,11 +234,9 @@ def token_coefficients(
       token-normalised GRPO.
     - "grpo":     1 / (G len_i), the mean over each completion first, then over the completions.
     """
-    if loss_type == "tw_grpo":
-        return weights_T[position_N] / len(position_N)
     if loss_type == "grpo":
         return 1.0 / (len(lengths_G) * lengths_G[completion_N].to(weights_T.dtype))
-    raise ValueError(f"loss_type must be 'tw_grpo' or 'grpo', not {loss_type!r}")
+    return weights_T[position_N] / len(position_N)
 
 
 def weighted_loss(
@@ -265,7 +257,7 @@ def weighted_loss(
     # On-policy the old log-probs are the new ones: rho = 1, and the clip never acts.
     old_N = logps_N.detach() if old_logps_N is None else old_logps_N
     objective_N, is_clipped_N = clipped_objective(
-        logps_N, old_N, advantages_G[completion_N], options.eps_low, options.eps_high
+        logps_N, old_N, advantages_G[completion_N], options.epsilon, options.epsilon_high
     )
     kl_N = torch.zeros_like(logps_N) if ref_logps_N is None else k3_kl(logps_N, ref_logps_N)
     loss_N = -(objective_N - options.beta * kl_N) if options.beta > 0 else -objective_N
@@ -294,13 +286,9 @@ def tw_grpo(
     logps_NV = vocab_logps(hidden_ND, weight_VD, options.temperature)
     logps_N = logps_NV.gather(1, targets_N[:, None])[:, 0]
     # OFFICIAL: the gradient also flows through w_t.  OURS: a weight is an importance, not a target,
-    # so it is detached; detach_weights=False gives the official gradient (on-policy and without KL
-    # they agree if no completion ends before another).
-    rows_NV = logps_NV.detach() if options.detach_weights else logps_NV
-    # The N rows laid out as G x T; what stays empty belongs to completions that have ended.
-    empty_GTV = logps_NV.new_zeros(len(lengths_G), int(lengths_G.max()), logps_NV.shape[1])
-    logps_GTV = empty_GTV.index_put(positions_of_tokens(lengths_G), rows_NV)
-    divergence_T = group_divergence(logps_GTV, lengths_G, options.divergence, options.ended_rows)
+    # so it is detached (on-policy and without KL they agree if no completion ends before another).
+    logps_GTV = pad_sequence(logps_NV.detach().split(lengths_G.tolist()), batch_first=True)
+    divergence_T = group_divergence(logps_GTV, lengths_G, options.form, options.ended_rows)
     return weighted_loss(
         logps_N, divergence_T, lengths_G, advantages_G, old_logps_N, ref_logps_N, options
     )

@@ -15,13 +15,6 @@ import triton.language as tl
 VIEWS = ["target_ptr", "logp_ptr", "peak_ptr", "log_sum_ptr", "sum_ptr", "coefficient_ptr"]
 
 LOG_RATIO_CLAMP = tl.constexpr(11.0)  # nats, as in reference.py
-# Triton's clamp and minimum drop a NaN unless asked; a loss must not hide one.
-NAN_STAYS = tl.constexpr(tl.PropagateNan.ALL)
-
-
-@triton.jit
-def clamp_log_ratio(d):
-    return tl.clamp(d, -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP, propagate_nan=NAN_STAYS)
 
 
 @triton.jit
@@ -35,10 +28,12 @@ def k3_series(d):
 
 @triton.jit
 def k3(d):
-    """exp(d) - d - 1: the estimator of `reference.k3_kl`, the integrand of the group's divergence.
+    """exp(d) - d - 1 of the clamped d: the integrand of the group's divergence.
 
     For small d the three terms cancel and leave no digit, so there the series is summed instead.
     """
+    # Triton's clamp drops a NaN unless asked; a loss must not hide one.
+    d = tl.clamp(d, -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP, propagate_nan=tl.PropagateNan.ALL)
     return tl.where(tl.abs(d) < 0.5, k3_series(d), tl.exp(d) - d - 1)
 
 
@@ -65,6 +60,8 @@ def group_spread(logp, alive, alive_count, ended, log_V, FORM: tl.constexpr, AXI
     Everything is measured from the largest log-prob of the group at that word (`anchor`): identical
     rows then differ by exactly 0, and the textbook form cannot underflow.
     """
+    if FORM == "entropy":  # of alive rows alone
+        ended = 0.0
     share = 1 / (alive_count + ended)
     anchor = tl.max(tl.where(alive, logp, float("-inf")), axis=AXIS, keep_dims=True)
     anchor = tl.where(ended > 0, tl.maximum(anchor, -log_V), anchor)
@@ -85,7 +82,7 @@ def group_spread(logp, alive, alive_count, ended, log_V, FORM: tl.constexpr, AXI
     else:
         total = tl.sum(row, axis=AXIS, keep_dims=True) + ended * uniform
         mean = total * share  # m = mean_i l_i
-        terms = tl.where(alive, k3(clamp_log_ratio(mean - row)), 0.0)  # e^d_i - d_i - 1
+        terms = tl.where(alive, k3(mean - row), 0.0)  # e^d_i - d_i - 1
         spread = tl.sum(terms, axis=AXIS, keep_dims=True)
-        spread += ended * k3(clamp_log_ratio(mean - uniform))
+        spread += ended * k3(mean - uniform)
     return spread * share

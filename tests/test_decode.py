@@ -14,12 +14,11 @@ pytest.importorskip("triton")
 
 from kernel_cases import DEVICE
 from test_fake_gpu import model_and_question
-from test_kernels import few, python
+from test_kernels import few
 from test_policy import as_qwen2_vl
 from test_qwen3 import as_qwen3_vl
 
-import toy
-from data import TEMPLATES, Question
+from data import Question
 from kernels import decode
 from kernels.compile_check import launch_decode
 from model import rollout
@@ -100,9 +99,7 @@ def two_questions(policy, device):
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="decodes on the CPU, in the interpreter")
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_a_rollout_by_the_kernels_draws_the_same_tokens(kind, monkeypatch):
-    tokenizer = toy.build_tokenizer(list(TEMPLATES.values()))
-    policy = Policy(toy.build_model(tokenizer).eval(), tokenizer, toy.CHAT_TEMPLATE)
+def test_a_rollout_by_the_kernels_draws_the_same_tokens(kind, policy, monkeypatch):
     policy = FAMILIES[kind](policy)
     policy.eos_ids = torch.tensor([-1])  # never end
     arguments = *two_questions(policy, "cpu"), 2, 6, 1.0, [(1,), (2,)]
@@ -163,19 +160,6 @@ def test_no_two_programs_read_the_same_part_of_a_prompt(B, G, P, monkeypatch):
     assert piece == 64 or programs * pieces > 132 / 2  # an H200 is not half empty
 
 
-def test_what_is_checked_is_what_is_launched_whatever_the_sizes():
-    python("""
-from kernels.compile_check import compiling_for, launch_decode
-with compiling_for(90) as found:
-    for G in (2, 4, 8, 16):
-        launch_decode(G)
-    checked = set(found)
-    launch_decode(1, B=3, H=16, K=16, P=1, T=1)
-    launch_decode(24, B=2, H=32, K=8, P=5003, T=171, device="cpu")
-    assert len(checked) == 5 and set(found) == checked, set(found) - checked
-""")
-
-
 @given(
     V=st.sampled_from([5, 410, 512, 513, 3000]),
     temperature=st.sampled_from([0.5, 1.0, 2.0]),
@@ -196,8 +180,8 @@ def test_the_draw_in_two_levels_is_that_of_one_scan(V, temperature, scale, seed)
     tokens_R, _ = rollout.sample(logits_RV, temperature, uniform_R1[:, 0], banned_V)
     at_R1 = uniform_R1 * upto_RV[:, -1:]
     one_scan_R1 = torch.searchsorted(upto_RV, at_R1, right=True).clamp(max=V - 1)
-    ends_R1 = [upto_RV.gather(1, words_R1) for words_R1 in (tokens_R[:, None], one_scan_R1)]
-    nearest_R1 = torch.minimum(*[(end_R1 - at_R1).abs() for end_R1 in ends_R1])
-    same_R = tokens_R == one_scan_R1[:, 0]
-    assert (same_R | (nearest_R1[:, 0] < 1e-14)).all() and same_R.float().mean() > 0.9
+    words_R2 = torch.cat([tokens_R[:, None], one_scan_R1], 1)
+    nearest_R = (upto_RV.gather(1, words_R2) - at_R1).abs().amin(1)  # of the border between them
+    same_R = words_R2[:, 0] == words_R2[:, 1]
+    assert (same_R | (nearest_R < 1e-14)).all() and same_R.float().mean() > 0.9
     assert not banned_V[tokens_R].any()

@@ -100,24 +100,11 @@ def measured():
 
 def test_the_table_of_weights_is_the_measured_one(measured):
     assert weights.table(measured) in PAGE
-    synthetic, toy = measured["synthetic"]["summary"].values(), measured["toy"]["summary"]
-
-    def span(form, key):
-        values = [block[form][key] for block in synthetic]
-        return f"{min(values):.2f} to {max(values):.2f}"
-
-    largest = max(block["official"]["all_alive_max"] for block in synthetic)
     for sentence in (
         f"on {measured['date']} at commit {measured['commit']}, in float32 on one CPU thread",
         f"in {measured['seconds']:.0f} s",
-        f"at most {largest:.3f} on synthetic rows and {toy['official']['all_alive_max']:.3f} on",
-        f"their mean is {span('official', 'half_or_fewer_mean')};",
-        f"few tokens only, it is {toy['official']['half_or_fewer_mean']:.2f}.",
-        f"on synthetic rows {span('textbook', 'all_alive_mean')} in the mean",
-        f"where all live, {span('textbook', 'last_position_mean')} at the last position;",
-        f"on the toy's rows {toy['textbook']['all_alive_mean']:.2f} and "
-        f"{toy['textbook']['last_position_mean']:.2f}.",
-        f"{toy['official']['groups']} of {len(measured['toy']['groups'])} toy groups",
+        f"{measured['toy']['summary']['official']['groups']} of "
+        f"{len(measured['toy']['groups'])} toy groups",
     ):
         assert sentence in TEXT, sentence
 
