@@ -31,11 +31,23 @@ from run.log import phase
 from video import Clip
 
 SIZES = {
-    "tiny": dict(hidden_size=512, layers=10, heads=8, kv_heads=2, intermediate_size=1408,
-                 vision_depth=2, vision_hidden_size=256),
-    "7b": dict(hidden_size=3584, layers=28, heads=28, kv_heads=4, intermediate_size=18944,
-               vision_depth=32, vision_hidden_size=1280, vision_heads=16, vocab_size=152064),
-}  # fmt: skip
+    "tiny": dict(
+        hidden_size=512,
+        num_hidden_layers=10,
+        num_attention_heads=8,
+        intermediate_size=1408,
+        vision=dict(depth=2, hidden_size=256),
+    ),
+    "7b": dict(
+        vocab_size=152064,
+        hidden_size=3584,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        intermediate_size=18944,
+        vision=dict(depth=32, hidden_size=1280, num_heads=16),
+    ),
+}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FACTORS = dict(num_generations=(0.5, 1, 2), prompt=(0.5, 1, 2), max_completion_length=(1, 2, 4))
 

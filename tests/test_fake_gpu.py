@@ -227,7 +227,7 @@ def group_of(question, policy, cfg) -> Group:
 
 # ---------------------------------------------------------------------------------- what runs on it
 
-SMALL = dict(layers=2, vision_depth=2)
+SMALL = dict(num_hidden_layers=2, vision=SIZES["7b"]["vision"] | dict(depth=2))
 
 
 @pytest.mark.parametrize("raises", [False, True])
