@@ -280,8 +280,9 @@ def build_model(
 
 def warm_start(
     policy: Policy, questions: list[Question], seed: int, steps: int, toy: Toy = COLOURS_TOY
-) -> float:
-    """Supervised training, 16 prompts with imperfect targets a step: the last loss, in nats."""
+) -> None:
+    """Supervised training: 16 prompts with imperfect targets a step. The bar shows the last loss,
+    in nats."""
     rng, R = np.random.default_rng([seed, 1]), toy.targets
     optimizer = torch.optim.AdamW(
         policy.model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True
@@ -289,7 +290,6 @@ def warm_start(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda k: min(1.0, (k + 1) / 20) * (0.1 + 0.9 * (1 - k / steps))
     )
-    losses = []
     bar = tqdm(range(steps), desc="warm start")
     for _ in bar:
         chosen = [questions[k] for k in rng.choice(len(questions), 16, replace=False)]
@@ -304,9 +304,7 @@ def warm_start(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        losses = (losses + [loss.item()])[-50:]
-        bar.set_postfix(loss=f"{np.mean(losses):.3f}")
-    return float(np.mean(losses))
+        bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
 def prepare(

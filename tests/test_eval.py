@@ -292,11 +292,11 @@ def test_held_out_questions_are_shown_the_clip_of_another_as_a_control(
         return prompter(record, clip_of)
 
     cfg = Config(str(world / "model"), "-", max_completion_length=4, num_generations=2)
-    for wrong_video in (True, False):
-        held_out.evaluate(cfg, policy, spy, records[:5], wrong_video=wrong_video, batch_size=2)
+    for variant in ("wrong video", "sampled"):
+        held_out.evaluate(cfg, policy, spy, records[:5], variant, batch_size=2)
         asked, clips = zip(*shown, strict=True)
         assert sorted(asked) == sorted(clips) == sorted(r.id for r in records[:5])
-        assert all((a != b) == wrong_video for a, b in shown)
+        assert all((a != b) == (variant == "wrong video") for a, b in shown)
         shown.clear()
 
 
@@ -325,8 +325,8 @@ def test_held_out_questions_are_shown_shuffled_frames_as_a_control(
 
     monkeypatch.setattr(video, "patchify", spy)
     cfg = Config(str(world / "model"), "-", max_completion_length=4, num_generations=2)
-    for control in (False, True):
-        held_out.evaluate(cfg, policy, prompter, records[:3], shuffled_frames=control)
+    for variant in ("sampled", "shuffled frames"):
+        held_out.evaluate(cfg, policy, prompter, records[:3], variant)
     for own, shuffled in zip(shown[:3], shown[3:], strict=True):
         assert torch.equal(torch.cat([own[2:], own[:2]]), shuffled)  # two patches can only swap
 
