@@ -105,11 +105,6 @@ class Measures:
         remedy = "remove it, and what it held is measured once more"
         is_there = resumed and ranks.on_first(self.path.exists)
         self.rows = ranks.on_first(files.read_json, self.path, remedy) if is_there else {}
-        try:
-            for part in self.rows.keys() & {"before", "after"}:
-                [row[key] for row in self.rows[part].values() for key in MEASURES]
-        except (AttributeError, KeyError, TypeError):
-            raise UserError(f"{self.path} is not the eval.json of a run; {remedy}") from None
 
     def before(self, *measured) -> None:
         """Measures the untrained policy, unless that is done; arguments as for `measure`."""
