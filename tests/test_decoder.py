@@ -139,7 +139,7 @@ def test_training_without_workers_leaves_out_a_clip_that_hangs(world, prompter, 
 
 
 def test_the_page_leaves_out_a_clip_that_crashes_its_decoder(stuck):
-    settings = dict(fps=2.0, max_frames=4, min_pixels=3136, max_pixels=3136)
+    settings = (2.0, 4, 3136, 3136)
     with decoder.ClipReader() as reader:
         bad, good = (
             weights_page.shown_clip(str(stuck / name), settings, reader.load_clip)
