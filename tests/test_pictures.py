@@ -3,16 +3,13 @@ test_page.py."""
 
 import json
 import math
-import os
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from page_cases import CONFIG, group_row, words, write_lines, write_run
 from PIL import Image
 
-from files import UserError
 from tools import curves, weights_page
 
 GARBAGE = ["not json\n", "[1]\n", '{"reward": 1}\n', "[" * 10**5 + "\n"]
@@ -116,18 +113,3 @@ def test_what_is_wrong_is_said_in_one_sentence(
     told = str(end.value)
     assert told.startswith("error: ") and error in told and "\n" not in told
     assert not (tmp_path / out).exists()
-
-
-def test_only_files_are_replaced(tmp_path, monkeypatch):
-    """Not a device such as /dev/null, for which a pipe stands here; a link stays a link."""
-    os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "link").symlink_to("pointed")
-    monkeypatch.chdir(tmp_path)
-    for out in (".", "/", "pipe"):
-        with pytest.raises(UserError, match="is not a file .*; choose another -o"):
-            with weights_page.output(Path(out)):
-                pass
-    with weights_page.output(Path("link")) as beside:
-        beside.write_text("new")
-    assert (tmp_path / "pointed").read_text() == "new" and (tmp_path / "link").is_symlink()
-    assert (tmp_path / "pipe").is_fifo()

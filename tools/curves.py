@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from files import UserError
-from tools.weights_page import output, read_log, write_page
+from tools.weights_page import read_log, write_page
 
 PANELS = {
     "reward": "reward (mean)",
@@ -44,7 +44,7 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 def draw(runs: list[Path], out: Path) -> None:
     """One panel per metric, one colour per run: faint as measured, bold smoothed. The suffix of
-    `out` is the format. Raises UserError, or ValueError for a format that is unknown."""
+    `out` is the format. Raises UserError, OSError, or ValueError for a format that is unknown."""
     from matplotlib.figure import Figure  # no pyplot: no display, no global state
 
     metrics = [read_metrics(run) for run in runs]
@@ -57,8 +57,7 @@ def draw(runs: list[Path], out: Path) -> None:
     names = [str(run).replace("$", r"\$") for run in runs]  # because $...$ would be a formula
     columns = max(1, min(4, 120 // max(map(len, names))))
     figure.legend(lines, names, loc="outside upper center", ncols=columns, fontsize=9)
-    with output(out) as beside:
-        figure.savefig(beside, format=out.suffix[1:] or "png", dpi=150)
+    figure.savefig(out, format=out.suffix[1:] or "png", dpi=150)
 
 
 def draw_panel(axis, name: str, metrics: list[list[dict]]) -> list:
@@ -88,7 +87,7 @@ def pictures(run: Path) -> list[Path]:
         try:
             make(run / name)
             drawn.append(run / name)
-        except UserError as error:
+        except (UserError, OSError) as error:
             print(f"note: {error}", file=sys.stderr)
     return drawn
 
@@ -100,7 +99,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         draw(args.runs, args.out)
-    except (UserError, ValueError) as error:  # ValueError: a format unknown to matplotlib
+    except (UserError, OSError, ValueError) as error:  # ValueError: a format unknown to matplotlib
         raise SystemExit(f"error: {error}") from None
     print(args.out)
 

@@ -9,17 +9,15 @@ anyone: their text is only ever shown as text.
 
 import argparse
 import base64
-import contextlib
 import io
 import json
-import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 
-from files import UserError, json_lines, read_json, replacing
+from files import UserError, json_lines, read_json
 
 TEMPLATE = Path(__file__).resolve().parent / "weights_page.html"
 FRAME_PIXELS = 168  # the longer side of a frame on the page, at most
@@ -51,20 +49,6 @@ def read_log(
         left_out = f"{len(chosen) - len(rows)} line(s) that make no sense are left out"
         print(f"note: {path}: {left_out}", file=sys.stderr)
     return rows, len(lines)
-
-
-@contextlib.contextmanager
-def output(path: Path) -> Iterator[Path]:
-    """A path to write a picture to, which then replaces `path`. Raises UserError if `path` cannot
-    be written, or is something that must not be replaced, such as a device."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise UserError(f"{path} is not a file that can be replaced; choose another -o")
-    try:
-        with replacing(path) as beside:
-            yield beside
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{path} cannot be written ({reason}); name another file with -o") from None
 
 
 def frame_factor(run: Path, model: str) -> int:
@@ -113,13 +97,12 @@ def page_data(run: Path, max_groups: int) -> dict:
 
 
 def write_page(run: Path, out: Path, max_groups: int) -> None:
-    """Writes the page, one file that needs nothing else. Raises UserError."""
+    """Writes the page, one file that needs nothing else. Raises UserError or OSError."""
     before, after = TEMPLATE.read_text(encoding="utf-8").split("<!-- DATA -->")
     # No text can end the block or begin another: "<" is escaped, and all beyond ASCII.
     data = json.dumps(page_data(run, max_groups)).replace("<", "\\u003c")
     block = f'<script type="application/json" id="data">{data}</script>'
-    with output(out) as beside:
-        beside.write_text(before + block + after, encoding="utf-8")
+    out.write_text(before + block + after, encoding="utf-8")
 
 
 def main() -> None:
@@ -133,7 +116,7 @@ def main() -> None:
         parser.error("--max_groups must be at least 1")
     try:
         write_page(args.run, args.out, args.max_groups)
-    except UserError as error:
+    except (UserError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     print(args.out)
 
