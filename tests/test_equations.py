@@ -137,11 +137,10 @@ def test_the_measured_weights_follow_from_the_measured_divergence(measured):
 
 def test_the_benchmark_writes_what_the_page_shows(world, tmp_path, monkeypatch, capsys):
     (tmp_path / "toy").symlink_to(world)
-    paths = [
-        f"--{name}={tmp_path / file}" for name, file in dict(json="w.json", plot="w.png").items()
-    ]
-    flags = ["--vocabulary=300", "--seeds=1", f"--run={tmp_path}"]
-    monkeypatch.setattr("sys.argv", ["weights", *flags, *paths])
+    small = dict(V=300, SEEDS=1, JSON=tmp_path / "w.json", PLOT=tmp_path / "w.png")
+    for name, value in small.items():
+        monkeypatch.setattr(weights, name, value)
+    monkeypatch.setattr("sys.argv", ["weights", str(tmp_path)])
     weights.main()
     result = json.loads((tmp_path / "w.json").read_text())
     assert capsys.readouterr().out.strip() == weights.table(result)
@@ -156,7 +155,7 @@ def test_the_benchmark_writes_what_the_page_shows(world, tmp_path, monkeypatch, 
 
 def test_ended_rows_dominate_the_official_weight_and_no_other():
     """The claim of the page on a fresh group, at a tenth of its vocabulary."""
-    group = weights.synthetic_group(15000, 2.0, seed=7, lengths=weights.LENGTHS)
+    group = weights.synthetic_group(15000, 2.0, seed=7)
     got = weights.summary([group])
     assert got["official"]["all_alive_max"] < 1.15 and got["official"]["half_or_fewer_max"] > 1.6
     assert got["official"]["divergence_ratio"] > 5
