@@ -57,13 +57,6 @@ def build(size: str, prompt: int, device: str) -> tuple[Policy, Callable[[], Que
     return policy, lambda: prompter.question(record, clip), optimizer
 
 
-def bandwidth(device: str) -> float:
-    """Bytes a second of a large copy on this device, those read and those written."""
-    source = torch.ones(2**30 if device == "cuda" else 2**27, dtype=torch.uint8, device=device)
-    copy = phase("copy")(torch.empty_like(source).copy_)
-    return 2 * source.nbytes / medians(lambda: copy(source), repeats=5)["copy"]
-
-
 def bytes_of_a_token(policy: Policy) -> int:
     """What decoding one token of each row reads: the language model, but for its embedding, once.
     Keys and values of 8 x 400 tokens are 1 % of 7B, and left out."""
@@ -120,8 +113,9 @@ WAYS = dict(ours=ours, official=official)
 
 
 def measure(way: str, size: str, prompt: int, repeats: int, **flags) -> dict:
-    """The tokens of the prompt, medians of the seconds by phase and of the step, for ours of
-    decoding a token, and the peak memory in GB (1e9 bytes). `flags` are of Config."""
+    """The tokens of the prompt, medians of the seconds by phase and of the step, and the peak
+    memory in GB (1e9 bytes); for ours also the milliseconds of decoding a token, and the GB of
+    weights it reads a second, which the bandwidth of the memory limits. `flags` are of Config."""
     cfg = Config(**flags)
     policy, ask, optimizer = build(size, prompt, DEVICE)
     policy.attend_with(cfg.attn_implementation)
@@ -144,8 +138,7 @@ def measure(way: str, size: str, prompt: int, repeats: int, **flags) -> dict:
     row["peak_gb"] = peak_memory_gb()
     if decode:
         token_s = decode / (cfg.max_completion_length - 1)
-        shortest_s = bytes_of_a_token(policy) / bandwidth(DEVICE)
-        row |= dict(decode_ms=1e3 * token_s, roofline=shortest_s / token_s)
+        row |= dict(decode_ms=1e3 * token_s, read_gb_s=bytes_of_a_token(policy) / token_s / 1e9)
     return row
 
 

@@ -117,7 +117,7 @@ def test_the_step_is_measured_without_a_codec_and_ours_first(tmp_path, monkeypat
         assert ["failed" in row for row in rows[2:]] == [official is too_large] * 2
     phases = [rows[0][f"{name}_s"] for name in "data rollout score backward optimizer".split()]
     assert rows[0]["step_s"] == pytest.approx(sum(phases)) and rows[0]["tokens"] == 109
-    assert 0 < rows[0]["roofline"] <= 1 and rows[0]["decode_ms"] < 1e3 * rows[0]["rollout_s"]
+    assert 0 < rows[0]["decode_ms"] < 1e3 * rows[0]["rollout_s"] and rows[0]["read_gb_s"] > 0
 
 
 def test_a_token_reads_the_language_model_once():
