@@ -157,12 +157,9 @@ def paired(differences: np.ndarray) -> tuple[float, float, float]:
 
 def holm(p_values: dict[str, float]) -> dict[str, float]:
     """The p-values adjusted for as many comparisons by Holm's step-down method, without NaNs."""
-    known = {name: p for name, p in p_values.items() if np.isfinite(p)}
-    adjusted, largest = {}, 0.0
-    for rank, name in enumerate(sorted(known, key=known.get)):
-        largest = max(largest, min(1.0, (len(known) - rank) * known[name]))
-        adjusted[name] = largest
-    return adjusted
+    known = sorted((name for name, p in p_values.items() if np.isfinite(p)), key=p_values.get)
+    times = [(len(known) - rank) * p_values[name] for rank, name in enumerate(known)]
+    return dict(zip(known, np.maximum.accumulate(times).clip(max=1), strict=True))
 
 
 # ------------------------------------------------------------------------------------ what is shown
@@ -220,13 +217,12 @@ def draw(rows: list[dict], path: Path) -> None:
     runs = by_setting(rows)
     figure = Figure(figsize=(11, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    looks = [dict(color=c, linestyle=s) for s, c in product(("-", "--"), curves.COLOURS)]
-    for (name, of), look in zip(runs.items(), looks, strict=False):
-        curve = mean(of, "curve")
-        left.plot((np.arange(len(curve)) + 0.5) / len(curve), curve, label=name, **look)
+    for k, (name, of) in enumerate(runs.items()):
+        curve, colour = mean(of, "curve"), "black" if name == BASE else f"C{k}"
+        left.plot((np.arange(len(curve)) + 0.5) / len(curve), curve, label=name, color=colour)
         if name != BASE:
             change, half, _ = paired(differences(of, runs[BASE], "area"))
-            right.errorbar(change, name, xerr=half, fmt="o", capsize=3, color=look["color"])
+            right.errorbar(change, name, xerr=half, fmt="o", capsize=3, color=colour)
     left.set(xlabel="share of training", title="soft accuracy of the training samples")
     left.legend()
     right.axvline(0, color="0.6")
