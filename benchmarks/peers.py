@@ -2,7 +2,7 @@
 
     python -m benchmarks.peers --rounds 5 --json benchmarks/peers.json
 
-Every way runs in a process of its own, all in turn, `--rounds` times. TRL and Liger are optional.
+Every way runs in a process of its own, all in turn, `--rounds` times. TRL is optional.
 README.md says what the ways do, and what a row holds.
 """
 
@@ -19,15 +19,11 @@ from benchmarks import step
 from benchmarks.origin import Results, table
 from run.log import peak_memory_gb
 
-NEEDS = {"ours": (), "official": (), "TRL": ("trl",), "TRL, Liger loss": ("trl", "liger_kernel")}
-LIGER_KERNELS = "rope mrope rms_norm swiglu cross_entropy fused_linear_cross_entropy".split()
 SHAPE = dict(prompt=600, num_generations=8, max_completion_length=64)  # prompt: tokens, about
 STEPS = 3  # of a process that count, after one that does not
 
 
-def trainer_seconds(
-    way: str, prompt: int, num_generations: int, max_completion_length: int
-) -> float:
+def trainer_seconds(prompt: int, num_generations: int, max_completion_length: int) -> float:
     """Median seconds of a step of TRL's GRPOTrainer, after its first."""
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -45,9 +41,6 @@ def trainer_seconds(
     sizes = dict(num_generations=num_generations, max_completion_length=max_completion_length)
     plain = dict(beta=0.0, gradient_checkpointing=False, bf16=False, use_cpu=True)
     quiet = dict(save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True)
-    if "Liger" in way:  # its Triton kernels need a GPU: only the loss is compared
-        off = dict.fromkeys(LIGER_KERNELS, False)
-        plain |= dict(use_liger_kernel=True, liger_kernel_config=off)
     config = GRPOConfig(
         output_dir=tempfile.gettempdir(),  # nothing is saved
         per_device_train_batch_size=num_generations,
@@ -69,8 +62,8 @@ def trainer_seconds(
 
 def measure(way: str, shape: dict) -> dict:
     """Median seconds of a step, and the largest memory of this process, GB (1e9 bytes)."""
-    if way.startswith("TRL"):
-        seconds = trainer_seconds(way, **shape)
+    if way == "TRL":
+        seconds = trainer_seconds(**shape)
     else:
         seconds = step.measure(way, "tiny", repeats=STEPS, **shape)["step_s"]
     return dict(step_s=seconds, peak_gb=peak_memory_gb())
@@ -100,14 +93,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="processes of each way")
     parser.add_argument("--json", type=Path, help="write the results to this file, round by round")
     args = parser.parse_args()
-    ways = [way for way, needs in NEEDS.items() if all(map(find_spec, needs))]
-    for way in NEEDS.keys() - ways:
-        print(f"left out, not installed: {way} ({', '.join(NEEDS[way])})")
+    ways = ["ours", "official", "TRL"] if find_spec("trl") else ["ours", "official"]
     results, rounds = Results(args.json), {way: [] for way in ways}
     for way in args.rounds * ways:
         rounds[way].append(one_round(way, SHAPE))
         results.add(dict(way=way) | SHAPE, summary(rounds[way], rounds["ours"]))
-    print(table(results.rows))
+    print(table(results.rows), "" if find_spec("trl") else "left out, not installed: TRL")
 
 
 if __name__ == "__main__":
