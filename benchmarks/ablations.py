@@ -67,9 +67,7 @@ def call(*arguments: str) -> None:
 def make_world(world: Path, seed: int) -> None:
     """The clips and the model that the runs of a seed share, unless they are there."""
     if not toy.is_world(world, "events", seed):
-        code = "import sys, toy; from pathlib import Path; "
-        code += "toy.prepare(Path(sys.argv[1]), int(sys.argv[2]), 'events')"
-        call("-c", code, str(world), str(seed))
+        call("-c", f"import toy; toy.prepare(toy.Path({str(world)!r}), {seed}, 'events')")
 
 
 def make(root: Path, world: Future, setting: str, seed: int, max_steps: int) -> dict:
