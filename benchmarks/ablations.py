@@ -88,12 +88,10 @@ def make_all(work: Path, keys: list[dict], results: Results, jobs: int) -> None:
     """A row for every run that is missing, also for one that fails. Ctrl-C and SIGTERM let the runs
     that have begun come to their end, and start no other."""
     keys = [key for key in keys if not results.find(**key)]
-    roots = {key["seed"]: work.resolve() / f"seed{key['seed']}" for key in keys}
     with ThreadPoolExecutor(jobs) as pool:
-        worlds = {k: pool.submit(make_world, root / "world", k) for k, root in roots.items()}
-        futures = {
-            pool.submit(make, roots[key["seed"]], worlds[key["seed"]], **key): key for key in keys
-        }
+        roots = {key["seed"]: work.resolve() / f"seed{key['seed']}" for key in keys}
+        begun = {k: (root, pool.submit(make_world, root / "world", k)) for k, root in roots.items()}
+        futures = {pool.submit(make, *begun[key["seed"]], **key): key for key in keys}
         try:
             for future in as_completed(futures):
                 results.measure(lambda f=future, **_: f.result(), **futures[future])
