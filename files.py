@@ -87,10 +87,10 @@ def read_json(path: Path, remedy: str, numbers: Iterable[str] = ()) -> dict:
 
 def json_lines(data: bytes) -> Iterator[tuple[int, object]]:
     """(line number from 1, value) of each line of JSONL that is not blank. The value of a line that
-    is not JSON is the exception that says why."""
+    is not JSON is the exception that says why; NaN and infinities, which JSON has not, are None."""
     for number, line in enumerate(data.split(b"\n"), 1):
         if line.strip():
             try:
-                yield number, json.loads(line)
+                yield number, json.loads(line, parse_constant=lambda name: None)
             except (ValueError, RecursionError) as error:  # also: not UTF-8, nested without end
                 yield number, error

@@ -83,6 +83,14 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 VOCABULARY = 512  # at most; a toy's text has merges for fewer, one token per word
+TEXT_SIZES = dict(
+    hidden_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=256,
+)
+VISION_SIZES = dict(depth=1, hidden_size=64, num_heads=4)
 
 
 # -------------------------------------------------------------------------------------------- clips
@@ -149,6 +157,7 @@ def imperfect_target(row: dict, rng: np.random.Generator) -> str:
 class Toy:
     """What tells one toy from another."""
 
+    name: str
     scene: Callable  # draws the frames of a clip and the row of a question about it
     target: Callable  # draws an imperfect answer to a row
     rate: int | Fraction  # frames a second of the files
@@ -157,21 +166,21 @@ class Toy:
     targets: int  # of the warm start, for each question of a step
 
 
-TOYS = {
-    "colours": Toy(scene, imperfect_target, RATE, DEFAULTS, steps=900, targets=4),
-    "events": Toy(
-        events.scene,
-        events.imperfect_target,
-        events.RATE,
-        BOTH | events.DEFAULTS,
-        steps=500,
-        targets=2,
-    ),
-}
+COLOURS_TOY = Toy("colours", scene, imperfect_target, RATE, DEFAULTS, steps=900, targets=4)
+EVENTS_TOY = Toy(
+    "events",
+    events.scene,
+    events.imperfect_target,
+    events.RATE,
+    BOTH | events.DEFAULTS,
+    steps=500,
+    targets=2,
+)
+TOYS = {toy.name: toy for toy in (COLOURS_TOY, EVENTS_TOY)}
 
 
 def write_clips(
-    root: Path, seed: int, toy: str = "colours", train: int = TRAIN_CLIPS, test: int = TEST_CLIPS
+    root: Path, seed: int, toy: Toy = COLOURS_TOY, train: int = TRAIN_CLIPS, test: int = TEST_CLIPS
 ) -> tuple[Path, Path]:
     """root/clips/*.mp4 and the records about them: (train.jsonl, test.jsonl)."""
     (root / "clips").mkdir(parents=True)
@@ -179,9 +188,9 @@ def write_clips(
     for split, count in (("train", train), ("test", test)):
         rows = []
         for k in tqdm(range(count), desc=f"writing {split} clips", leave=False):
-            frames, row = TOYS[toy].scene(rng)
+            frames, row = toy.scene(rng)
             row = dict(id=f"{split}-{k}", **row, video=f"clips/{split}_{k:03d}.mp4")
-            write_mp4(root / row["video"], frames, TOYS[toy].rate)
+            write_mp4(root / row["video"], frames, toy.rate)
             rows.append(json.dumps(row) + "\n")
         (root / f"{split}.jsonl").write_text("".join(rows), encoding="utf-8")
     return root / "train.jsonl", root / "test.jsonl"
@@ -212,47 +221,33 @@ def build_tokenizer(corpus: list[str], vocabulary: int = VOCABULARY) -> Qwen2Tok
     )
 
 
-def toy_tokenizer(records: list[Record], seed: int, toy: str = "colours") -> Qwen2Tokenizer:
+def toy_tokenizer(records: list[Record], seed: int, toy: Toy = COLOURS_TOY) -> Qwen2Tokenizer:
     """The tokenizer of the toy's own text, in which every word is one token."""
-    rng = np.random.default_rng([seed, 2])
-    template = TEMPLATES["mixed"]
+    rng, template = np.random.default_rng([seed, 2]), TEMPLATES["mixed"]
     texts = [
-        f"{template.replace('{problem}', r.problem)}\n{TOYS[toy].target(r.row, rng)}"
-        for r in records
+        f"{template.replace('{problem}', r.problem)}\n{toy.target(r.row, rng)}" for r in records
     ]
     return build_tokenizer([*texts, "system\nYou are a helpful assistant.\nuser\nassistant\n"])
 
 
 def build_model(
-    tokenizer: Qwen2Tokenizer,
-    *,
-    hidden_size: int = 96,
-    layers: int = 2,
-    heads: int = 4,
-    kv_heads: int = 2,
-    intermediate_size: int = 256,
-    vision_depth: int = 1,
-    vision_hidden_size: int = 64,
-    vision_heads: int = 4,
-    vocab_size: int | None = None,
-    seed: int = 0,
+    tokenizer: Qwen2Tokenizer, seed: int = 0, vision: dict | None = None, **text: int
 ) -> Qwen2_5_VLForConditionalGeneration:
-    """A randomly initialised Qwen2.5-VL of the given size, float32, wired to `tokenizer`'s ids.
+    """A randomly initialised Qwen2.5-VL, float32, wired to `tokenizer`'s ids. `text` and `vision`
+    change sizes, under the names of transformers' configs.
 
     The wide initialisation (0.05 for text, 0.1 for vision) matters at this size: with the usual
     0.02 the warm start did not learn to see within its steps.
     """
     ids = {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL_TOKENS}
-    pairs = hidden_size // heads // 2  # rotary pairs of a head: for time, height and width
+    text = TEXT_SIZES | dict(vocab_size=len(tokenizer)) | text
+    vision = VISION_SIZES | (vision or {})
+    # Rotary pairs of a head: for time, height and width.
+    pairs = text["hidden_size"] // text["num_attention_heads"] // 2
     sections = [pairs - 2 * (pairs * 3 // 8), pairs * 3 // 8, pairs * 3 // 8]
     config = Qwen2_5_VLConfig(
         text_config=dict(
-            vocab_size=vocab_size or len(tokenizer),
-            hidden_size=hidden_size,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            intermediate_size=intermediate_size,
+            **text,
             initializer_range=0.05,
             max_position_embeddings=32768,
             tie_word_embeddings=False,
@@ -261,14 +256,12 @@ def build_model(
             eos_token_id=ids["<|im_end|>"],
         ),
         vision_config=dict(
-            depth=vision_depth,
-            hidden_size=vision_hidden_size,
-            num_heads=vision_heads,
-            intermediate_size=2 * vision_hidden_size,
-            out_hidden_size=hidden_size,
+            **vision,
+            intermediate_size=2 * vision["hidden_size"],
+            out_hidden_size=text["hidden_size"],
             initializer_range=0.1,
             tokens_per_second=2,
-            fullatt_block_indexes=[vision_depth - 1],
+            fullatt_block_indexes=[vision["depth"] - 1],
             window_size=112,
         ),
         image_token_id=ids["<|image_pad|>"],
@@ -286,21 +279,21 @@ def build_model(
 
 
 def warm_start(
-    policy: Policy, questions: list[Question], seed: int, steps: int, toy: str = "colours"
-) -> float:
-    """Supervised training, 16 prompts with imperfect targets a step: the last loss, in nats."""
-    rng, target, R = np.random.default_rng([seed, 1]), TOYS[toy].target, TOYS[toy].targets
+    policy: Policy, questions: list[Question], seed: int, steps: int, toy: Toy = COLOURS_TOY
+) -> None:
+    """Supervised training: 16 prompts with imperfect targets a step. The bar shows the last loss,
+    in nats."""
+    rng, R = np.random.default_rng([seed, 1]), toy.targets
     optimizer = torch.optim.AdamW(
         policy.model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda k: min(1.0, (k + 1) / 20) * (0.1 + 0.9 * (1 - k / steps))
     )
-    losses = []
     bar = tqdm(range(steps), desc="warm start")
     for _ in bar:
         chosen = [questions[k] for k in rng.choice(len(questions), 16, replace=False)]
-        texts = [target(q.record.row, rng) + "<|im_end|>" for q in chosen for _ in range(R)]
+        texts = [toy.target(q.record.row, rng) + "<|im_end|>" for q in chosen for _ in range(R)]
         targets = [torch.tensor(ids) for ids in policy.tokenizer(texts)["input_ids"]]
         groups = [Group(q, targets[R * k : R * k + R]) for k, q in enumerate(chosen)]
         hidden = policy.hidden_states(groups, policy.encode_videos([g.question for g in groups]))
@@ -311,9 +304,7 @@ def warm_start(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        losses = (losses + [loss.item()])[-50:]
-        bar.set_postfix(loss=f"{np.mean(losses):.3f}")
-    return float(np.mean(losses))
+        bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
 def prepare(
@@ -333,13 +324,14 @@ def prepare(
         raise FileExistsError(f"{root} is not the world of --toy {toy} --seed {seed}; remove it")
     unfinished = beside(root)
     shutil.rmtree(unfinished, ignore_errors=True)  # of a start that was killed
-    records = load_records(write_clips(unfinished, seed, toy, train, test)[0], unfinished)
-    tokenizer = toy_tokenizer(records, seed, toy)
+    kind = TOYS[toy]
+    records = load_records(write_clips(unfinished, seed, kind, train, test)[0], unfinished)
+    tokenizer = toy_tokenizer(records, seed, kind)
     policy = Policy(build_model(tokenizer, seed=seed), tokenizer, CHAT_TEMPLATE)
-    clip = {name: TOYS[toy].defaults[name] for name in CLIP}
+    clip = {name: kind.defaults[name] for name in CLIP}
     prompter = Prompter(tokenizer, CHAT_TEMPLATE, policy.geometry, **clip)
-    steps = TOYS[toy].steps if steps is None else steps
-    warm_start(policy, [prompter(r) for r in records], seed, steps, toy)
+    steps = kind.steps if steps is None else steps
+    warm_start(policy, [prompter(r) for r in records], seed, steps, kind)
     policy.save(unfinished / "model")
     (unfinished / "toy.json").write_text(json.dumps(dict(toy=toy, seed=seed)), encoding="utf-8")
     os.replace(unfinished, root)

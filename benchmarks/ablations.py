@@ -4,7 +4,8 @@
 
 Each run is an ordinary `python twgrpo.py --toy events` on one thread; the runs of a seed share
 their clips, their model and the order of questions. The same command makes only the runs that are
-missing. If one fails, the others go on, and the exit code is 1. Writes OUT.json and OUT.png.
+missing. If one fails, the others go on, and the exit code is 1. Writes ablations.json and
+ablations.png in the work directory.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import sys
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from itertools import product
 from pathlib import Path
-from subprocess import DEVNULL, PIPE, Popen
+from subprocess import DEVNULL, PIPE, run
 
 import numpy as np
 import torch
@@ -42,8 +43,9 @@ SETTINGS = {
     "shuffled": MEAN_1 | dict(token_weights="shuffled"),
     "none_trained_vision": dict(token_weights="none", freeze_vision_modules=False),
 }
-# The mean over the steps of the soft accuracy of the training samples: the area under that curve.
-PRIMARY = "area"
+# Of the curve of the soft accuracy of the training samples. The area under it, the mean over all
+# steps, is the primary outcome; "final" is the mean over the last tenth.
+CURVE = ("area", "final")
 DESCRIBED = {  # title: the measure and its digits
     "held-out accuracy": ("sampled", 3),
     "with shuffled frames": ("shuffled_frames", 3),
@@ -53,61 +55,49 @@ DESCRIBED = {  # title: the measure and its digits
 }
 
 
-class Runs:
-    """The runs in a work directory, each a process of its own, started from a pool of threads."""
+def call(*arguments: str) -> None:
+    """Runs Python in a child, on one thread. Raises RuntimeError with the end of its stderr if it
+    fails."""
+    pipes = dict(cwd=PROJECT, stdout=DEVNULL, stderr=PIPE, text=True)
+    child = run([sys.executable, *arguments], env=os.environ | dict(OMP_NUM_THREADS="1"), **pipes)
+    if child.returncode:
+        raise RuntimeError(f"exit code {child.returncode}: {child.stderr[-500:].strip()}")
 
-    def __init__(self, work: Path):
-        self.work, self.stopped = work.resolve(), False
-        self.children: list[Popen] = []
 
-    def call(self, *arguments: str) -> None:
-        """Runs Python in a child. Raises RuntimeError with the end of its stderr if it fails."""
-        pipes = dict(cwd=PROJECT, stdout=DEVNULL, stderr=PIPE, text=True)
-        one_thread = os.environ | dict(OMP_NUM_THREADS="1")
-        child = Popen([sys.executable, *arguments], env=one_thread, **pipes)
-        self.children.append(child)
-        if self.stopped:
-            child.kill()
-        _, complaint = child.communicate()
-        if child.returncode:
-            raise RuntimeError(f"exit code {child.returncode}: {complaint[-500:].strip()}")
+def make_world(world: Path, seed: int) -> None:
+    """The clips and the model that the runs of a seed share, unless they are there."""
+    if not toy.is_world(world, "events", seed):
+        call("-c", f"import toy; toy.prepare(toy.Path({str(world)!r}), {seed}, 'events')")
 
-    def make_world(self, seed: int) -> None:
-        """The clips and the model that the runs of a seed share, unless they are there."""
-        world = self.work / f"seed{seed}" / "world"
-        if not toy.is_world(world, "events", seed):
-            code = "import sys, toy; from pathlib import Path; "
-            code += "toy.prepare(Path(sys.argv[1]), int(sys.argv[2]), 'events')"
-            self.call("-c", code, str(world), str(seed))
 
-    def make(self, world: Future, setting: str, seed: int, max_steps: int) -> dict:
-        """The measures of one run, in the world that another thread makes."""
-        world.result()
-        out = self.work / f"seed{seed}" / setting
-        shutil.rmtree(out, ignore_errors=True)  # of a run that was killed
-        out.mkdir()
-        (out / "toy").symlink_to(out.parent / "world")
-        flags = dict(toy="events", seed=seed, output_dir=out, max_steps=max_steps)
-        flags |= dict(save_steps=max_steps, save_only_model=True, eval_on_start=False)
-        flags |= SETTINGS[setting]
-        self.call("twgrpo.py", *(f"--{name}={value}" for name, value in flags.items()))
-        return measures_of(out)
+def make(root: Path, world: Future, setting: str, seed: int, max_steps: int) -> dict:
+    """The measures of one run, in the directory of its seed, whose world another thread makes."""
+    world.result()
+    out = root / setting
+    shutil.rmtree(out, ignore_errors=True)  # of a run that was killed
+    out.mkdir()
+    (out / "toy").symlink_to(root / "world")
+    flags = dict(toy="events", seed=seed, output_dir=out, max_steps=max_steps)
+    flags |= dict(save_steps=max_steps, save_only_model=True, eval_on_start=False)
+    flags |= SETTINGS[setting]
+    call("twgrpo.py", *(f"--{name}={value}" for name, value in flags.items()))
+    return measures_of(out)
 
-    def make_all(self, keys: list[dict], results: Results, jobs: int) -> None:
-        """A row for every run that is missing, also for one that fails."""
-        keys = [key for key in keys if not results.find(**key)]
-        with ThreadPoolExecutor(jobs) as pool:
-            try:
-                seeds = dict.fromkeys(key["seed"] for key in keys)
-                worlds = {seed: pool.submit(self.make_world, seed) for seed in seeds}
-                futures = {pool.submit(self.make, worlds[key["seed"]], **key): key for key in keys}
-                for future in as_completed(futures):
-                    results.measure(lambda f=future, **_: f.result(), **futures[future])
-            finally:  # Ctrl-C in a terminal reaches the children too, a signal to this process not
-                self.stopped = True
-                for child in self.children:
-                    child.kill()
-                pool.shutdown(cancel_futures=True)
+
+def make_all(work: Path, keys: list[dict], results: Results, jobs: int) -> None:
+    """A row for every run that is missing, also for one that fails. Ctrl-C and SIGTERM let the runs
+    that have begun come to their end, and start no other."""
+    keys = [key for key in keys if not results.find(**key)]
+    with ThreadPoolExecutor(jobs) as pool:
+        roots = {key["seed"]: work.resolve() / f"seed{key['seed']}" for key in keys}
+        begun = {k: (root, pool.submit(make_world, root / "world", k)) for k, root in roots.items()}
+        futures = {pool.submit(make, *begun[key["seed"]], **key): key for key in keys}
+        try:
+            for future in as_completed(futures):
+                results.measure(lambda f=future, **_: f.result(), **futures[future])
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def measures_of(out: Path) -> dict:
@@ -163,86 +153,77 @@ def paired(differences: np.ndarray) -> tuple[float, float, float]:
 
 def holm(p_values: dict[str, float]) -> dict[str, float]:
     """The p-values adjusted for as many comparisons by Holm's step-down method, without NaNs."""
-    known = {name: p for name, p in p_values.items() if np.isfinite(p)}
-    adjusted, largest = {}, 0.0
-    for rank, name in enumerate(sorted(known, key=known.get)):
-        largest = max(largest, min(1.0, (len(known) - rank) * known[name]))
-        adjusted[name] = largest
-    return adjusted
-
-
-def values(rows: list[dict], setting: str, measure: str) -> dict[int, float]:
-    """A measure of a setting, by seed, without the runs that failed."""
-    own = [row for row in rows if row["setting"] == setting and "failed" not in row]
-    return {row["seed"]: row[measure] for row in own}
-
-
-def differences(rows: list[dict], setting: str, measure: str) -> np.ndarray:
-    """A measure of a setting less that of BASE, for every seed that has both."""
-    own, base = values(rows, setting, measure), values(rows, BASE, measure)
-    return np.array([own[seed] - base[seed] for seed in sorted(own.keys() & base.keys())])
+    known = sorted((name for name, p in p_values.items() if np.isfinite(p)), key=p_values.get)
+    times = [(len(known) - rank) * p_values[name] for rank, name in enumerate(known)]
+    return dict(zip(known, np.maximum.accumulate(times).clip(max=1), strict=True))
 
 
 # ------------------------------------------------------------------------------------ what is shown
 
 
-def names_of(rows: list[dict]) -> list[str]:
-    """The settings with a finished run, BASE at the end."""
-    return sorted((name for name in SETTINGS if values(rows, name, PRIMARY)), key=BASE.__eq__)
+def by_setting(rows: list[dict]) -> dict[str, dict[int, dict]]:
+    """The finished runs of each setting that has any, by seed; BASE comes last."""
+    runs = {name: {} for name in sorted(SETTINGS, key=BASE.__eq__)}
+    for row in rows:
+        if "failed" not in row:
+            runs[row["setting"]][row["seed"]] = row
+    return {name: of for name, of in runs.items() if of}
 
 
-def mean(rows: list[dict], setting: str, measure: str, digits: int = 3) -> str:
-    return f"{np.mean(list(values(rows, setting, measure).values())):.{digits}f}"
+def differences(own: dict[int, dict], base: dict[int, dict], measure: str) -> np.ndarray:
+    """A measure of a setting less that of another, for every seed that has both."""
+    return np.array([own[k][measure] - base[k][measure] for k in sorted(own.keys() & base.keys())])
+
+
+def mean(runs: dict[int, dict], measure: str) -> float | np.ndarray:
+    return np.mean([row[measure] for row in runs.values()], axis=0)
 
 
 def compare(rows: list[dict]) -> list[dict]:
     """A line for each setting: means over its seeds of area and final accuracy, and differences to
     BASE over the seeds that both have, with 95 % confidence intervals. p is that of the area,
     adjusted by Holm for all settings; the intervals are not adjusted."""
-    names = names_of(rows)
-    adjusted = holm({name: paired(differences(rows, name, PRIMARY))[2] for name in names[:-1]})
-    lines = []
-    for name in names:
-        lines.append({"setting": name, "seeds": len(differences(rows, name, PRIMARY))})
-        for measure in (PRIMARY, "final"):
-            lines[-1][measure] = mean(rows, name, measure)
+    lines, runs = [], by_setting(rows)
+    less = {n: {m: paired(differences(runs[n], runs[BASE], m)) for m in CURVE} for n in runs}
+    adjusted = holm({name: of["area"][2] for name, of in less.items() if name != BASE})
+    for name, of in runs.items():
+        lines.append({"setting": name, "seeds": len(of.keys() & runs[BASE].keys())})
+        for measure in CURVE:
+            lines[-1][measure] = f"{mean(of, measure):.3f}"
             if name != BASE:
-                change, half, _ = paired(differences(rows, name, measure))
+                change, half, _ = less[name][measure]
                 lines[-1][f"{measure} less {BASE}"] = f"{change:+.3f} ± {half:.3f}"
-            if measure == PRIMARY and name in adjusted:
-                p = adjusted[name]
-                lines[-1]["p"] = f"{p:.3f}" if p >= 0.001 else "< 0.001"
+            if measure == "area" and name in adjusted:
+                lines[-1]["p"] = f"{adjusted[name]:.3f}"
     return lines
 
 
 def describe(rows: list[dict]) -> list[dict]:
     """A line for each setting: means over its seeds of what else was measured."""
     return [
-        {"setting": name} | {title: mean(rows, name, *of) for title, of in DESCRIBED.items()}
-        for name in names_of(rows)
+        {"setting": name} | {title: f"{mean(of, m):.{d}f}" for title, (m, d) in DESCRIBED.items()}
+        for name, of in by_setting(rows).items()
     ]
 
 
-def draw(rows: list[dict], path: str) -> None:
+def draw(rows: list[dict], path: Path) -> None:
     """Learning curves, and the primary outcome's differences to BASE, as a PNG."""
     from matplotlib.figure import Figure  # no pyplot: no display, no global state
 
-    names = names_of(rows)
+    runs = by_setting(rows)
     figure = Figure(figsize=(11, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    looks = [dict(color=c, linestyle=s) for s, c in product(curves.STYLES, curves.COLOURS)]
-    for place, (name, look) in enumerate(zip(names, looks, strict=False)):
-        curve = np.mean(list(values(rows, name, "curve").values()), axis=0)
-        left.plot((np.arange(len(curve)) + 0.5) / len(curve), curve, label=name, **look)
+    for k, (name, of) in enumerate(runs.items()):
+        curve, colour = mean(of, "curve"), "black" if name == BASE else f"C{k}"
+        left.plot((np.arange(len(curve)) + 0.5) / len(curve), curve, label=name, color=colour)
         if name != BASE:
-            change, half, _ = paired(differences(rows, name, PRIMARY))
-            right.errorbar(change, place, xerr=half, fmt="o", capsize=3, color=look["color"])
+            change, half, _ = paired(differences(of, runs[BASE], "area"))
+            right.errorbar(change, name, xerr=half, fmt="o", capsize=3, color=colour)
     left.set(xlabel="share of training", title="soft accuracy of the training samples")
     left.legend()
     right.axvline(0, color="0.6")
-    right.set_yticks(range(len(names) - 1), names[:-1])
     right.invert_yaxis()
-    right.set(title=f"{PRIMARY} less that of {BASE}, 95 % confidence interval")
+    right.set(title=f"area less that of {BASE}, 95 % confidence interval")
     figure.savefig(path)
 
 
@@ -254,23 +235,21 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     work = Path(f"runs/ablations-{provenance()['commit']}")  # another commit's models may differ
     parser.add_argument("--work_dir", type=Path, default=work)
-    parser.add_argument("--out", help="files, without their suffix (all, in the work directory)")
     args = parser.parse_args()
-    out = args.out or args.work_dir / "all"
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
     torch.set_num_threads(1)  # as in the runs, for the record
-    results = Results(Path(f"{out}.json"))
+    results = Results(args.work_dir / "ablations.json")
     asked = dict.fromkeys(product(args.seeds, args.settings))
     keys = [dict(setting=name, seed=k, max_steps=args.max_steps) for k, name in asked]
     try:
-        Runs(args.work_dir).make_all(keys, results, args.jobs)
+        make_all(args.work_dir, keys, results, args.jobs)
     except KeyboardInterrupt:
         raise SystemExit("interrupted; the same command makes what is missing") from None
     rows = [row for row in results.rows if row["max_steps"] == args.max_steps]
-    if not values(rows, BASE, PRIMARY):
+    if BASE not in by_setting(rows):
         raise SystemExit(f"no run of {BASE} to compare with; add it to --settings")
     print(table(compare(rows)), table(describe(rows)), sep="\n\n")
-    draw(rows, f"{out}.png")
+    draw(rows, args.work_dir / "ablations.png")
     raise SystemExit(int(any("failed" in row for row in rows)))
 
 

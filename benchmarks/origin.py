@@ -70,8 +70,8 @@ class Results:
 
     def find(self, **key) -> dict | None:
         """The row with these values, unless its measurement failed."""
-        found = [row for row in self.rows if key.items() <= row.items() and "failed" not in row]
-        return found[0] if found else None
+        own = (row for row in self.rows if key.items() <= row.items() and "failed" not in row)
+        return next(own, None)
 
     def add(self, key: dict, row: dict) -> dict:
         """Keeps the row `key | row`, in place of one with this key."""

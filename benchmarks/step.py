@@ -1,14 +1,13 @@
 """One training step of Qwen2.5-VL with random weights, phase by phase, against the official way.
 
     python -m benchmarks.step --size 7b --prompt 1100 --completion 170 400 --json step.json
-    python -m benchmarks.step --scaling         # how ours grows with G, prompt and completion
+    python -m benchmarks.step --ways ours --completion 64 128 256
 
 The model has float32 parameters and computes in bf16 on a GPU, in float32 on a CPU. The frames are
 random: no codec is needed. README.md says what the two ways do, and what a row holds.
 """
 
 import argparse
-import math
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -27,17 +26,16 @@ from model.policy import Policy
 from model.rollout import Decoder
 from records import Record
 from run.config import Config
-from run.log import phase
+from run.log import peak_memory_gb, phase
 from video import Clip
 
-SIZES = {
-    "tiny": dict(hidden_size=512, layers=10, heads=8, kv_heads=2, intermediate_size=1408,
-                 vision_depth=2, vision_hidden_size=256),
-    "7b": dict(hidden_size=3584, layers=28, heads=28, kv_heads=4, intermediate_size=18944,
-               vision_depth=32, vision_hidden_size=1280, vision_heads=16, vocab_size=152064),
-}  # fmt: skip
+TINY = dict(hidden_size=512, num_hidden_layers=10, num_attention_heads=8, intermediate_size=1408)
+TINY |= dict(vision=dict(depth=2, hidden_size=256))
+QWEN_7B = dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, vocab_size=152064)
+QWEN_7B |= dict(num_key_value_heads=4, intermediate_size=18944)
+QWEN_7B |= dict(vision=dict(depth=32, hidden_size=1280, num_heads=16))
+SIZES = {"tiny": TINY, "7b": QWEN_7B}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FACTORS = dict(num_generations=(0.5, 1, 2), prompt=(0.5, 1, 2), max_completion_length=(1, 2, 4))
 
 
 def build(size: str, prompt: int, device: str) -> tuple[Policy, Callable[[], Question], Optimizer]:
@@ -57,20 +55,6 @@ def build(size: str, prompt: int, device: str) -> tuple[Policy, Callable[[], Que
     prompter = Prompter(tokenizer, toy.CHAT_TEMPLATE, policy.geometry)
     record = Record("1", "What?", "<answer>A</answer>", Path("random frames"))
     return policy, lambda: prompter.question(record, clip), optimizer
-
-
-def bandwidth(device: str) -> float:
-    """Bytes a second of a large copy on this device, those read and those written."""
-    source = torch.ones(2**30 if device == "cuda" else 2**27, dtype=torch.uint8, device=device)
-    copy = phase("copy")(torch.empty_like(source).copy_)
-    return 2 * source.nbytes / medians(lambda: copy(source), repeats=5)["copy"]
-
-
-def bytes_of_a_token(policy: Policy) -> int:
-    """What decoding one token of each row reads: the language model, but for its embedding, once.
-    Keys and values of 8 x 400 tokens are 1 % of 7B, and left out."""
-    weights = sum(p.numel() for p in policy.text.layers.parameters()) + policy.head_VD.numel()
-    return weights * policy.compute_dtype.itemsize
 
 
 def ours(cfg: Config, policy: Policy, question: Question) -> Tensor:
@@ -118,9 +102,13 @@ def official(cfg: Config, policy: Policy, question: Question) -> Tensor:
         return reference.weighted_loss(*inputs, None, None, reference.LossOptions()).loss
 
 
+WAYS = dict(ours=ours, official=official)
+
+
 def measure(way: str, size: str, prompt: int, repeats: int, **flags) -> dict:
-    """The tokens of the prompt, medians of the seconds by phase and of the step, for ours of
-    decoding a token, and on a GPU the peak memory in GB (1e9 bytes). `flags` are of Config."""
+    """The tokens of the prompt, medians of the seconds by phase and of the step, and the peak
+    memory in GB (1e9 bytes); for ours also the milliseconds of decoding a token, and the GB of
+    weights it reads a second, which the bandwidth of the memory limits. `flags` are of Config."""
     cfg = Config(**flags)
     policy, ask, optimizer = build(size, prompt, DEVICE)
     policy.attend_with(cfg.attn_implementation)
@@ -128,7 +116,7 @@ def measure(way: str, size: str, prompt: int, repeats: int, **flags) -> dict:
     def step():
         with phase("data"):
             question = ask()
-        loss = (ours if way == "ours" else official)(cfg, policy, question)
+        loss = WAYS[way](cfg, policy, question)
         with phase("backward"):
             loss.backward()
         with phase("optimizer"):
@@ -140,40 +128,15 @@ def measure(way: str, size: str, prompt: int, repeats: int, **flags) -> dict:
     decode = seconds.pop("decode", None)
     row = {f"{name}_s": value for name, value in seconds.items()}
     row |= dict(step_s=sum(row.values()), tokens=len(ask().ids_P))
-    row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9  # 0 on a CPU
+    row["peak_gb"] = peak_memory_gb()
     if decode:
         token_s = decode / (cfg.max_completion_length - 1)
-        shortest_s = bytes_of_a_token(policy) / bandwidth(DEVICE)
-        row |= dict(decode_ms=1e3 * token_s, roofline=shortest_s / token_s)
+        # A token of each row reads the language model but for its embedding. Keys and values of
+        # 8 x 400 tokens are 1 % of 7B, and left out.
+        read = sum(p.numel() for p in [*policy.text.layers.parameters(), policy.head_VD])
+        read_gb_s = read * policy.compute_dtype.itemsize / token_s / 1e9
+        row |= dict(decode_ms=1e3 * token_s, read_gb_s=read_gb_s)
     return row
-
-
-def run(shape: dict, completions: list[int], results: Results) -> None:
-    """The rows of ours under every attention at every length, then of the official way."""
-    cases = [("ours", name) for name in ATTENTION if name == "sdpa" or DEVICE == "cuda"]
-    for way, attention in [*cases, ("official", "sdpa")]:
-        for T in completions:
-            key = dict(way=way, attn_implementation=attention, max_completion_length=T)
-            results.measure(measure, **key | shape)
-
-
-def scaling(shape: dict, results: Results) -> None:
-    """Ours with one factor changed at a time: seconds of the rollout, and of scoring with its
-    backward pass, and the exponents since the value before, log(t2 / t1) / log(x2 / x1)."""
-    for factor, changes in FACTORS.items():
-        before, x = None, "tokens" if factor == "prompt" else factor
-        for change in changes:
-            changed = {factor: int(change * shape[factor])}
-            row = results.measure(measure, way="ours", **shape | changed)
-            if "failed" in row:
-                break
-            now = dict(rollout=row["rollout_s"], score=row["score_s"] + row["backward_s"], x=row[x])
-            line = dict(rollout_s=now["rollout"], score_s=now["score"])
-            if before:
-                grown = {name: math.log(now[name] / before[name]) for name in now}
-                line |= {f"{n}_exponent": grown[n] / grown["x"] for n in ("rollout", "score")}
-            results.add(dict(factor=factor, x=row[x]), line)
-            before = now
 
 
 def main() -> None:
@@ -183,15 +146,17 @@ def main() -> None:
     top.add_argument("--completion", type=int, nargs="+", default=[64], help="tokens, at least 2")
     top.add_argument("--num_generations", type=int, default=8)
     top.add_argument("--repeats", type=int, default=3)
-    top.add_argument("--scaling", action="store_true", help="ours at other G, prompts, lengths")
+    top.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     top.add_argument("--json", type=Path, help="write the results to this file, row by row")
     shape = vars(top.parse_args())
-    results, completions = Results(shape.pop("json")), shape.pop("completion")
-    if shape.pop("scaling"):
-        scaling(shape | dict(max_completion_length=completions[0]), results)
-    else:
-        run(shape, completions, results)
-    print(table([row for row in results.rows if "factor" in row] or results.rows))
+    results = Results(shape.pop("json"))
+    ways, lengths = shape.pop("ways"), shape.pop("completion")
+    for way in ways:
+        for attention in ATTENTION if way == "ours" and DEVICE == "cuda" else ["sdpa"]:
+            for T in lengths:
+                key = dict(way=way, attn_implementation=attention, max_completion_length=T)
+                results.measure(measure, **key | shape)
+    print(table(results.rows))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """What the token weights react to: w_t over position, by three forms of D_t, on ragged groups.
 
-    python -m benchmarks.weights --run runs/toy
-    python -m benchmarks.weights --plot_only                # the figure again, from the JSON
+    python -m benchmarks.weights runs/toy
 
-README.md says what the groups are. The figure and docs/equations.md's table come from the JSON.
+RUN is a run of the toy, for its model and questions. README.md says what the groups are. Writes
+weights.json; prints the table of docs/equations.md.
 """
 
 import argparse
@@ -25,6 +25,8 @@ FORMS = {  # name: divergence, ended_rows
     "official, ended excluded": ("official", "exclude"),
     "textbook": ("textbook", "uniform"),
 }
+JSON = PROJECT / "benchmarks" / "weights.json"
+V, SEEDS = 152064, 3  # of the synthetic groups, SEEDS of each scale
 LENGTHS = [60, 52, 47, 43, 38, 34, 29, 25]
 ALPHA = 1.7
 SCALES = (1.0, 2.0, 3.0)
@@ -64,10 +66,9 @@ def weighed(rows_GTV: Tensor, lengths_G: Tensor) -> dict:
     return group
 
 
-def synthetic_group(V: int, scale: float, seed: int, lengths: list[int]) -> dict:
-    G, T = len(lengths), max(lengths)
-    rows_GTV = torch.stack([synthetic_rows(t, G, V, scale, seed) for t in range(T)], dim=1)
-    return dict(scale=scale, seed=seed) | weighed(rows_GTV, torch.tensor(lengths))
+def synthetic_group(V: int, scale: float, seed: int) -> dict:
+    rows = [synthetic_rows(t, len(LENGTHS), V, scale, seed) for t in range(max(LENGTHS))]
+    return dict(scale=scale, seed=seed) | weighed(torch.stack(rows, dim=1), torch.tensor(LENGTHS))
 
 
 def toy_groups(run: Path, steps: int) -> list[dict]:
@@ -109,32 +110,10 @@ def summary(groups: list[dict]) -> dict:
     return out
 
 
-def plot(result: dict, path: Path) -> None:
-    from matplotlib.figure import Figure  # no pyplot: no display, no global state
-
-    groups = [group for group in result["synthetic"]["groups"] if group["seed"] == 0]
-    panels = [(f"synthetic, V = {result['V']:,}, scale {g['scale']:g}", g) for g in groups]
-    if "toy" in result:
-        longest = max(result["toy"]["groups"], key=lambda g: len(g["alive"]) - g["alive"].count(8))
-        panels.append((f"toy completions, step {longest['step']}", longest))
-    figure = Figure(figsize=(3.4 * len(panels), 5.2), layout="constrained")
-    axes = figure.subplots(2, len(panels), sharex="col", sharey="row", height_ratios=[3, 1])
-    for (title, group), (upper, lower) in zip(panels, axes.T, strict=True):
-        for name in FORMS:
-            upper.plot(group["weights"][name], label=name)
-        upper.set_title(title, fontsize=9)
-        lower.fill_between(range(len(group["alive"])), group["alive"], step="mid", color="0.6")
-        lower.set_xlabel("position t")
-    axes[0, 0].set_ylabel("token weight w_t")
-    axes[1, 0].set_ylabel("alive")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
-    figure.savefig(path, dpi=110)
-
-
 def table(result: dict) -> str:
     """The summary as docs/equations.md shows it."""
     blocks = {f"synthetic, scale {s}": b for s, b in result["synthetic"]["summary"].items()}
-    blocks |= {"toy completions": result["toy"]["summary"]} if "toy" in result else {}
+    blocks["toy completions"] = result["toy"]["summary"]
     lines = []
     for label, block in blocks.items():
         for form, measures in block.items():
@@ -144,28 +123,23 @@ def table(result: dict) -> str:
 
 
 def main() -> None:
-    top = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    top.add_argument("--vocabulary", type=int, default=152064, help="V of the synthetic rows")
-    top.add_argument("--seeds", type=int, default=3, help="synthetic groups of each scale")
-    top.add_argument("--run", type=Path, help="a run of the toy, for its model and questions")
-    top.add_argument("--json", type=Path, default=PROJECT / "benchmarks" / "weights.json")
-    top.add_argument("--plot", type=Path, default=PROJECT / "docs" / "weights.png")
-    top.add_argument("--plot_only", action="store_true", help="read the JSON, draw the figure")
-    args = top.parse_args()
-    if not args.plot_only:
-        start, V, K = time.perf_counter(), args.vocabulary, args.seeds
-        result = provenance() | dict(alpha=ALPHA, V=V, lengths=LENGTHS)
-        groups = {s: [synthetic_group(V, s, k, LENGTHS) for k in range(K)] for s in SCALES}
-        summaries = {f"{scale:g}": summary(groups[scale]) for scale in SCALES}
-        result["synthetic"] = dict(summary=summaries, groups=sum(groups.values(), []))
-        if args.run:
-            groups = toy_groups(args.run, 20)
-            result["toy"] = dict(summary=summary(groups), groups=groups)
-        text = json.dumps(result | dict(seconds=time.perf_counter() - start))
-        result = json.loads(text, parse_float=lambda digits: float(f"{float(digits):.5g}"))
-        args.json.write_text(json.dumps(result) + "\n", encoding="utf-8")
-    result = json.loads(args.json.read_text(encoding="utf-8"))
-    plot(result, args.plot)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("run", type=Path, help="a run of the toy")
+    run, start = parser.parse_args().run, time.perf_counter()
+    groups = {s: [synthetic_group(V, s, k) for k in range(SEEDS)] for s in SCALES}
+    summaries = {f"{scale:g}": summary(groups[scale]) for scale in SCALES}
+    of_toy = toy_groups(run, 20)
+    result = provenance() | dict(
+        alpha=ALPHA,
+        V=V,
+        lengths=LENGTHS,
+        synthetic=dict(summary=summaries, groups=sum(groups.values(), [])),
+        toy=dict(summary=summary(of_toy), groups=of_toy),
+        seconds=time.perf_counter() - start,
+    )
+    text = json.dumps(result)
+    result = json.loads(text, parse_float=lambda digits: float(f"{float(digits):.5g}"))
+    JSON.write_text(json.dumps(result) + "\n", encoding="utf-8")
     print(table(result))
 
 

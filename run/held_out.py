@@ -33,36 +33,32 @@ def evaluate(
     policy: Policy,
     prompter: Prompter,
     records: list[Record],
-    *,
-    greedy: bool = False,
-    wrong_video: bool = False,
-    shuffled_frames: bool = False,
+    variant: str = "sampled",
     batch_size: int = 32,
 ) -> dict[str, float]:
     """Mean over all completions of the soft accuracy, the exact accuracy and the format reward,
     each in [0, 1], and the number of questions skipped because their clip cannot be read.
 
-    G completions of each question are sampled as in training, or one greedily. With wrong_video
-    every question is shown the clip of another one: what is left of the accuracy can be guessed
-    from the text. With shuffled_frames its own clip is shown out of order: what is left does not
-    need the order. Under torchrun every rank takes its share of the questions, and all return the
-    mean over all of them.
+    G completions of each question are sampled as in training, or one if `variant` is "greedy".
+    With "wrong video" every question is shown the clip of another one: what is left of the accuracy
+    can be guessed from the text. With "shuffled frames" its own clip is shown out of order: what is
+    left does not need the order. Under torchrun every rank takes its share of the questions, and
+    all return the mean over all of them.
     """
-    others = np.random.default_rng([cfg.seed, 0, 0, 3]).permutation(len(records))
-    # The next one of a random cycle through all records: never the record itself.
-    clip_of = dict(zip(others.tolist(), np.roll(others, 1).tolist(), strict=True))
-    asked = [
-        (records[k], records[clip_of[k] if wrong_video else k], (cfg.seed, k, 0, 2))
-        for k in range(ranks.rank(), len(records), ranks.world())
-    ]  # 2: no other stream ends so
-    label = "greedy" if greedy else "sampled"
-    label += ", wrong video" * wrong_video + ", shuffled frames" * shuffled_frames
-    if shuffled_frames:
+    clip_of = np.arange(len(records))
+    if variant == "wrong video":  # the next one of a random cycle: never the record itself
+        others = np.random.default_rng([cfg.seed, 0, 0, 3]).permutation(len(records))
+        clip_of[others] = np.roll(others, 1)
+    elif variant == "shuffled frames":
         prompter = shuffled(prompter, cfg.seed)
-    if greedy:
+    elif variant == "greedy":
         cfg = dataclasses.replace(cfg, temperature=0.0, num_generations=1)
+    asked = [
+        (records[k], records[clip_of[k]], (cfg.seed, k, 0, 2))  # 2: no other stream ends so
+        for k in range(ranks.rank(), len(records), ranks.world())
+    ]
     scores, skipped = [], len(asked)
-    for group in answer(cfg, policy, prompter, asked, batch_size, label=f"evaluating ({label})"):
+    for group in answer(cfg, policy, prompter, asked, batch_size, label=f"evaluating ({variant})"):
         truth = group.question.record.solution
         scores += [[score(text, truth) for score in MEASURES.values()] for text in group.texts]
         skipped -= 1
@@ -92,20 +88,12 @@ def shuffled(prompter: Prompter, seed: int) -> Prompter:
 
 def measure(cfg: Config, policy: Policy, prompter: Prompter, records: list[Record]) -> dict:
     """Sampled and greedy accuracy, and sampled with the wrong video and with shuffled frames."""
-    variants = {
-        "sampled": {},
-        "greedy": dict(greedy=True),
-        "wrong video": dict(wrong_video=True),
-        "shuffled frames": dict(shuffled_frames=True),
-    }
+    variants = ["sampled", "greedy", "wrong video", "shuffled frames"]
     if len(records) == 1:  # there is no other video to show
-        del variants["wrong video"]
+        variants.remove("wrong video")
     with policy.gathered() as actor, ClipReader(cfg.clip_timeout) as reader:
         prompter = dataclasses.replace(prompter, load_clip=reader.load_clip)
-        return {
-            name: evaluate(cfg, actor, prompter, records, **variant)
-            for name, variant in variants.items()
-        }
+        return {name: evaluate(cfg, actor, prompter, records, name) for name in variants}
 
 
 class Measures:
@@ -117,11 +105,6 @@ class Measures:
         remedy = "remove it, and what it held is measured once more"
         is_there = resumed and ranks.on_first(self.path.exists)
         self.rows = ranks.on_first(files.read_json, self.path, remedy) if is_there else {}
-        try:
-            for part in self.rows.keys() & {"before", "after"}:
-                [row[key] for row in self.rows[part].values() for key in MEASURES]
-        except (AttributeError, KeyError, TypeError):
-            raise UserError(f"{self.path} is not the eval.json of a run; {remedy}") from None
 
     def before(self, *measured) -> None:
         """Measures the untrained policy, unless that is done; arguments as for `measure`."""

@@ -1,19 +1,10 @@
 """Logs of made-up runs, for the tests of the curves and of the page of token weights."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
-from conftest import PROJECT
-
-CONFIG = dict(alpha=1.7, divergence="official", ended_rows="uniform")
+CONFIG = dict(alpha=1.7, divergence="official", ended_rows="uniform", model_name_or_path="no/model")
 CONFIG |= dict(fps=2.0, max_frames=4, min_pixels=3136, max_pixels=3136)
-
-
-def run_tool(tool: str, *arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", f"tools.{tool}", *map(str, arguments)]
-    return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=120)
 
 
 def write_lines(path: Path, lines: list) -> Path:
@@ -22,6 +13,12 @@ def write_lines(path: Path, lines: list) -> Path:
     text = [line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines]
     path.write_text("".join(text), encoding="utf-8")
     return path.parent
+
+
+def write_run(run: Path, rows: list, **config) -> Path:
+    """A run directory with config.json and completions.jsonl."""
+    write_lines(run / "config.json", [CONFIG | config])
+    return write_lines(run / "completions.jsonl", rows)
 
 
 def completion(tokens: list[str], **other) -> dict:
@@ -43,10 +40,3 @@ def group_row(step: int, completions: list[dict], **other) -> dict:
     row["divergence"] = [0.0] + [10.0**k + step for k in range(T - 1)]
     row["weights"] = [round(1 + 0.7 * k / max(T - 1, 1), 6) for k in range(T)]
     return {**row, **other}
-
-
-def write_run(run: Path, rows: list, **config) -> Path:
-    """A run directory with config.json and completions.jsonl."""
-    run.mkdir(parents=True)
-    (run / "config.json").write_text(json.dumps({**CONFIG, **config}))
-    return write_lines(run / "completions.jsonl", rows)

@@ -1,39 +1,36 @@
 """The ablation: its statistics, and its command on a small world, interrupted and continued."""
 
-import contextlib
 import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
-from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import PROJECT
+from page_cases import write_lines
 
 import toy
 from benchmarks import ablations
 from benchmarks.origin import Results, table
 
+OUT = PROJECT / "benchmarks" / "ablations"
+DATA = json.loads(Path(f"{OUT}.json").read_text(encoding="utf-8"))
+PAGE = Path(f"{OUT}.md").read_text(encoding="utf-8")
+
 # --------------------------------------------------------------------------------------- statistics
 
 
 @pytest.mark.parametrize(  # two-sided, from a printed table of Student's t
-    ("df", "half", "ten", "five", "one"),
-    [
-        (1, 1.0, 6.314, 12.706, 63.657),
-        (2, 0.816, 2.920, 4.303, 9.925),
-        (7, 0.711, 1.895, 2.365, 3.499),
-        (30, 0.683, 1.697, 2.042, 2.750),
-    ],
+    ("df", "half", "five", "one"),
+    [(1, 1.0, 12.706, 63.657), (7, 0.711, 2.365, 3.499), (30, 0.683, 2.042, 2.750)],
 )
-def test_students_t_is_that_of_the_tables(df, half, ten, five, one):
+def test_students_t_is_that_of_the_tables(df, half, five, one):
     values, below = ablations.student(df)
-    found = np.interp([0.5, 0.9, 0.95, 0.99], below, values)
-    assert found == pytest.approx([half, ten, five, one], rel=1e-3)
+    assert np.interp([0.5, 0.95, 0.99], below, values) == pytest.approx([half, five, one], rel=1e-3)
 
 
 def test_a_paired_comparison():
@@ -72,9 +69,6 @@ def test_the_tables_by_hand():
     assert (grpo["setting"], grpo["seeds"], grpo["area"]) == ("grpo", 3, "0.500")
     assert none["area"] == "0.600" and "p" not in none
     assert ablations.describe(rows)[1]["held-out accuracy"] == "8.000"
-
-
-def test_one_seed_has_no_p():
     lines = ablations.compare([row for row in ROWS if row["seed"] == 0])
     assert lines[1]["area less none"] == "+0.100 ± nan" and not any("p" in line for line in lines)
 
@@ -82,69 +76,62 @@ def test_one_seed_has_no_p():
 # -------------------------------------------------------------------------------------- the command
 
 
-def command(work: Path, jobs: int) -> list[str]:
-    module = [sys.executable, "-m", "benchmarks.ablations", "--settings", "none", "official"]
-    short = ["grpo", "--seeds", "3", "--max_steps", "2", "--jobs", str(jobs)]
-    return [*module, *short, "--work_dir", str(work), "--out", str(work / "a")]
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def alive(work: Path) -> list[str]:
-    """Processes whose command line names the work directory (on Linux; elsewhere none is found)."""
-    lines = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):  # it has ended since
-            lines.append(path.read_bytes().decode(errors="replace"))
-    return [line for line in lines if str(work) in line]
+def rows_of(work: Path) -> list[dict]:
+    return json.loads((work / "ablations.json").read_text())["rows"]
 
 
 @pytest.fixture(scope="module")
 def ablation(tmp_path_factory):
-    """Ctrl-C after the first of three runs, then the same command again. A file stands where the
-    third run should write, so that it fails. The world is already there."""
+    """Ctrl-C after the first of four runs, then the same command again. The worlds are already
+    there; that of seed 4 has no model, so that its runs fail."""
     work = tmp_path_factory.mktemp("ablation")
     toy.prepare(work / "seed3" / "world", seed=3, toy="events", train=16, test=4, steps=10)
-    (work / "seed3" / "grpo").write_text("in the way")
+    write_lines(work / "seed4" / "world" / "toy.json", [dict(toy="events", seed=4)])
+    command = [sys.executable, "-m", "benchmarks.ablations", "--settings", "none", "official"]
+    command += f"--seeds 3 4 --max_steps 2 --jobs 1 --work_dir {work}".split()
     pipes = dict(cwd=PROJECT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     # A script that starts pytest in the background has it ignore SIGINT, and us too.
     pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
-    with subprocess.Popen(command(work, jobs=1), **pipes) as first:
+    with subprocess.Popen(command, **pipes) as first:
         next(line for line in first.stdout if "length_spread" in line)
         first.send_signal(signal.SIGINT)
         _, complaint = first.communicate(timeout=120)
-    left, kept = alive(work), json.loads((work / "a.json").read_text())["rows"]
-    second = subprocess.run(command(work, jobs=2), **pipes, timeout=240)
-    return dict(work=work, first=(first.returncode, complaint, left), second=second, kept=kept)
-
-
-@pytest.mark.slow
-def test_ctrl_c_kills_the_children_and_says_how_to_go_on(ablation):
-    code, complaint, left = ablation["first"]
-    assert code == 1 and complaint == "interrupted; the same command makes what is missing\n"
-    assert left == []
+    kept = rows_of(work)
+    second = subprocess.run(command, **pipes, timeout=240)
+    return dict(work=work, first=(first.returncode, complaint), second=second, kept=kept)
 
 
 @pytest.mark.slow
 def test_the_same_command_makes_only_what_is_missing(ablation):
-    (kept,) = ablation["kept"]
-    rows = json.loads((ablation["work"] / "a.json").read_text())["rows"]
-    assert rows[0] == kept and kept["setting"] == "none"
-    assert {row["setting"] for row in rows[1:]} == {"official", "grpo"}
-    assert '"setting": "none",' not in ablation["second"].stdout
+    assert ablation["first"] == (1, "interrupted; the same command makes what is missing\n")
+    (kept,), rows = ablation["kept"], rows_of(ablation["work"])
+    assert rows[0] == kept and kept["seed"] == 3
+    assert {row["seed"] for row in rows[1:]} == {3, 4} and len(rows) == 4
+    assert json.dumps(dict(setting=kept["setting"], seed=3))[:-1] not in ablation["second"].stdout
 
 
 @pytest.mark.slow
-def test_a_failing_run_is_named_and_the_others_go_on(ablation):
-    second = ablation["second"]
-    assert second.returncode == 1 and "FileExistsError" in second.stdout
-    assert "| official | 1 |" in second.stdout and "| grpo |" not in second.stdout
+def test_a_failing_run_is_told_by_its_last_words_and_the_others_go_on(ablation):
+    second, failed = (
+        ablation["second"],
+        [row for row in rows_of(ablation["work"]) if "failed" in row],
+    )
+    assert second.returncode == 1 and "| official | 1 |" in second.stdout
+    assert [row["seed"] for row in failed] == [4, 4]
+    for row in failed:
+        assert row["failed"].startswith("RuntimeError: exit code 1: ")
+        assert "toy/train.jsonl: no such file" in row["failed"]
 
 
 @pytest.mark.slow
 def test_a_row_holds_what_the_run_measured(ablation):
     work = ablation["work"]
-    rows = json.loads((work / "a.json").read_text())["rows"]
-    runs = [row for row in rows if "failed" not in row]
-    assert [run["setting"] for run in runs] == ["none", "official"]
+    runs = [row for row in rows_of(work) if "failed" not in row]
+    assert {run["setting"] for run in runs} == {"none", "official"}
     for run in runs:
         out = work / "seed3" / run["setting"]
         measures = json.loads((out / "eval.json").read_text())
@@ -159,35 +146,22 @@ def test_a_row_holds_what_the_run_measured(ablation):
         weights = [g["weights"][: min(t)] for g, t in zip(groups, texts, strict=True)]
         ranges = [max(w) - min(w) for w in weights]
         assert run["weight_range"] == pytest.approx(sum(ranges) / 2)
-    assert runs[0]["weight_range"] == 0.0 and (work / "a.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-@pytest.mark.slow
-def test_a_failing_process_is_told_by_its_last_words(tmp_path):
-    (tmp_path / "seed0").mkdir()
-    (tmp_path / "seed0" / "world").write_text("no world")
-    world = Future()
-    world.set_result(None)
-    with pytest.raises(RuntimeError, match="exit code 1: .*grpo is not empty; choose another"):
-        ablations.Runs(tmp_path).make(world, "grpo", 0, max_steps=1)
+        assert (run["weight_range"] == 0.0) == (run["setting"] == "none")
+    assert (work / "ablations.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_a_world_that_fails_costs_only_its_own_runs(tmp_path, monkeypatch):
-    def make_world(runs, seed):
+    def make_world(world, seed):
         if seed == 1:
             raise RuntimeError("the disk is full")
-        (tmp_path / f"seed{seed}").mkdir()
+        world.mkdir(parents=True)
 
-    monkeypatch.setattr(ablations.Runs, "make_world", make_world)
-    monkeypatch.setattr(ablations.Runs, "call", lambda *_: None)
+    monkeypatch.setattr(ablations, "make_world", make_world)
+    monkeypatch.setattr(ablations, "call", lambda *_: None)
     monkeypatch.setattr(ablations, "measures_of", lambda out: dict(area=0.5))
     keys = [dict(setting=name, seed=k, max_steps=1) for k in (1, 0) for name in ("none", "grpo")]
     results = Results(None)
-    ablations.Runs(tmp_path).make_all(keys, results, jobs=2)
+    ablations.make_all(tmp_path, keys, results, jobs=2)
     for row in results.rows:
         assert row.get("failed") == ("RuntimeError: the disk is full" if row["seed"] else None)
     assert len(results.rows) == 4
@@ -197,72 +171,32 @@ def test_a_world_that_fails_costs_only_its_own_runs(tmp_path, monkeypatch):
 
 
 def test_the_committed_page_follows_from_the_numbers():
-    out = PROJECT / "benchmarks" / "ablations"
-    data = json.loads(Path(f"{out}.json").read_text(encoding="utf-8"))
-    rows = data["rows"]
+    rows = DATA["rows"]
     keys = [(row["setting"], row["seed"], row["max_steps"]) for row in rows]
     assert sorted(keys) == sorted(itertools.product(ablations.SETTINGS, range(8), [80]))
-    page = Path(f"{out}.md").read_text(encoding="utf-8")
-    assert table(ablations.compare(rows)) in page and table(ablations.describe(rows)) in page
+    assert table(ablations.compare(rows)) in PAGE and table(ablations.describe(rows)) in PAGE
     assert not any("failed" in row for row in rows)
-    for told in (data["commit"], data["date"], data["machine"]["cpu"]):
-        assert told in page
-    assert os.path.getsize(f"{out}.png") > 10_000
+    assert all(told in PAGE for told in (DATA["commit"], DATA["date"], DATA["machine"]["cpu"]))
+    assert os.path.getsize(f"{OUT}.png") > 10_000
 
 
 def test_what_the_page_says_beside_its_tables():
-    out = PROJECT / "benchmarks" / "ablations"
-    rows = json.loads(Path(f"{out}.json").read_text(encoding="utf-8"))["rows"]
-    page = " ".join(Path(f"{out}.md").read_text(encoding="utf-8").split())
-    values, paired = ablations.values, ablations.paired
+    """The numbers of its text that its tables do not show."""
+    runs, page = ablations.by_setting(DATA["rows"]), " ".join(PAGE.split())
 
-    def less(setting, measure="area"):
-        return "{:+.3f} ± {:.3f}".format(*paired(ablations.differences(rows, setting, measure)))
+    def less(setting, other="none", measure="area"):
+        return ablations.paired(ablations.differences(runs[setting], runs[other], measure))
 
-    def mean(setting, measure):
-        return np.mean(list(values(rows, setting, measure).values()), axis=0)
-
-    areas = {name: paired(ablations.differences(rows, name, "area")) for name in ablations.SETTINGS}
-    weights = areas.keys() - {"none", "null", "grpo", "none_trained_vision"}
-    bounds = [
-        bound for change, half, _ in areas.values() for bound in (change - half, change + half)
-    ]
-    assert max(map(abs, bounds[2:])) < 0.022  # of none, the first, there are none
-    p_values = ablations.holm({name: p for name, (*_, p) in areas.items() if name != "none"})
-    curve = mean("none", "curve")
-    kept = values(rows, "official", "sampled"), values(rows, "official", "shuffled_frames")
-    drop = np.array([kept[0][seed] - kept[1][seed] for seed in kept[0]])
-    spread = np.mean([row["length_spread"] for row in rows])
-
-    def between(setting, other):
-        own, base = values(rows, setting, "area"), values(rows, other, "area")
-        return "{:+.3f} ± {:.3f}".format(*paired(np.array([own[k] - base[k] for k in own])))
-
-    for told in (
-        f"is at most {max(abs(areas[name][0]) for name in weights):.3f}, while",
+    areas = {name: less(name) for name in runs if name != "none"}
+    assert max(abs(change) + half for change, half, _ in areas.values()) < 0.022
+    curve, shifted = ablations.mean(runs["none"], "curve"), "{:+.3f} ± {:.3f}"
+    drop = [row["sampled"] - row["shuffled_frames"] for row in runs["official"].values()]
+    for words in (
         f"rises from {curve[0]:.2f} to {curve[-1]:.2f}",
-        f"smallest adjusted p is {min(p_values.values()):.3f}",
-        f"differ in length by {100 * spread:.0f} % of their mean",
-        f"`shuffled` less `official_mean_1` is {between('shuffled', 'official_mean_1')},",
-        f"`position` less it {between('position', 'official_mean_1')}.",
-        f"range over {mean('official_mean_1', 'weight_range'):.2f}, those of",
-        f"`textbook` over {mean('textbook', 'weight_range'):.2f})",
-        f"ended completions they range over {mean('ended_excluded', 'weight_range'):.2f}",
-        f"differs from that of `none` by {less('null', 'final')}",
-        f"for the area, ± {areas['null'][1]:.3f},",
-        f"both without weights, is {less('grpo')}.",
-        f"({mean('grpo', 'completion_length'):.0f} tokens against",
-        f"against {mean('none', 'completion_length'):.0f})",
-        f"accuracy is {less('grpo', 'sampled')[1:]} higher",
-        f"Trained or frozen, {less('none_trained_vision')}.",
-        "falls by {:.2f} ± {:.2f}.".format(*paired(drop)),
+        f"differ in length by {np.mean([r['length_spread'] for r in DATA['rows']]):.0%}",
+        f"`official_mean_1` is {shifted.format(*less('shuffled', 'official_mean_1'))},",
+        f"`position` less it {shifted.format(*less('position', 'official_mean_1'))}.",
+        f"accuracy is {shifted.format(*less('grpo', measure='sampled'))[1:]} higher",
+        "falls by {:.2f} ± {:.2f}.".format(*ablations.paired(np.array(drop))),
     ):
-        assert told in page, told
-    finals = {n: paired(ablations.differences(rows, n, "final")) for n in ablations.SETTINGS}
-    outside = [
-        n for of in (areas, finals) for n, (change, half, _) in of.items() if abs(change) > half
-    ]
-    assert outside == ["textbook", "entropy", "null"]  # "Three do", the last in its final accuracy
-    assert abs(mean("none", "sampled") - mean("none", "final")) < 0.005  # "as high"
-    assert paired(drop)[0] > 0.1 + paired(drop)[1]
-    assert mean("textbook", "weight_range") > 0.2 and mean("entropy", "weight_range") > 0.2
+        assert words.replace("%", " %") in page, words

@@ -1,6 +1,5 @@
 """The benchmarks on a machine without GPU: the rows they keep, and what they measure."""
 
-import argparse
 import functools
 import json
 import sys
@@ -96,83 +95,49 @@ def test_a_table_has_a_column_for_every_value():
 # --------------------------------------------------------------------------------------- one step
 
 
-@pytest.fixture
-def small(monkeypatch):
-    """The size of the toy, and no package that can decode."""
-    monkeypatch.setitem(step.SIZES, "tiny", {})
-    monkeypatch.setitem(sys.modules, "av", None)
-
-
-def run_step(monkeypatch, path, *flags):
-    sizes = "--prompt 120 --num_generations 2 --repeats 1 --json".split()
-    monkeypatch.setattr(sys, "argv", ["step", *sizes, str(path), *flags])
-    step.main()
-    return json.loads(path.read_text())["rows"]
-
-
 @pytest.mark.slow
-def test_the_step_is_measured_without_a_codec_and_ours_first(small, tmp_path, monkeypatch):
+def test_the_step_is_measured_without_a_codec_and_ours_first(tmp_path, monkeypatch):
     """And the official way, which needs more memory, cannot end it."""
 
     def too_large(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
+    monkeypatch.setitem(step.SIZES, "tiny", {})
+    monkeypatch.setitem(sys.modules, "av", None)
+    path = tmp_path / "step.json"
+    flags = f"step --prompt 120 --num_generations 2 --repeats 1 --completion 3 4 --json {path}"
+    monkeypatch.setattr(sys, "argv", flags.split())
     ways = [("ours", 3), ("ours", 4), ("official", 3), ("official", 4)]
     for official in (too_large, step.official):  # the second time, what failed is measured
-        with monkeypatch.context() as patch:
-            patch.setattr(step, "official", official)
-            rows = run_step(patch, tmp_path / "step.json", "--completion", "3", "4")
+        monkeypatch.setitem(step.WAYS, "official", official)
+        step.main()
+        rows = json.loads(path.read_text())["rows"]
         rows = [row for row in rows if row["attn_implementation"] == "sdpa"]
         assert [(row["way"], row["max_completion_length"]) for row in rows] == ways
         assert ["failed" in row for row in rows[2:]] == [official is too_large] * 2
     phases = [rows[0][f"{name}_s"] for name in "data rollout score backward optimizer".split()]
     assert rows[0]["step_s"] == pytest.approx(sum(phases)) and rows[0]["tokens"] == 109
-    assert 0 < rows[0]["roofline"] <= 1 and rows[0]["decode_ms"] < 1e3 * rows[0]["rollout_s"]
+    assert 0 < rows[0]["decode_ms"] < 1e3 * rows[0]["rollout_s"]
+    unread = ("visual", "embed_tokens", "language_model.norm")
+    model = step.build("tiny", 120, "cpu")[0].model.named_parameters()
+    read = sum(4 * p.numel() for name, p in model if not any(part in name for part in unread))
+    assert rows[0]["read_gb_s"] * rows[0]["decode_ms"] == pytest.approx(read / 1e6)
 
 
 @pytest.mark.slow
-def test_exponents_are_those_of_the_measured_seconds(small, tmp_path, monkeypatch):
-    def measure(way, max_completion_length, prompt, num_generations, **_):
-        score = num_generations * (prompt + max_completion_length) ** 1.5
-        times = dict(
-            rollout_s=max_completion_length**2.0, score_s=score / 3, backward_s=score / 1.5
-        )
-        return times | dict(tokens=prompt)
-
-    monkeypatch.setattr(step, "measure", measure)
-    rows = run_step(monkeypatch, tmp_path / "growth.json", "--scaling", "--completion", "64")
-    grown = {(row["factor"], row["x"]): row for row in rows if "factor" in row}
-    assert len(rows) == 7 + len(grown) and len(grown) == 9
-    assert grown["max_completion_length", 256]["rollout_exponent"] == pytest.approx(2)
-    assert grown["num_generations", 4]["score_exponent"] == pytest.approx(1)
-    assert 0.9 < grown["prompt", 240]["score_exponent"] < 1.5
-
-
-def test_a_token_reads_the_language_model_once():
-    policy, _, _ = step.build("tiny", 120, "cpu")
-    unread = ("visual", "embed_tokens", "language_model.norm")
-    parameters = policy.model.named_parameters()
-    weights = sum(p.numel() for name, p in parameters if not any(part in name for part in unread))
-    assert step.bytes_of_a_token(policy) == 4 * weights
-
-
-def test_peers_are_measured_in_turn_and_the_missing_named(tmp_path, monkeypatch, capsys):
-    path, seconds = tmp_path / "peers.json", {"ours": [2.0, 1.0, 3.0], "official": [8.0, 6.0, 7.0]}
-    monkeypatch.setattr(peers, "find_spec", lambda name: None)  # neither TRL nor Liger
-    monkeypatch.setattr(
-        peers, "one_round", lambda way, args: dict(step_s=seconds[way].pop(0), peak_gb=1.5)
-    )
+def test_peers_are_measured_in_turn_each_in_a_process_of_its_own(tmp_path, monkeypatch, capsys):
+    path, seconds = tmp_path / "peers.json", dict(ours=[2.0, 1.0, 3.0], official=[8.0, 6.0, 7.0])
     monkeypatch.setattr(sys, "argv", ["peers", "--rounds", "3", "--json", str(path)])
-    peers.main()
-    assert "left out, not installed: TRL (trl)" in capsys.readouterr().out
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            peers, "one_round", lambda way, _: dict(step_s=seconds[way].pop(0), peak_gb=1)
+        )
+        peers.main()
+    assert "left out, not installed: TRL" in capsys.readouterr().out
     rows = {row["way"]: row for row in json.loads(path.read_text())["rows"]}
     assert rows.keys() == {"ours", "official"} and rows["official"]["rounds"] == 3
     shown = [rows["official"][k] for k in ("step_s", "fastest_s", "slowest_s", "times_ours")]
     assert shown == [7.0, 6.0, 8.0, 3.5]
-
-
-@pytest.mark.slow
-def test_a_round_measures_time_and_memory_in_a_process_of_its_own():
-    sizes = argparse.Namespace(prompt=120, completion=3, num_generations=2, repeats=1)
-    row = peers.one_round("ours", sizes)
+    row = peers.one_round("ours", dict(prompt=120, num_generations=2, max_completion_length=3))
     assert row["step_s"] > 0 and 0.1 < row["peak_gb"] < 20

@@ -284,16 +284,15 @@ def test_held_out_questions_are_asked_with_other_and_with_shuffled_clips_as_cont
 
     monkeypatch.setattr(Prompter, "question", spy)
     cfg = Config(str(world / "model"), "-", max_completion_length=4, num_generations=2)
-    for control in ("", "wrong_video", "shuffled_frames"):
+    for variant in ("sampled", "wrong video", "shuffled frames"):
         shown.clear()
-        flags = {control: True} if control else {}
-        held_out.evaluate(cfg, policy, prompter, asked, batch_size=2, **flags)
+        held_out.evaluate(cfg, policy, prompter, asked, variant, batch_size=2)
         frames = [shown[r.id] for r in asked]
-        if control == "shuffled_frames":  # two patches of two frames can only swap
+        if variant == "shuffled frames":  # two patches of two frames can only swap
             frames = [torch.cat([f[2:], f[:2]]) for f in frames]
         clips = [next(k for k in range(5) if torch.equal(own[k], f)) for f in frames]
         assert sorted(clips) == [0, 1, 2, 3, 4]
-        assert all((clip == k) == (control != "wrong_video") for k, clip in enumerate(clips))
+        assert all((clip == k) == (variant != "wrong video") for k, clip in enumerate(clips))
 
 
 def test_without_an_evaluation_at_the_start_only_the_end_is_shown(tmp_path, capsys):

@@ -52,21 +52,16 @@ def test_targets_see_right_and_decide_by_the_last_look():
         text = events.imperfect_target(row, rng)
         assert format_reward(text) == 1.0
         looks = text.partition(". ")[2].partition("</think>")[0].split(" Let me look again. ")
-        words = r"\w+ (\w+) (\w+), (\w+) (\w+) (\w+): (\w+)[.]"
-        looks = [re.findall(words, look) for look in looks]
         for told in looks:
-            assert [[m[0], m[2], m[3]] for m in told] == [list(event) for event in row["events"]]
-            for ball, is_ball, colour, when, is_when, word in told:
-                assert (is_ball, is_when) == tuple(
-                    "yes" if same else "no"
-                    for same in (ball == row["asked"][0], when == row["asked"][1])
-                )
-                assert word in ("no", events.LETTERS[colour])
-        for told in looks[:-1]:  # the last must name one, so its rates are higher
-            for _, is_ball, _, _, is_when, word in told:
-                named[is_ball == is_when == "yes"].append(word != "no")
-        chosen = [m[5] for m in looks[-1] if m[5] != "no"]
-        assert text.endswith(f"<answer>{','.join(chosen)}</answer>")
+            moments = re.findall(r"\w+ (\w+) (\w+), (\w+) (\w+) (\w+): (\w+)[.]", told)
+            for event, (*seen, word) in zip(row["events"], moments, strict=True):
+                same = [asked == x for asked, x in zip(row["asked"], event[::2], strict=False)]
+                is_ball, is_when = ("yes" if x else "no" for x in same)
+                assert seen == [event[0], is_ball, *event[1:], is_when]
+                assert word in ("no", events.LETTERS[event[1]])
+                if told is not looks[-1]:  # the last must name one, so its rates are higher
+                    named[all(same)].append(word != "no")
+        assert text.endswith(f"<answer>{','.join(re.findall(': ([A-E])', looks[-1]))}</answer>")
     assert np.mean(named[True]) == pytest.approx(0.7, abs=0.08)
     assert np.mean(named[False]) == pytest.approx(0.2, abs=0.05)
 
@@ -100,17 +95,14 @@ def test_a_toy_with_a_model_is_refused():
         parse_config("--toy events --model_name_or_path m --jsonl_path q".split())
 
 
-def test_an_unknown_toy_names_the_choices(capsys):
+def test_a_toy_brings_its_flags_and_an_unknown_one_names_the_choices(capsys):
+    cfg = parse_config("--toy events --max_steps 7".split())
+    assert (cfg.toy, cfg.max_frames, cfg.max_steps) == ("events", 8, 7)
+    assert parse_config([]).toy == "colours"
     with pytest.raises(SystemExit):
         parse_config(["--toy", "chess"])
     assert "invalid choice: 'chess' (choose from" in capsys.readouterr().err
     assert get_args(get_args(get_type_hints(Config)["toy"])[0]) == tuple(toy.TOYS)
-
-
-def test_a_toy_brings_its_flags():
-    cfg = parse_config("--toy events --max_steps 7".split())
-    assert (cfg.toy, cfg.max_frames, cfg.max_steps) == ("events", 8, 7)
-    assert parse_config([]).toy == "colours"
 
 
 def test_another_toy_is_another_run():

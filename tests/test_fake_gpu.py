@@ -227,7 +227,7 @@ def group_of(question, policy, cfg) -> Group:
 
 # ---------------------------------------------------------------------------------- what runs on it
 
-SMALL = dict(layers=2, vision_depth=2)
+SMALL = dict(num_hidden_layers=2, vision=SIZES["7b"]["vision"] | dict(depth=2))
 
 
 @pytest.mark.parametrize("raises", [False, True])
@@ -262,7 +262,7 @@ def test_evaluation_decodes_from_the_gathered_copy(gpu):
     policy, question = model_and_question(**SMALL)
     records, cfg = [question.record] * 3, Config("-", "-", max_completion_length=3)
     with policy.gathered() as actor:
-        scores = evaluate(cfg, actor, lambda *_: question, records, greedy=True, batch_size=2)
+        scores = evaluate(cfg, actor, lambda *_: question, records, "greedy", batch_size=2)
     assert scores["soft"] == 0 and set(gpu.waits) == {"run", "<genexpr>"}
 
 

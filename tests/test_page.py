@@ -39,20 +39,20 @@ HELPERS = """
 
 @pytest.fixture(scope="module")
 def browse(tmp_path_factory):
-    """browse(page, script, *flags): what the script returns in the page, and what the browser
-    complained of: errors, and everything that the page's policy forbade it to load."""
+    """browse(page, script): what the script returns in the page, and what the browser complained
+    of: errors, and everything that the page's policy forbade it to load."""
     try:  # distributions install a script of this name that only says where to get it
         subprocess.run([CHROMIUM, "--version"], capture_output=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError) as error:
         pytest.skip(f"no chromium to open the page in: {error}")
     profile = tmp_path_factory.mktemp("profile")
 
-    def run(page: Path, script: str, *flags: str) -> tuple[object, list[str]]:
+    def run(page: Path, script: str) -> tuple[object, list[str]]:
         asked = page.with_name("asked.html")
         script = f"(async () => {{{HELPERS}{script}}})()"
         script += ".then(value => document.body.textContent = JSON.stringify(value))"
         asked.write_text(f"{page.read_text()}<script>{script}</script>")
-        command = [CHROMIUM, *FLAGS, *flags, f"--user-data-dir={profile}", asked.as_uri()]
+        command = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", asked.as_uri()]
         done = subprocess.run(command, capture_output=True, timeout=120)
         dom, log = (part.decode(errors="replace") for part in (done.stdout, done.stderr))
         answer = re.search("<body>(.*)</body>", dom, re.DOTALL)[1]
@@ -65,18 +65,14 @@ def browse(tmp_path_factory):
 def look(browse, tmp_path):
     """look(rows, script, ...): the same in the page of these groups, which must not complain."""
 
-    def write_and_look(rows: list, script: str, *flags: str, max_groups: int = 200, **config):
+    def write_and_look(rows: list, script: str, max_groups: int = 200, **config):
         run, page = write_run(tmp_path / "run", rows, **config), tmp_path / "weights.html"
         weights_page.write_page(run, page, max_groups)
-        answer, complaints = browse(page, script, *flags)
+        answer, complaints = browse(page, script)
         assert complaints == []
         return answer
 
     return write_and_look
-
-
-def logged_tokens(row: dict) -> list[list[str]]:
-    return [c["tokens"] for c in row["completions"]]
 
 
 def test_the_page_of_a_real_run_shows_its_numbers_and_frames(world, tmp_path, browse):
@@ -106,7 +102,10 @@ def test_the_page_of_a_real_run_shows_its_numbers_and_frames(world, tmp_path, br
         difference = np.asarray(image).astype(float) - frame_3HW.permute(1, 2, 0).numpy()
         assert abs(difference).mean() < 5  # of 255: JPEG
     for row, group in zip(rows, shown["groups"], strict=True):
-        assert group["tokens"] == logged_tokens(row) and group["problem"] == row["problem"]
+        assert (
+            group["tokens"] == [c["tokens"] for c in row["completions"]]
+            and group["problem"] == row["problem"]
+        )
         assert f"<answer>{group['solution']}</answer>" == row["solution"]
         names, values = zip(*(fact.split(" = ") for fact in group["told"][:4]), strict=True)
         expected = [5, row["weights"][5], row["divergence"][5], row["completions"][1]["logps"][5]]
@@ -184,50 +183,26 @@ def test_the_page_may_not_use_the_network(look, browse, tmp_path):
     assert complaints and all("Security Policy" in line for line in complaints)
 
 
-def test_unusual_values_are_named(look):
-    """Numbers that are none, an empty completion, weights beyond 1 to alpha."""
-    odd = group_row(1, [completion([" a", " b"], advantage=None, logps=[math.nan, -1.0])])
-    odd |= dict(weights=["x", math.inf], divergence=[math.nan, -1.0])
-    other = group_row(2, [words("x", 2), words("y", 0)], weights=[0.5, 1.9])
+def test_unusual_values_are_named_and_any_group_can_be_chosen(look):
+    """Numbers that are none, an empty completion, weights beyond 1 to alpha; 3 of 9 groups."""
+    rows = [group_row(k, [words(f"s{k}_", 2)]) for k in range(1, 10)]
+    rows[0] |= dict(weights=["x", math.inf], divergence=[math.nan, -1.0])
+    rows[0]["completions"][0] |= dict(advantage=None, logps=[math.nan, -1.0])
+    rows[4] = group_row(5, [words("x", 2), words("y", 0)], weights=[0.5, 1.9])
     script = """
-      const facts = point(".token"); later.click();
-      const shades = all(".position", e => e.style.getPropertyValue("--shade"));
-      return [facts, tokens(), shades, text("#scale"), text("#flags"), text("#count")];
-    """
-    facts, tokens, shades, scale, flags, count = look([odd, other], script)
-    assert facts[1:4] == ["w = not a number", "D = not a number", "log p = not a number"]
-    assert tokens == [[" x0", " x1"], []]
-    assert shades == ["0", "1"] and scale.split() == ["w", "=", "0.5", "1.9"]
-    assert flags == "alpha 1.7 · divergence official · ended_rows uniform"
-    assert count == "2 of 2 groups"
-
-
-def test_the_groups_are_thinned_evenly_and_any_can_be_chosen(look):
-    rows = [group_row(k, [words(f"s{k}_", 3)]) for k in range(1, 10)]
-    script = """
+      const first = [point(".token"), text("#flags"), text("#count"), earlier.disabled];
       const steps = all("#choice option", e => e.text);
-      const shown = [text("#count"), steps, tokens(), earlier.disabled];
       choice.value = 2; choice.dispatchEvent(new Event("change"));
-      shown.push(tokens(), later.disabled);
+      const last = [tokens(), later.disabled];
       earlier.click();
-      return [...shown, tokens(), choice.value];
+      const shades = all(".position", e => e.style.getPropertyValue("--shade"));
+      return [first, steps, last, [tokens(), choice.value, shades, text("#scale")]];
     """
-    one, five, nine = (logged_tokens(rows[k]) for k in (0, 4, 8))
-    steps = [f"step {k}, question q{k}" for k in (1, 5, 9)]
-    assert look(rows, script, max_groups=3) == [
-        *("3 of 9 groups", steps, one, True),
-        *(nine, True, five, "1"),
-    ]
-
-
-@pytest.mark.parametrize("scheme, is_dark", [(0, True), (1, False)])
-def test_it_is_readable_in_light_and_dark_and_narrow(scheme, is_dark, look):
-    row = group_row(1, [words("x", 40), words("y", 25), words("long" * 30, 3)])
-    script = """
-      const {color, backgroundColor} = getComputedStyle(document.body);
-      return [color, backgroundColor, document.documentElement.scrollWidth <= innerWidth];
-    """
-    flags = (f"--blink-settings=preferredColorScheme={scheme}", "--window-size=500,1000")
-    *colours, fits = look([row], script, *flags)
-    ink, page = (sum(map(int, re.findall(r"\d+", colour))) / 3 for colour in colours)
-    assert fits and abs(ink - page) > 150 and (page < 60) == is_dark
+    first, steps, last, middle = look(rows, script, max_groups=3)
+    told = ["t = 0", *(f"{name} = not a number" for name in ("w", "D", "log p")), '" s1_0"']
+    flags = "alpha 1.7 · divergence official · ended_rows uniform"
+    assert first == [told, flags, "3 of 9 groups", True]
+    assert steps == [f"step {k}, question q{k}" for k in (1, 5, 9)]
+    assert last == [[[" s9_0", " s9_1"]], True]
+    assert middle == [[[" x0", " x1"], []], "1", ["0", "1"], middle[3]]
+    assert middle[3].split() == ["w", "=", "0.5", "1.9"]

@@ -243,7 +243,7 @@ def test_sampling_at_the_edges_of_the_uniform_number():
 def test_the_vision_tower_attends_in_batches(kind, calls, policy, monkeypatch):
     """Clips of two sizes, their windows cut off at the borders, in two windowed layers and a full
     one: the tower of transformers, which calls attention once per window, and its gradients."""
-    model = toy.build_model(policy.tokenizer, vision_depth=3)
+    model = toy.build_model(policy.tokenizer, vision=dict(depth=3))
     policy = Policy(model, policy.tokenizer, policy.chat_template)
     policy = as_qwen2_vl(policy) if kind == "qwen2_vl" else policy
     sizes = [(2, 22, 34), (1, 6, 10), (3, 22, 34)]

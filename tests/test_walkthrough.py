@@ -154,11 +154,6 @@ def values_of_the_prose(v) -> list[float]:
     own = np.abs(v["g"][np.arange(N), TARGETS_N])
     own *= 100 / own.sum()  # in percent
     early, late = own[(POSITION_N >= 3) & (POSITION_N <= 5)].sum(), own[POSITION_N >= 15].sum()
-    # What the page says without a number of its own.
-    assert part.sum() == pytest.approx(D_T[0, 15]) and np.abs(v["c"]).argmax() == last
-    assert D_T[1].argmax() == 10 and np.flatnonzero(v["w"][0] > 1.01).tolist() == [15, 16]
-    assert all(p[r[10], TARGETS_N[r[10]]] > 0.99 and np.ptp(v["c"][r[:5]]) < 1e-6 for r in ROWS)
-    assert len({TARGETS_N[r[10]] for r in ROWS}) == G and (D_T[2, 15:] == 0).all()
     sums, frames = v["rewards"].sum(0), toy.CLIP["max_frames"]
     constants = [ALPHA, STEP, 1e6, 14, 2, 28, 7, 32, 64, 1.5, 0.5, toy.FRAMES, toy.RATE]
     sizes = [V, D, G, N, P, *v["sizes"], IS_VIDEO_P.sum(), *DATA["frames_F3HW"].shape]
@@ -199,7 +194,7 @@ def test_the_prompt_and_the_picture_are_those_of_the_data():
     assert (shown == np.asarray(walkthrough.picture(DATA["frames_F3HW"]))).all()
 
 
-def test_the_script_writes_both_files_for_any_toy_and_names_what_is_missing(tmp_path, monkeypatch):
+def test_the_script_writes_both_files_for_any_toy(tmp_path, monkeypatch):
     """On a toy of two clips with an untrained model."""
     pytest.importorskip("av")
     world = tmp_path / "run" / "toy"
@@ -208,8 +203,6 @@ def test_the_script_writes_both_files_for_any_toy_and_names_what_is_missing(tmp_
     Policy(toy.build_model(tokenizer), tokenizer, toy.CHAT_TEMPLATE).save(world / "model")
 
     monkeypatch.setattr("sys.argv", ["walkthrough", str(world.parent), "--out", str(tmp_path)])
-    with pytest.raises(SystemExit, match="train.jsonl has no question train-170"):
-        walkthrough.main()
     monkeypatch.setattr(walkthrough, "QUESTION", "train-1")
     walkthrough.main()
     data = dict(np.load(tmp_path / "walkthrough.npz"))

@@ -7,14 +7,13 @@ when it ends.
 """
 
 import argparse
-import math
 import sys
 from pathlib import Path
 
 import numpy as np
 
 from files import UserError
-from tools.weights_page import output, read_log, write_page
+from tools.weights_page import read_log, write_page
 
 PANELS = {
     "reward": "reward (mean)",
@@ -25,26 +24,14 @@ PANELS = {
     "weight_std": "spread of the weights (std of w_t)",
     **{f"time/{name}": f"{name} (s/step)" for name in ("data", "rollout", "score", "update")},
 }
-# The Okabe-Ito palette, which colour-blind readers can tell apart. 7 colours and 4 line styles have
-# no common factor, so stepping through both gives 28 different lines.
+# The Okabe-Ito palette, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
-STYLES = ("-", "--", "-.", ":")
 GROUPS_AT_THE_END = 20  # on the page a run writes by itself: decoding a clip takes about 0.2 s
-
-
-def number(value: object) -> float:
-    """A measurement; NaN for everything that matplotlib cannot draw, such as null and text."""
-    is_small = isinstance(value, int | float) and abs(value) < 1e30
-    return float(value) if is_small else math.nan
 
 
 def read_metrics(run: Path) -> list[dict]:
     """The lines of run/metrics.jsonl, in order. Raises UserError if there are none."""
-    path = run / "metrics.jsonl"
-    rows, _ = read_log(path, lambda row: math.isfinite(number(row.get("step"))))
-    if not rows:
-        raise UserError(f"{path} holds no line with a step yet; draw it after the first step")
-    return rows
+    return read_log(run / "metrics.jsonl", ["step"])[0]
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
@@ -56,14 +43,12 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def draw(runs: list[Path], out: Path) -> None:
-    """One panel per metric, one colour and line style per run: faint as measured, bold smoothed.
-    The suffix of `out` is the format. Raises UserError."""
+    """One panel per metric, one colour per run: faint as measured, bold smoothed. The suffix of
+    `out` is the format. Raises UserError, OSError, or ValueError for a format that is unknown."""
     from matplotlib.figure import Figure  # no pyplot: no display, no global state
 
     metrics = [read_metrics(run) for run in runs]
     figure = Figure(figsize=(15, 6), layout="constrained")
-    if (out.suffix or ".png")[1:] not in figure.canvas.get_supported_filetypes():
-        raise UserError(f"-o {out} has an unknown ending; use .png, .svg or .pdf")
     for axis, (name, title) in zip(figure.subplots(2, 5).flat, PANELS.items(), strict=True):
         lines = draw_panel(axis, name, metrics)
         axis.set_title(title, fontsize=9)
@@ -72,21 +57,20 @@ def draw(runs: list[Path], out: Path) -> None:
     names = [str(run).replace("$", r"\$") for run in runs]  # because $...$ would be a formula
     columns = max(1, min(4, 120 // max(map(len, names))))
     figure.legend(lines, names, loc="outside upper center", ncols=columns, fontsize=9)
-    with output(out) as beside:
-        figure.savefig(beside, format=out.suffix[1:] or "png", dpi=150)
+    figure.savefig(out, format=out.suffix[1:] or "png", dpi=150)
 
 
 def draw_panel(axis, name: str, metrics: list[list[dict]]) -> list:
     """Draws one metric of every run; returns the bold lines, for the legend."""
     lines = []
     for k, rows in enumerate(metrics):
-        colour, style = COLOURS[k % len(COLOURS)], STYLES[k % len(STYLES)]
-        steps = [number(row["step"]) for row in rows]
-        values = np.array([number(row.get(name)) for row in rows])
+        colour = COLOURS[k % len(COLOURS)]
+        steps = [row["step"] for row in rows]
+        values = np.array([row.get(name) for row in rows], dtype=float)  # NaN where there is none
         bold = smooth(values, max(1, len(values) // 20))
         dots = "o" if len(values) < 10 else None  # a single point makes no line
         axis.plot(steps, values, color=colour, alpha=min(0.3, 0.6 / len(metrics)), linewidth=0.7)
-        lines += axis.plot(steps, bold, style, color=colour, marker=dots, markersize=3)
+        lines += axis.plot(steps, bold, color=colour, marker=dots, markersize=3)
     axis.grid(alpha=0.3)
     axis.tick_params(labelsize=8)
     axis.set_xlabel("step", fontsize=8)
@@ -103,7 +87,7 @@ def pictures(run: Path) -> list[Path]:
         try:
             make(run / name)
             drawn.append(run / name)
-        except UserError as error:
+        except (UserError, OSError) as error:
             print(f"note: {error}", file=sys.stderr)
     return drawn
 
@@ -115,7 +99,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         draw(args.runs, args.out)
-    except UserError as error:
+    except (UserError, OSError, ValueError) as error:  # ValueError: a format unknown to matplotlib
         raise SystemExit(f"error: {error}") from None
     print(args.out)
 

@@ -3,109 +3,72 @@
     python -m tools.weights_page RUN -o weights.html
 
 It puts the groups of completions.jsonl, and the frames the model was shown, into the template
-weights_page.html. The page is one file that loads nothing else.
-
-The logs and clips may come from anyone: their text is only ever shown as text, and a line that
-does not hold a group is left out and counted.
+weights_page.html. The page is one file that loads nothing else. The logs and clips may come from
+anyone: their text is only ever shown as text.
 """
 
 import argparse
 import base64
-import contextlib
 import io
 import json
-import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 
-from files import UserError, read_json, replacing
+from files import UserError, json_lines, read_json
 
 TEMPLATE = Path(__file__).resolve().parent / "weights_page.html"
 FRAME_PIXELS = 168  # the longer side of a frame on the page, at most
 FLAGS = "alpha token_weights normalize_token_weights divergence ended_rows loss_type".split()
 CLIP_SETTINGS = "fps max_frames min_pixels max_pixels".split()
-
-
-# -------------------------------------------------------------------- also used by the curves
+GROUP = set("step id problem solution video divergence weights completions".split())
 
 
 def read_log(
-    path: Path, is_row: Callable[[dict], bool], limit: int = sys.maxsize
+    path: Path, columns: Iterable[str], limit: int = sys.maxsize
 ) -> tuple[list[dict], int]:
     """(rows, count): at most `limit` lines of a run's JSONL file, evenly spaced and including the
-    first and the last, and the number of lines.
+    first and the last, and the number of lines. Also used by the curves.
 
-    Ignores a last line without its end, because the run goes on or was killed. Other lines that
-    fail `is_row` are left out with a note. Raises UserError if the file cannot be read.
+    Ignores a last line without its end, because the run goes on or was killed. Other lines without
+    these columns are left out with a note. Raises UserError if no line is left.
     """
+    remedy = f"is {path.parent} the --output_dir of a run that has finished a step?"
     try:
         lines = path.read_bytes().split(b"\n")[:-1]
     except OSError as error:
-        reason = f"cannot be read ({error.strerror})"
-        raise UserError(f"{path} {reason}; is {path.parent} the --output_dir of a run?") from None
+        raise UserError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
     chosen = np.linspace(0, len(lines) - 1, min(limit, len(lines))).round().astype(int)
-    rows = [row for row in (parsed(lines[k]) for k in chosen) if row and is_row(row)]
+    rows = [row for _, row in json_lines(b"\n".join(lines[k] for k in chosen))]
+    rows = [row for row in rows if isinstance(row, dict) and row.keys() >= set(columns)]
+    if not rows:
+        raise UserError(f"{path} holds nothing to show yet; {remedy}")
     if len(rows) < len(chosen):
         left_out = f"{len(chosen) - len(rows)} line(s) that make no sense are left out"
         print(f"note: {path}: {left_out}", file=sys.stderr)
     return rows, len(lines)
 
 
-def parsed(line: bytes) -> dict | None:
-    """The object in a line of JSON, None if there is none. NaN and infinities become None, because
-    a browser's JSON has none."""
-    try:
-        value = json.loads(line, parse_constant=lambda name: None)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
+def frame_factor(run: Path, model: str) -> int:
+    """What the sides of a frame are multiples of, in pixels: 32 for Qwen3-VL. Read from a
+    checkpoint of the run, or from the model's directory."""
+    for path in (*run.glob("checkpoint-*/config.json"), Path(model) / "config.json"):
+        if path.exists():
+            vision = read_json(path, "remove it")["vision_config"]
+            return vision["patch_size"] * vision["spatial_merge_size"]
+    return 28  # of Qwen2-VL and Qwen2.5-VL
 
 
-@contextlib.contextmanager
-def output(path: Path) -> Iterator[Path]:
-    """A path to write a picture to, which then replaces `path`. Raises UserError if `path` cannot
-    be written, or is something that must not be replaced, such as a device."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise UserError(f"{path} is not a file that can be replaced; choose another -o")
-    try:
-        with replacing(path) as beside:
-            yield beside
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{path} cannot be written ({reason}); name another file with -o") from None
-
-
-# ----------------------------------------------------------------------------------------- the page
-
-
-def is_group(row: dict) -> bool:
-    """Whether a line of completions.jsonl has what the page shows, with one weight and one D for
-    each position and one log-prob for each token."""
-    try:
-        T = max(len(c["tokens"]) for c in row["completions"])
-        return (
-            {"step", "id", "problem", "solution", "video"} <= row.keys()
-            and len(row["weights"]) == len(row["divergence"]) == T > 0
-            and all(
-                len(c["tokens"]) == len(c["logps"]) and {"rewards", "advantage"} <= c.keys()
-                for c in row["completions"]
-            )
-        )
-    except (KeyError, TypeError, AttributeError, ValueError):
-        return False
-
-
-def shown_clip(path: str, config: dict, load_clip: Callable) -> dict:
+def shown_clip(path: str, settings: list, load_clip: Callable) -> dict:
     """The frames that the model was shown, as small JPEGs in base64; or a sentence that says why
     there are none."""
     from PIL import Image
 
     frames = []
     try:
-        clip = load_clip(path, *(config[name] for name in CLIP_SETTINGS))
+        clip = load_clip(path, *settings)
         for frame_3HW in clip.frames:
             image, jpeg = Image.fromarray(frame_3HW.permute(1, 2, 0).numpy()), io.BytesIO()
             image.thumbnail((FRAME_PIXELS, FRAME_PIXELS))
@@ -123,25 +86,23 @@ def page_data(run: Path, max_groups: int) -> dict:
     from run.decoder import ClipReader  # imports torch, which the curves do not need
 
     config = read_json(run / "config.json", f"is {run} the --output_dir of a run?")
-    path = run / "completions.jsonl"
-    groups, total = read_log(path, is_group, max_groups)
-    if not groups:
-        raise UserError(f"{path} holds no group yet; a run writes one a step")
+    groups, total = read_log(run / "completions.jsonl", GROUP, max_groups)
+    settings = [config[name] for name in CLIP_SETTINGS]
+    settings.append(frame_factor(run, config["model_name_or_path"]))
+    names = dict.fromkeys(str(group["video"]) for group in groups)
     with ClipReader() as reader:
-        names = dict.fromkeys(str(group["video"]) for group in groups)
-        clips = {name: shown_clip(name, config, reader.load_clip) for name in names}
+        clips = {name: shown_clip(name, settings, reader.load_clip) for name in names}
     flags = {name: config[name] for name in FLAGS if name in config}
     return dict(run=run.resolve().name, total=total, flags=flags, groups=groups, clips=clips)
 
 
 def write_page(run: Path, out: Path, max_groups: int) -> None:
-    """Writes the page, one file that needs nothing else. Raises UserError."""
+    """Writes the page, one file that needs nothing else. Raises UserError or OSError."""
     before, after = TEMPLATE.read_text(encoding="utf-8").split("<!-- DATA -->")
-    with output(out) as beside:
-        # No text can end the block or begin another: "<" is escaped, and all beyond ASCII.
-        data = json.dumps(page_data(run, max_groups)).replace("<", "\\u003c")
-        block = f'<script type="application/json" id="data">{data}</script>'
-        beside.write_text(before + block + after, encoding="utf-8")
+    # No text can end the block or begin another: "<" is escaped, and all beyond ASCII.
+    data = json.dumps(page_data(run, max_groups)).replace("<", "\\u003c")
+    block = f'<script type="application/json" id="data">{data}</script>'
+    out.write_text(before + block + after, encoding="utf-8")
 
 
 def main() -> None:
@@ -155,7 +116,7 @@ def main() -> None:
         parser.error("--max_groups must be at least 1")
     try:
         write_page(args.run, args.out, args.max_groups)
-    except UserError as error:
+    except (UserError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     print(args.out)
 
