@@ -3,7 +3,7 @@
     python -m benchmarks.weights runs/toy
 
 RUN is a run of the toy, for its model and questions. README.md says what the groups are. Writes
-weights.json; prints the table of docs/equations.md.
+weights.json, and docs/weights.png; prints the table of docs/equations.md.
 """
 
 import argparse
@@ -25,7 +25,7 @@ FORMS = {  # name: divergence, ended_rows
     "official, ended excluded": ("official", "exclude"),
     "textbook": ("textbook", "uniform"),
 }
-JSON = PROJECT / "benchmarks" / "weights.json"
+JSON, PLOT = PROJECT / "benchmarks" / "weights.json", PROJECT / "docs" / "weights.png"
 V, SEEDS = 152064, 3  # of the synthetic groups, SEEDS of each scale
 LENGTHS = [60, 52, 47, 43, 38, 34, 29, 25]
 ALPHA = 1.7
@@ -110,6 +110,27 @@ def summary(groups: list[dict]) -> dict:
     return out
 
 
+def plot(result: dict) -> None:
+    from matplotlib.figure import Figure  # no pyplot: no display, no global state
+
+    groups = [group for group in result["synthetic"]["groups"] if group["seed"] == 0]
+    panels = [(f"synthetic, V = {V:,}, scale {g['scale']:g}", g) for g in groups]
+    longest = max(result["toy"]["groups"], key=lambda g: len(g["alive"]) - g["alive"].count(8))
+    panels.append((f"toy completions, step {longest['step']}", longest))
+    figure = Figure(figsize=(3.4 * len(panels), 5.2), layout="constrained")
+    axes = figure.subplots(2, len(panels), sharex="col", sharey="row", height_ratios=[3, 1])
+    for (title, group), (upper, lower) in zip(panels, axes.T, strict=True):
+        for name in FORMS:
+            upper.plot(group["weights"][name], label=name)
+        upper.set_title(title, fontsize=9)
+        lower.fill_between(range(len(group["alive"])), group["alive"], step="mid", color="0.6")
+        lower.set_xlabel("position t")
+    axes[0, 0].set_ylabel("token weight w_t")
+    axes[1, 0].set_ylabel("alive")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    figure.savefig(PLOT, dpi=110)
+
+
 def table(result: dict) -> str:
     """The summary as docs/equations.md shows it."""
     blocks = {f"synthetic, scale {s}": b for s, b in result["synthetic"]["summary"].items()}
@@ -140,6 +161,7 @@ def main() -> None:
     text = json.dumps(result)
     result = json.loads(text, parse_float=lambda digits: float(f"{float(digits):.5g}"))
     JSON.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    plot(result)
     print(table(result))
 
 

@@ -124,13 +124,14 @@ def test_the_measured_weights_follow_from_the_measured_divergence(measured):
 
 def test_the_benchmark_writes_what_the_page_shows(world, tmp_path, monkeypatch, capsys):
     (tmp_path / "toy").symlink_to(world)
-    small = dict(V=300, SEEDS=1, JSON=tmp_path / "w.json")
+    small = dict(V=300, SEEDS=1, JSON=tmp_path / "w.json", PLOT=tmp_path / "w.png")
     for name, value in small.items():
         monkeypatch.setattr(weights, name, value)
     monkeypatch.setattr("sys.argv", ["weights", str(tmp_path)])
     weights.main()
     result = json.loads((tmp_path / "w.json").read_text())
     assert capsys.readouterr().out.strip() == weights.table(result)
+    assert (tmp_path / "w.png").read_bytes()[1:4] == b"PNG"
     assert len(result["synthetic"]["groups"]) == 3 and len(result["toy"]["groups"]) == 20
     for group in result["toy"]["groups"]:
         assert group["alive"][0] == 8 and len(group["alive"]) <= 20
