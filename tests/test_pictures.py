@@ -62,7 +62,9 @@ def test_every_clip_is_stored_once_and_a_bad_one_is_named_in_its_place(tmp_path)
     run = write_run(tmp_path / "run", rows)
     clips = weights_page.page_data(run, 200)["clips"]
     assert len(clips) == 3 and len(clips[good]["frames"]) == 4
-    assert clips[gone]["error"] == f"clip cannot be shown: {gone}: no such video file"
+    assert (
+        clips[gone]["error"] == f"clip cannot be shown: {gone}: no such video file, or an empty one"
+    )
     assert clips[broken]["error"].startswith(f"clip cannot be shown: {broken}")
     # As large as the model saw them: in units of 28 pixels, or 32 where a checkpoint says so.
     assert clips[good]["width"] == clips[good]["height"] == 56
