@@ -311,7 +311,7 @@ class Policy:
         """Chooses how packed rows are scored: a key of packing.ATTENTION. Keep it until after the
         backward pass, which recomputes checkpointed layers."""
         self.attn_implementation = attn_implementation
-        self.text.config._attn_implementation, _ = ATTENTION[attn_implementation]
+        self.text.config._attn_implementation = ATTENTION[attn_implementation]
 
     @contextlib.contextmanager
     def attention(self, part: PreTrainedModel, name: str) -> Iterator[None]:
@@ -372,15 +372,14 @@ class Policy:
             features = self.encode_videos([group.question for group in groups])
         elif features is None:
             features = [group.features for group in groups]
-        ids_BL, positions_3BL, segments_BL, rows_N = pack(groups, self.pad_id)
+        ids_BL, positions_3BL, sizes, rows_N = pack(groups, self.pad_id)
         device = self.device
         self.text.train(self.gradient_checkpointing)  # transformers checkpoints in training only
-        _, layout = ATTENTION[self.attn_implementation]
         with self.compute():
             hidden_BLD = self.text(
                 **self._embed(ids_BL, features),
                 position_ids=positions_3BL.to(device),
-                packed=layout(segments_BL, device),
+                packed=sizes,
                 use_cache=False,
             ).last_hidden_state
         return [hidden_BLD[b, rows.to(device)] for b, rows in enumerate(rows_N)]

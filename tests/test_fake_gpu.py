@@ -153,9 +153,9 @@ def fused_attention(query, key, value, attn_mask=None, is_causal=False, scale=No
     if torch.is_autocast_enabled("cuda"):
         query, key, value = (x.to(torch.bfloat16) for x in (query, key, value))
     assert query.dtype == key.dtype == value.dtype == torch.bfloat16
-    assert attn_mask is None
-    attend = aten._scaled_dot_product_flash_attention
-    return attend(query, key, value, 0.0, is_causal, scale=scale)[0]
+    assert attn_mask is None or attn_mask == (query.shape[2], key.shape[2])
+    attend = aten._scaled_dot_product_flash_attention  # causal for it: last query, last key
+    return attend(query, key, value, 0.0, is_causal or attn_mask is not None, scale=scale)[0]
 
 
 def varlen_stand_in(q, k, v, starts_q, starts_k, *longest, softmax_scale, causal):
@@ -194,6 +194,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(rollout.Decoder, "_captured_step", step_that_is_captured)
     monkeypatch.setattr(type(row_kernel), "__getitem__", launch, raising=False)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fused_attention)
+    monkeypatch.setattr(packing, "causal_lower_right", lambda *size: size)
     flash = types.SimpleNamespace(flash_attn_varlen_func=varlen_stand_in)
     monkeypatch.setitem(sys.modules, "flash_attn", flash)
     lift = torch._C._only_lift_cpu_tensors()

@@ -25,8 +25,6 @@ from model.packing import (
     flash_attend,
     pack,
     packed_attention,
-    packed_layout,
-    packed_sequences,
 )
 from model.policy import Root
 from run.config import Config, check_attention
@@ -150,10 +148,9 @@ def test_both_ways_equal_a_dense_mask(shapes, heads, scale, varlen):
         for h in (key_heads * shared, key_heads, key_heads)
     )
     with mock.patch.dict(sys.modules, flash_attn=FLASH_ATTN):
-        attend, layout = (
-            (flash_attend, packed_sequences) if varlen else (packed_attention, packed_layout)
-        )
-        ours, _ = attend(None, q, k, v, None, scaling=scale, packed=layout(segments_BL))
+        attend = flash_attend if varlen else packed_attention
+        sizes = [[prompt, *filter(None, lengths)] for prompt, lengths in shapes]
+        ours, _ = attend(None, q, k, v, None, scaling=scale, packed=sizes)
     mask = packed_mask(segments_BL)
     theirs = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
     is_token = segments_BL >= 0  # what padding gets does not matter
@@ -168,11 +165,10 @@ def test_both_ways_equal_a_dense_mask(shapes, heads, scale, varlen):
 def test_scoring_keeps_nothing_quadratic():
     """No tensor that attention saves for its backward pass has L x L elements."""
     sizes, L = [], 1200
-    segments_BL = torch.cat([torch.zeros(200), torch.arange(1, 1001) // 101 + 1])[None].long()
     q = torch.randn(1, 1, L, 4, requires_grad=True)
     keep = lambda x: sizes.append(x.numel()) or x  # noqa: E731
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        packed_attention(None, q, q, q, None, scaling=1.0, packed=packed_layout(segments_BL))
+        packed_attention(None, q, q, q, None, scaling=1.0, packed=[[200] + [100] * 10])
     assert max(sizes) < 10 * q.numel() < L * L
 
 
@@ -216,8 +212,8 @@ def test_pack_by_hand(questions):
     question = questions[0]
     P, after = len(question.ids_P), int(question.positions_3P.max()) + 1
     group = Group(question, [torch.tensor([7, 8, 9]), torch.tensor([6])], [True] * 2, [""] * 2)
-    ids, positions, segments, rows = pack([group], pad_id=0)
+    ids, positions, sizes, rows = pack([group], pad_id=0)
     assert ids[0].tolist() == [*question.ids_P.tolist(), 7, 8]
-    assert segments[0].tolist() == [0] * P + [1, 1]
+    assert sizes == [[P, 2]]
     assert positions[:, 0, P:].tolist() == [[after, after + 1]] * 3
     assert rows[0].tolist() == [P - 1, P, P + 1, P - 1]
