@@ -38,7 +38,7 @@ from kernels import token_logps
 from model import ranks
 from model.load import FAMILIES, load_model
 from model.packing import ATTENTION, Group, pack
-from model.rollout import Decoder, GroupCache
+from model.rollout import Decoder
 from model.tower import tower_layout
 from records import Record
 from video import Geometry, mrope_positions
@@ -260,52 +260,28 @@ class Policy:
         temperature: float,
         seeds: list[tuple[int, ...]],
         top_p: float = 1.0,
-        capture: bool | None = None,
     ) -> list[Group]:
         """G completions of each question, sampled together; `features` from `encode_videos`.
 
         Question b draws from a random stream of its own, seeds[b], so what else is in the batch
-        does not matter. `capture`: replay a CUDA graph per step; None: on CUDA.
+        does not matter.
         """
-        G, T, device = num_generations, max_completion_length, self.device
-        on_cuda = device.type == "cuda"
+        shape = max_completion_length, num_generations
         uniform_RT = torch.from_numpy(
-            np.concatenate([np.random.default_rng(s).random((T, G)).T for s in seeds])
+            np.concatenate([np.random.default_rng(seed).random(shape).T for seed in seeds])
         )
-
         # Prefill: each prompt once, right-padded, where causal attention does not look.
         ids_BP, positions_3BP, *_ = pack([Group(q) for q in questions], self.pad_id)
-        lengths_B = torch.tensor([len(q.ids_P) for q in questions], device=device)
-        cache = GroupCache(len(self.text.layers), lengths_B)
         self.text.eval()
         with self.compute():
-            hidden_BPD = self.text(
+            prefill = self.text(
                 **self._embed(ids_BP, features),
-                position_ids=positions_3BP.to(device),
-                past_key_values=cache,
-            ).last_hidden_state
-        hidden_BD = hidden_BPD[torch.arange(len(questions), device=device), lengths_B - 1]
-
-        # Decode: R = B G rows side by side.
-        following_B = torch.stack([q.positions_3P.max() + 1 for q in questions])
-        with self.compute():
-            decoder = Decoder(
-                self.text,
-                self.model.lm_head,
-                cache,
-                hidden_BD.repeat_interleave(G, dim=0),
-                following_B.repeat_interleave(G).to(device),
-                uniform_RT.to(device),
-                temperature,
-                top_p,
-                self.banned_V.to(device),
-                self.eos_ids.to(device),
+                position_ids=positions_3BP.to(self.device),
+                use_cache=True,
             )
-            decoder.run(on_cuda if capture is None else capture, check_every=16 if on_cuda else 1)
-        tokens_RT, logps_RT = (
-            x[:, : decoder.steps].cpu() for x in (decoder.tokens_RT, decoder.logps_RT)
-        )
-        return self._groups(questions, tokens_RT, logps_RT, G)
+            decoder = Decoder(self, questions, prefill, uniform_RT, temperature, top_p)
+            tokens_RT, logps_RT = decoder.run()
+        return self._groups(questions, tokens_RT.cpu(), logps_RT.cpu())
 
     def attend_with(self, attn_implementation: str) -> None:
         """Chooses how packed rows are scored: a key of packing.ATTENTION. Keep it until after the
@@ -324,31 +300,22 @@ class Policy:
             config._attn_implementation = before
 
     def _groups(
-        self, questions: list[Question], tokens_RT: Tensor, logps_RT: Tensor, G: int
+        self, questions: list[Question], tokens_RT: Tensor, logps_RT: Tensor
     ) -> list[Group]:
         """Eq. 6: cuts each row after its first end token. Raises NonFiniteLogits naming the
         questions with a log-prob that is not finite."""
-        is_eos_RT = torch.isin(tokens_RT, self.eos_ids)
-        finished_R = is_eos_RT.any(1).tolist()
-        first_R = is_eos_RT.int().argmax(1).tolist()
-        groups, bad = [], []
-        for b, question in enumerate(questions):
-            rows = range(b * G, (b + 1) * G)
-            ends = [first_R[r] + 1 if finished_R[r] else tokens_RT.shape[1] for r in rows]
-            completions = [tokens_RT[r, :end] for r, end in zip(rows, ends, strict=True)]
-            groups.append(
-                Group(
-                    question,
-                    completions,
-                    finished=[finished_R[r] for r in rows],
-                    texts=[self.decode(completion) for completion in completions],
-                    sampled_logps_N=torch.cat(
-                        [logps_RT[r, :end] for r, end in zip(rows, ends, strict=True)]
-                    ),
-                )
-            )
-            if not groups[-1].sampled_logps_N.isfinite().all():
-                bad.append(question.record.id)
+        ends_RT = torch.isin(tokens_RT, self.eos_ids)
+        is_kept_RT = ends_RT.cumsum(1) - ends_RT.int() == 0  # no end token before it
+        G, groups = len(tokens_RT) // len(questions), []
+        rows = (x.split(G) for x in (tokens_RT, logps_RT, ends_RT, is_kept_RT))
+        for question, tokens_GT, logps_GT, ends_GT, is_kept_GT in zip(
+            questions, *rows, strict=True
+        ):
+            completions = [x[kept] for x, kept in zip(tokens_GT, is_kept_GT, strict=True)]
+            texts = [self.decode(completion) for completion in completions]
+            finished = ends_GT.any(1).tolist()
+            groups.append(Group(question, completions, finished, texts, logps_GT[is_kept_GT]))
+        bad = [g.question.record.id for g in groups if not g.sampled_logps_N.isfinite().all()]
         if bad:
             raise NonFiniteLogits(
                 f"the model's logits were not finite on question(s) {', '.join(bad)}; its weights, "
