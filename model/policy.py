@@ -30,9 +30,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
 
-from data import Question, load_chat_template
+from data import Question, checkpoint_file, load_chat_template
 from files import UserError
 from kernels import token_logps
 from model import ranks
@@ -199,13 +198,7 @@ class Policy:
         template = Path(directory) / "chat_template.jinja"  # the one this policy was trained with
         template.write_text(self.chat_template, encoding="utf-8")
         for name in PROCESSOR_FILES if processor_from else ():
-            file = cached_file(
-                processor_from,
-                name,
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_connection_errors=False,
-            )
-            if file:
+            if file := checkpoint_file(processor_from, name):
                 shutil.copyfile(file, Path(directory) / name)
 
     # ----------------------------------------------------------------------------- the three passes
