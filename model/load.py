@@ -42,8 +42,11 @@ def read_config(name: str | os.PathLike) -> PreTrainedConfig:
     )
 
 
-def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.dtype]:
-    """Model in float32, tokenizer, and the dtype of the checkpoint. Raises UserError."""
+def load_model(
+    name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.dtype]:
+    """Model in `dtype`, tokenizer, and the dtype of the checkpoint. On the device "meta" the model
+    has no weights, and none are read. Raises UserError."""
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not os.path.isdir(name):
         raise UserError(f"{name}: no such model directory; give one, or a hub name")
@@ -52,19 +55,22 @@ def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, tor
         raise UserError(f"{name}: has sliding-window layers, which packed rows do not support")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model, found = AutoModelForImageTextToText.from_pretrained(
-            name,
-            dtype=torch.float32,
-            attn_implementation="sdpa",
-            output_loading_info=True,
-            trust_remote_code=False,
-        )
+        if str(device) == "meta":
+            with torch.device("meta"):
+                model, found = AutoModelForImageTextToText.from_config(config), {}
+        else:
+            model, found = AutoModelForImageTextToText.from_pretrained(
+                name,
+                dtype=dtype,
+                attn_implementation="sdpa",
+                output_loading_info=True,
+                trust_remote_code=False,
+            )
     except Exception as error:  # of transformers, tokenizers, safetensors, each their own types
         raise UserError(
             f"{name}: its weights or tokenizer cannot be loaded ({_first(error)})"
         ) from error
-    if found["missing_keys"]:
-        lost = sorted(found["missing_keys"])
+    if lost := sorted(found.get("missing_keys", ())):
         raise UserError(f"{name}: its weights lack {len(lost)} tensors, such as {lost[0]}")
     if tokenizer.convert_tokens_to_ids("<|video_pad|>") != config.video_token_id:
         raise UserError(f"{name}: its tokenizer does not have <|video_pad|> where config.json does")
@@ -76,7 +82,7 @@ def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, tor
                 f"{name}: its end token {end!r} (generation_config.json, or eos_token of the "
                 "tokenizer) is no id of its vocabulary"
             )
-    return model, tokenizer, config.dtype or torch.float32
+    return model.to(device), tokenizer, config.dtype or torch.float32
 
 
 def _first(error: Exception) -> str:

@@ -56,6 +56,10 @@ class NonFiniteLogits(UserError):
     """The model's logits in a rollout were NaN or infinite: nothing can be sampled from them."""
 
 
+def compute_dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 class Root(nn.Module):
     """The outermost FSDP unit. Work that runs inside its forward sees the embeddings and the
     lm_head whole, gathered once."""
@@ -106,11 +110,13 @@ class Policy:
         device: torch.device | str = "cpu",
         freeze_vision_modules: bool = False,
         attn_implementation: str = "sdpa",
+        dtype: torch.dtype = torch.float32,
     ) -> "Policy":
-        """A checkpoint directory or hub name, in float32. Raises UserError if it is no Qwen-VL."""
+        """A checkpoint directory or hub name; on the device "meta" it has no weights. Raises
+        UserError if it is no Qwen-VL."""
         name = os.fspath(model_name_or_path)
-        model, tokenizer, save_dtype = load_model(name)
-        policy = cls(model.to(device).eval(), tokenizer, load_chat_template(name, tokenizer))
+        model, tokenizer, save_dtype = load_model(name, device, dtype)
+        policy = cls(model.eval(), tokenizer, load_chat_template(name, tokenizer))
         policy.save_dtype = save_dtype
         policy.vision.requires_grad_(not freeze_vision_modules)
         policy.attend_with(attn_implementation)
@@ -152,9 +158,9 @@ class Policy:
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator["Policy"]:
-        """A policy with whole weights on this rank, to decode with: itself on one CPU process; else
-        a copy, bf16 on CUDA, gathered now and freed when the block ends."""
-        if self.root is None and self.device.type == "cpu":
+        """A policy with whole weights on this rank, in the dtype it computes in, to decode with:
+        itself, or else a copy, gathered now and freed when the block ends."""
+        if self.root is None and self.model.dtype == self.compute_dtype:
             yield self
             return
         actor = self._whole_copy()
@@ -205,7 +211,7 @@ class Policy:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        return compute_dtype(self.device)
 
     def compute(self) -> contextlib.AbstractContextManager:
         """bf16 arithmetic on CUDA, whatever the parameters; plain float32 elsewhere."""

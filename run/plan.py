@@ -4,14 +4,10 @@ It decodes the first questions and prints the prompt as the model gets it, the s
 what each GPU will hold, and the schedule.
 """
 
-import torch
-from transformers import AutoModelForImageTextToText, AutoTokenizer
-
 import video
-from data import check_prompts, load_chat_template, step_records
+from data import check_prompts, step_records
 from files import UserError
 from model import ranks
-from model.load import read_config
 from model.policy import Policy
 from records import printable
 from run.config import Config, show_toy_flags, training_records
@@ -29,16 +25,7 @@ def show(cfg: Config) -> None:
         print("The run makes its clips and model; a dry run writes nothing, so it ends here.")
         return
     records = training_records(cfg)
-    name = cfg.model_name_or_path
-    config = read_config(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # of several libraries
-        raise UserError(f"{name}: its tokenizer cannot be loaded ({error})") from error
-    template = load_chat_template(name, tokenizer)
-    with torch.device("meta"):
-        policy = Policy(AutoModelForImageTextToText.from_config(config), tokenizer, template)
-    questions = []
+    policy, questions = Policy.load(cfg.model_name_or_path, "meta"), []
     with ClipReader(cfg.clip_timeout) as reader:
         prompter = make_prompter(cfg, policy, load_clip=reader.load_clip)
         check_prompts(prompter, records, cfg.jsonl_path)

@@ -16,6 +16,7 @@ import torch
 from conftest import questions_of, random_completions
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
+import eval as evaluation
 import toy
 from benchmarks.step import SIZES
 from data import TEMPLATES, Prompter
@@ -269,6 +270,26 @@ def test_the_vision_tower_attends_in_batches(kind, calls, policy, monkeypatch):
     theirs.square().mean().backward()
     for name, gradient in gradients(policy).items():
         assert relative(our_gradients[name], gradient) < 1e-5, name
+
+
+def test_on_cuda_an_evaluation_holds_its_weights_once(world, policy, monkeypatch):
+    """In bf16 from the start, so that 7B fits 24 GB; training's float32 weights need a copy."""
+    for module in ("eval", "model.policy"):
+        monkeypatch.setattr(f"{module}.compute_dtype", lambda device: torch.bfloat16)
+    seen = []
+    monkeypatch.setattr(evaluation, "answer", lambda cfg, policy, *_: seen.append(policy) or [])
+    with policy.gathered() as copy:
+        assert copy is not policy
+        monkeypatch.delattr(Policy, "_whole_copy")
+        args = evaluation.parser().parse_args(
+            f"ask --model {world}/model --video v --question q".split()
+        )
+        assert not list(evaluation.answers(args, evaluation.settings(args), [], []))
+        (loaded,) = seen
+        for ours, theirs in zip(loaded.model.parameters(), copy.model.parameters(), strict=True):
+            assert ours.dtype == torch.bfloat16 and torch.equal(ours, theirs)
+        for ours, theirs in zip(loaded.model.buffers(), copy.model.buffers(), strict=True):
+            assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
 
 
 def test_frozen_vision_gets_no_gradient(world, prompter, records):
