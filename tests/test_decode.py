@@ -15,8 +15,7 @@ pytest.importorskip("triton")
 from kernel_cases import DEVICE
 from test_fake_gpu import model_and_question
 from test_kernels import few, python
-from test_policy import as_qwen2_vl
-from test_qwen3 import as_qwen3_vl
+from test_policy import VISION, as_family
 
 import toy
 from data import TEMPLATES, Question
@@ -29,7 +28,6 @@ from records import Record
 pytest_plugins = ["test_fake_gpu"]
 pytestmark = pytest.mark.slow
 BLOCK = 16
-FAMILIES = dict(qwen2_5_vl=lambda policy: policy, qwen2_vl=as_qwen2_vl, qwen3_vl=as_qwen3_vl)
 
 
 def by_kernels(inputs):
@@ -99,11 +97,11 @@ def two_questions(policy, device):
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="decodes on the CPU, in the interpreter")
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", VISION)
 def test_a_rollout_by_the_kernels_draws_the_same_tokens(kind, monkeypatch):
     tokenizer = toy.build_tokenizer(list(TEMPLATES.values()))
     policy = Policy(toy.build_model(tokenizer).eval(), tokenizer, toy.CHAT_TEMPLATE)
-    policy = FAMILIES[kind](policy)
+    policy = as_family(kind, policy)
     policy.eos_ids = torch.tensor([-1])  # never end
     arguments = *two_questions(policy, "cpu"), 2, 6, 1.0, [(1,), (2,)]
     by_torch = policy.rollout(*arguments)
@@ -132,7 +130,7 @@ def test_a_step_reads_prompts_once_and_takes_few_kernels(kind, most, gpu, monkey
     """In each layer, and 60 around them; those of transformers launch 64. Qwen3-VL of toy size."""
     base, _ = model_and_question(layers=3, vision_depth=2)
     with torch.device("cuda"):
-        model = FAMILIES[kind](base).model
+        model = as_family(kind, base).model
     policy = Policy(model, base.tokenizer, base.chat_template)
 
     def one_kernel(x, shape, weight, eps):  # torch without CUDA would take rms_norm apart,

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import PROJECT, twgrpo_command
-from test_policy import as_qwen2_vl
+from test_policy import as_family
 
 import eval as evaluation
 import twgrpo
@@ -199,7 +199,7 @@ def test_mmvu_rows_about_a_real_clip_run_end_to_end(world, sample, tmp_path, eva
 def test_counting_trains_and_evaluates_with_qwen2_vl(world, policy, tmp_path, monkeypatch, eval_py):
     """DVD-counting's form, integer answers, --reward_funcs accuracy format, on a tiny Qwen2-VL: the
     right number earns its reward in training, and the log of the trained model can be scored."""
-    as_qwen2_vl(policy).save(tmp_path / "qwen2_vl")
+    as_family("qwen2_vl", policy).save(tmp_path / "qwen2_vl")
     clips = sorted((world / "clips").glob("train_*.mp4"))[:4]
     rows = [
         dict(problem="How many?", solution=f"<answer> {k} </answer>", video_filename=str(clip))
