@@ -32,7 +32,6 @@ from model.policy import Policy
 from records import Record
 from run import plan
 from run.config import Config
-from run.held_out import evaluate
 from run.setup import make_optimizer
 from video import mrope_positions
 
@@ -244,27 +243,14 @@ def test_a_gathered_copy_is_gone_when_its_block_ends(gpu, raises):
     assert actor and gpu.live == before
 
 
-@pytest.mark.parametrize("gathered", [True, False])
-def test_a_rollout_waits_only_to_see_whether_all_have_ended(gpu, gathered):
-    """Also from float32 weights, under autocast: keys are then float32 and values bf16."""
+def test_a_rollout_waits_only_to_see_whether_all_have_ended(gpu):
     policy, question = model_and_question(**SMALL)
-    with (
-        torch.no_grad(),
-        policy.gathered() if gathered else contextlib.nullcontext(policy) as actor,
-    ):
+    with torch.no_grad(), policy.gathered() as actor:
         features = actor.encode_videos([question] * 2)
         assert features[0].dtype == torch.bfloat16 and not gpu.waits
         groups = actor.rollout([question] * 2, features, 4, 20, 1.0, [(1,), (2,)])
     assert gpu.waits == ["run", "run", "rollout", "rollout"]  # steps 0 and 16; tokens, logps
     assert [group.lengths_G.tolist() for group in groups] == [[20] * 4] * 2
-
-
-def test_evaluation_decodes_from_the_gathered_copy(gpu):
-    policy, question = model_and_question(**SMALL)
-    records, cfg = [question.record] * 3, Config("-", "-", max_completion_length=3)
-    with policy.gathered() as actor:
-        scores = evaluate(cfg, actor, lambda *_: question, records, greedy=True, batch_size=2)
-    assert scores["soft"] == 0 and set(gpu.waits) == {"run", "rollout"}
 
 
 @pytest.mark.parametrize("attention", packing.ATTENTION)

@@ -6,7 +6,6 @@ tokens we hand it.
 """
 
 import dataclasses
-import json
 import sys
 import types
 from unittest import mock
@@ -14,9 +13,9 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_completions
 from hypothesis import given
 from hypothesis import strategies as st
+from test_policy import gradients, groups_of
 
 from files import UserError
 from model.packing import (
@@ -29,23 +28,10 @@ from model.packing import (
 from model.policy import Root
 from run.config import Config, check_attention
 
-LENGTHS = ([5, 1, 9], [3, 3, 2], [1, 1, 7])
-
-
-def packed_mask(segments_BL: torch.Tensor) -> torch.Tensor:
-    """Who sees whom, (B, 1, L, L) bool: a token sees the prompt and its segment, up to itself."""
-    L = segments_BL.shape[1]
-    key, query = segments_BL[:, None, :], segments_BL[:, :, None]
-    causal = torch.ones(L, L, dtype=torch.bool).tril()
-    return (causal & ((key == 0) | (key == query)))[:, None]
-
 
 @pytest.fixture
 def groups(policy, questions):
-    return [
-        Group(question, random_completions(policy, lengths, seed=k), [True] * 3, [""] * 3)
-        for k, (question, lengths) in enumerate(zip(questions, LENGTHS, strict=True))
-    ]
+    return groups_of(policy, questions, [[5, 1, 9], [3, 3, 2], [1, 1, 7]])
 
 
 def varlen_by_the_book(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale, causal):
@@ -77,17 +63,10 @@ def score(policy, groups, attention: str):
     """Hidden states of all completions, and the gradient of a fixed function of them."""
     policy.attend_with(attention)
     policy.model.zero_grad()
-    hidden = torch.cat(policy.hidden_states(groups, features_of(policy, groups)))
+    hidden = torch.cat(policy.hidden_states(groups))
     probe = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
     (hidden * probe.to(hidden.device)).sum().backward()
-    return hidden.detach(), {
-        name: p.grad.clone() for name, p in policy.model.named_parameters() if p.grad is not None
-    }
-
-
-def features_of(policy, groups):
-    with torch.no_grad():
-        return policy.encode_videos([group.question for group in groups])
+    return hidden.detach(), gradients(policy)
 
 
 def check_close(ours, theirs, hidden: float, gradient: float) -> None:
@@ -112,7 +91,7 @@ def test_a_gathered_copy_attends_as_its_policy_does(policy, groups, flash_attn, 
     """The copy is made on every GPU and every rank of several; here by claiming to be sharded."""
     policy.attend_with(attention)
     with torch.no_grad():
-        features = features_of(policy, groups)
+        features = policy.encode_videos([group.question for group in groups])
         before = policy.hidden_states(groups, features)
         policy.root = Root(policy.model)
         with policy.gathered() as actor:
@@ -125,14 +104,15 @@ def test_a_gathered_copy_attends_as_its_policy_does(policy, groups, flash_attn, 
         assert torch.equal(a, c) and (a - b).abs().max() < 1e-6
 
 
-rows = st.lists(
-    st.tuples(st.integers(1, 6), st.lists(st.integers(0, 4), min_size=1, max_size=4)),
-    min_size=1,
-    max_size=4,
+ROW = st.tuples(st.integers(1, 6), st.lists(st.integers(0, 4), min_size=1, max_size=4))
+
+
+@given(
+    st.lists(ROW, min_size=1, max_size=4),
+    st.sampled_from([(2, 1), (2, 3), (1, 1)]),
+    st.sampled_from([1, 2]),
+    st.booleans(),
 )
-
-
-@given(rows, st.sampled_from([(2, 1), (2, 3), (1, 1)]), st.sampled_from([1, 2]), st.booleans())
 def test_both_ways_equal_a_dense_mask(shapes, heads, scale, varlen):
     """Prompts and completions of any length, some empty, with shared key heads: outputs within
     1e-5, gradients within 1e-4."""
@@ -151,7 +131,8 @@ def test_both_ways_equal_a_dense_mask(shapes, heads, scale, varlen):
         attend = flash_attend if varlen else packed_attention
         sizes = [[prompt, *filter(None, lengths)] for prompt, lengths in shapes]
         ours, _ = attend(None, q, k, v, None, scaling=scale, packed=sizes)
-    mask = packed_mask(segments_BL)
+    asker, seen = segments_BL[:, None, :, None], segments_BL[:, None, None]
+    mask = ((seen == 0) | (seen == asker)) & torch.ones(L, L, dtype=torch.bool).tril()
     theirs = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
     is_token = segments_BL >= 0  # what padding gets does not matter
     ours, theirs = ours[is_token], theirs.transpose(1, 2)[is_token]
@@ -166,8 +147,7 @@ def test_scoring_keeps_nothing_quadratic():
     """No tensor that attention saves for its backward pass has L x L elements."""
     sizes, L = [], 1200
     q = torch.randn(1, 1, L, 4, requires_grad=True)
-    keep = lambda x: sizes.append(x.numel()) or x  # noqa: E731
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()), lambda x: x):
         packed_attention(None, q, q, q, None, scaling=1.0, packed=[[200] + [100] * 10])
     assert max(sizes) < 10 * q.numel() < L * L
 
@@ -185,13 +165,12 @@ def test_attention_on_a_gpu_equals_that_of_a_cpu(policy, groups, attention):
 
 
 def test_rollout_and_checkpoint_do_not_depend_on_it(policy, questions, flash_attn, tmp_path):
-    features, seeds = features_of(policy, [Group(questions[0], [], [], [])]), [(1,)]
-    before = policy.rollout(questions[:1], features, 3, 8, 1.0, seeds)
+    arguments = questions[:1], policy.encode_videos(questions[:1]), 3, 8, 1.0, [(1,)]
+    before = policy.rollout(*arguments)
     policy.attend_with("flash_attention_2")
-    after = policy.rollout(questions[:1], features, 3, 8, 1.0, seeds)
-    assert before[0].texts == after[0].texts
+    assert before[0].texts == policy.rollout(*arguments)[0].texts
     policy.save(tmp_path)
-    assert "packed_varlen" not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
+    assert "packed_varlen" not in (tmp_path / "config.json").read_text()
 
 
 def test_attention_that_cannot_train_here_is_refused(flash_attn, monkeypatch):
