@@ -231,26 +231,21 @@ SMALL = dict(layers=2, vision_depth=2)
 
 
 @pytest.mark.parametrize("raises", [False, True])
-def test_a_gathered_copy_is_gone_when_its_block_ends(gpu, raises):
+def test_a_rollout_waits_only_to_see_whether_all_have_ended_and_frees_its_copy(gpu, raises):
     policy, question = model_and_question(**SMALL)
     before, parameters = gpu.live, sum(p.numel() for p in policy.model.parameters())
     with contextlib.suppress(ZeroDivisionError), torch.no_grad(), policy.gathered() as actor:
         assert {p.dtype for p in actor.model.parameters()} == {torch.bfloat16}
         assert gpu.live == before + 2 * parameters
-        actor.rollout([question], actor.encode_videos([question]), 2, 3, 1.0, [(1,)])
-        assert raises is False or 1 / 0
-    gc.collect()
-    assert actor and gpu.live == before
-
-
-def test_a_rollout_waits_only_to_see_whether_all_have_ended(gpu):
-    policy, question = model_and_question(**SMALL)
-    with torch.no_grad(), policy.gathered() as actor:
         features = actor.encode_videos([question] * 2)
         assert features[0].dtype == torch.bfloat16 and not gpu.waits
         groups = actor.rollout([question] * 2, features, 4, 20, 1.0, [(1,), (2,)])
-    assert gpu.waits == ["run", "run", "rollout", "rollout"]  # steps 0 and 16; tokens, logps
-    assert [group.lengths_G.tolist() for group in groups] == [[20] * 4] * 2
+        assert gpu.waits == ["run", "run", "rollout", "rollout"]  # steps 0 and 16; tokens, logps
+        assert [group.lengths_G.tolist() for group in groups] == [[20] * 4] * 2
+        assert raises is False or 1 / 0
+    del features
+    gc.collect()
+    assert actor and gpu.live == before
 
 
 @pytest.mark.parametrize("attention", packing.ATTENTION)

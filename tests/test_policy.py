@@ -365,23 +365,22 @@ def test_processor_chat_template_comes_before_the_tokenizers(world, policy, tmp_
     assert Policy.load(tmp_path / "m").chat_template == "from the processor"
 
 
-def test_what_is_not_a_qwen_vl_is_refused_by_name(tmp_path):
-    with pytest.raises(UserError, match="nowhere: no such model directory"):
-        Policy.load(tmp_path / "nowhere")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty: not a checkpoint"):
-        Policy.load(tmp_path / "empty")
-    (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "config.json").write_text('{"model_type": "qwen2"}')
-    with pytest.raises(UserError, match="text: is a 'qwen2' model"):
-        Policy.load(tmp_path / "text")
-
-
-def test_a_checkpoint_without_weights_is_refused(world, tmp_path):
-    (tmp_path / "bare").mkdir()
-    (tmp_path / "bare" / "config.json").write_text((world / "model" / "config.json").read_text())
-    with pytest.raises(UserError, match="bare: its weights or tokenizer cannot be loaded"):
-        Policy.load(tmp_path / "bare")
+@pytest.mark.parametrize(
+    "config, reason",
+    [
+        (None, "no such model directory"),
+        ("", "not a checkpoint"),
+        ('{"model_type": "qwen2"}', "is a 'qwen2' model"),
+        ('{"model_type": "qwen2_5_vl"}', "its weights or tokenizer cannot be loaded"),
+    ],
+)
+def test_what_cannot_be_a_policy_is_refused_by_name(config, reason, tmp_path):
+    if config is not None:
+        (tmp_path / "model").mkdir()
+    if config:
+        (tmp_path / "model" / "config.json").write_text(config)
+    with pytest.raises(UserError, match=f"model: {reason}"):
+        Policy.load(tmp_path / "model")
 
 
 @pytest.mark.slow
