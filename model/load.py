@@ -19,8 +19,8 @@ from files import UserError
 
 FAMILIES = {  # by model_type: how a clip becomes tokens, where the config does not say it
     "qwen2_5_vl": {},
-    "qwen2_vl": dict(tokens_per_second=None),
-    "qwen3_vl": dict(tokens_per_second=None, timestamps=True, mean=(0.5,) * 3, std=(0.5,) * 3),
+    "qwen2_vl": {},
+    "qwen3_vl": dict(timestamps=True, mean=(0.5,) * 3, std=(0.5,) * 3),
 }
 
 

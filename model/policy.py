@@ -85,12 +85,12 @@ class Policy:
         self.save_dtype = torch.float32
         self.attend_with("sdpa")
         config, vision = model.config, model.config.vision_config
-        known = dict(tokens_per_second=getattr(vision, "tokens_per_second", None))
         self.geometry = Geometry(
             vision.patch_size,
             vision.temporal_patch_size,
             vision.spatial_merge_size,
-            **known | FAMILIES[config.model_type],
+            getattr(vision, "tokens_per_second", None),
+            **FAMILIES[config.model_type],
         )
         # OFFICIAL: generation stops at either of <|im_end|> and <|endoftext|>, the mask ends at the
         # first.  OURS: a completion ends where generation stops.
@@ -175,14 +175,13 @@ class Policy:
         config = copy.deepcopy(self.model.config)  # its own: a config says how its model attends
         with torch.device("meta"):
             actor = type(self.model)(config)
-        for name, parameter in self.model.named_parameters():
-            whole = parameter.detach().to(self.compute_dtype)
-            whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+        for name, x in (*self.model.named_parameters(), *self.model.named_buffers()):
+            if isinstance(x, nn.Parameter):
+                whole = x.detach().to(self.compute_dtype)
+                whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+                x = nn.Parameter(whole, requires_grad=False)
             owner, _, leaf = name.rpartition(".")
-            setattr(actor.get_submodule(owner), leaf, nn.Parameter(whole, requires_grad=False))
-        for name, buffer in self.model.named_buffers():
-            owner, _, leaf = name.rpartition(".")
-            setattr(actor.get_submodule(owner), leaf, buffer)
+            setattr(actor.get_submodule(owner), leaf, x)
         actor.tie_weights()  # the lm_head of small models is their embedding
         actor.generation_config = self.model.generation_config
         policy = Policy(actor.eval(), self.tokenizer, self.chat_template)
@@ -227,8 +226,11 @@ class Policy:
         patches = torch.cat([q.patches for q in questions]).to(self.device)
         grids_B3 = torch.tensor([q.grid for q in questions])  # stays on the host, where it is read
         layout = tower_layout(grids_B3, self.vision.config, self.device)
-        with self.compute(), self.attention(self.vision, "segments_flash"):
+        config = self.vision.config
+        before, config._attn_implementation = config._attn_implementation, "segments_flash"
+        with self.compute():
             out = self.vision(patches, grid_thw=grids_B3, **layout)
+        config._attn_implementation = before  # what transformers' own forward pass is to use
         features = torch.cat([out.pooler_output, *getattr(out, "deepstack_features", ())], dim=-1)
         return list(
             features.split([len(q.patches) // self.geometry.merge_size**2 for q in questions])
@@ -287,16 +289,6 @@ class Policy:
         backward pass, which recomputes checkpointed layers."""
         self.attn_implementation = attn_implementation
         self.text.config._attn_implementation = ATTENTION[attn_implementation]
-
-    @contextlib.contextmanager
-    def attention(self, part: PreTrainedModel, name: str) -> Iterator[None]:
-        """Temporarily uses another attention function in the language model or vision tower."""
-        config = part.config
-        before, config._attn_implementation = config._attn_implementation, name
-        try:
-            yield
-        finally:
-            config._attn_implementation = before
 
     def _groups(
         self, questions: list[Question], tokens_RT: Tensor, logps_RT: Tensor
@@ -371,14 +363,8 @@ class Policy:
         config, m = self.model.config, self.geometry.merge_size
         ids_P = torch.tensor([config.vision_start_token_id, config.video_token_id, self.pad_id])
         size = 3 * self.geometry.temporal_patch_size * self.geometry.patch_size**2
-        question = Question(
-            Record("idle", "", "", Path()),
-            prompt="",
-            ids_P=ids_P,
-            positions_3P=mrope_positions(ids_P, config.video_token_id, (1, m, m), 1, self.geometry),
-            patches=torch.zeros(m * m, size),
-            grid=(1, m, m),
-            seconds=1.0,
-        )
+        grid, patches, record = (1, m, m), torch.zeros(m * m, size), Record("idle", "", "", Path())
+        positions_3P = mrope_positions(ids_P, config.video_token_id, grid, 1, self.geometry)
+        question = Question(record, "", ids_P, positions_3P, patches, grid, seconds=1.0)
         completion = torch.full((2,), self.pad_id)
         return Group(question, [completion], [True], [""], advantages_G=torch.zeros(1))

@@ -183,20 +183,6 @@ def test_a_float32_policy_decodes_under_autocast(policy, questions, monkeypatch)
         assert (group.sampled_logps_N - scored_N).abs().max() < 0.1
 
 
-def test_rollout_last_logits_equal_a_full_forward(policy, questions, monkeypatch):
-    seen = []
-    head = rollout.head_logits
-    monkeypatch.setattr(rollout, "head_logits", lambda *args: seen.append(head(*args)) or seen[-1])
-    policy.eos_ids = torch.tensor([-1])  # so that no row ends early
-    features = policy.encode_videos(questions)
-    groups = policy.rollout(questions, features, 2, 10, 1.0, [(0, b) for b in range(3)])
-    last_RV = seen[9]
-    monkeypatch.undo()
-    for b, group in enumerate(groups):
-        for i, rows in enumerate(separate_logits(policy, group)):
-            assert (last_RV[2 * b + i] - rows[-1]).abs().max() < 1e-5
-
-
 def test_rollout_does_not_depend_on_what_else_is_in_the_batch(policy, questions):
     def completions(chosen):
         picked = [questions[b] for b in chosen]

@@ -111,9 +111,9 @@ def test_the_plan_counts_caches_by_head_size_and_tied_embeddings_once(tie, polic
     parameters, length = sum(p.numel() for p in qwen3.model.parameters()), 1100 + 8 * 1024
     for gpus in (1, 2):
         monkeypatch.setattr("model.ranks.world", lambda gpus=gpus: gpus)
-        parts = plan.memory(Config(), qwen3, prompt=1100)
-        assert parts["rollout: keys and values, bf16"] == 2 * 3 * 2 * 32 * 2 * length
-        assert parts["always: parameters, float32"] == 4 * parameters / gpus
+        phases = plan.memory(Config(), qwen3, prompt=1100)
+        assert phases["rollout"]["keys and values, bf16"] == 2 * 3 * 2 * 32 * 2 * length
+        assert phases["always"]["parameters, float32"] == 4 * parameters / gpus
 
 
 # -------------------------------------------------------------------------------- the whole loop
