@@ -35,11 +35,7 @@ def read_config(name: str | os.PathLike) -> PreTrainedConfig:
         raise UserError(f"{name}: not a checkpoint for transformers ({_first(error)})") from error
     if kind is None:
         raise UserError(f"{name}: not a checkpoint; it has no config.json with a model_type")
-    why = "; its linear attention carries state from one completion of a packed row to the next"
-    raise UserError(
-        f"{name}: is a {kind!r} model; {' or '.join(FAMILIES)} is needed"
-        + why * str(kind).startswith(("qwen3_5", "qwen3_next", "qwen4"))
-    )
+    raise UserError(f"{name}: is a {kind!r} model; {' or '.join(FAMILIES)} is needed")
 
 
 def load_model(

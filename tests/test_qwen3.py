@@ -1,7 +1,6 @@
 """Qwen3-VL and models with tied embeddings: prompts against transformers' own processor,
 checkpoints, the plan, and the whole loop. The passes of every family are in test_policy.py."""
 
-import json
 import re
 import subprocess
 import time
@@ -23,8 +22,6 @@ import toy
 import twgrpo
 import video
 from data import Prompter
-from files import UserError
-from model.load import read_config
 from model.policy import Policy
 from records import Record
 from run import plan
@@ -97,12 +94,6 @@ def test_dry_run_and_ask(policy, world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["eval.py", *flags.split()])
     evaluation.main()
     assert re.search(r"\([1-6] tokens(, cut off)?; prompt [0-9]+\)", capsys.readouterr().out)
-
-
-def test_models_with_linear_attention_are_refused_with_the_reason(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(dict(model_type="qwen3_5")))
-    with pytest.raises(UserError, match="is a 'qwen3_5' model; .* linear attention carries state"):
-        read_config(tmp_path)
 
 
 @pytest.mark.parametrize("tie", [False, True])
