@@ -21,8 +21,7 @@ from torch.distributed.launcher.api import LaunchConfig
 
 import toy
 import twgrpo
-from benchmarks.step import SIZES
-from data import TEMPLATES
+from benchmarks.step import build
 from files import UserError
 from model.policy import Policy
 from records import load_records
@@ -608,11 +607,7 @@ def test_it_learns(tmp_path, capsys):
 
 def test_the_memory_table_in_the_readme_is_what_the_plan_computes(monkeypatch):
     """Qwen2.5-VL-7B's shape without its weights, the recipe's flags, a prompt of 1,100 tokens."""
-    tokenizer = toy.build_tokenizer(list(TEMPLATES.values()))
-    with torch.device("meta"):
-        model = toy.build_model(tokenizer, **SIZES["7b"])
-    policy = Policy(model, tokenizer, toy.CHAT_TEMPLATE)
-    columns = []
+    (policy, *_), columns = build("7b", 1100, "meta"), []
     for gpus in (2, 1):
         monkeypatch.setattr("model.ranks.world", lambda gpus=gpus: gpus)
         phases = plan.memory(Config(), policy, prompt=1100).values()
