@@ -87,9 +87,16 @@ def test_a_policy_scores_alike_in_both_ways(policy, groups, flash_attn, checkpoi
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
-def test_a_gathered_copy_attends_as_its_policy_does(policy, groups, flash_attn, attention):
-    """The copy is made on every GPU and every rank of several; here by claiming to be sharded."""
+def test_a_gathered_copy_attends_as_its_policy_does(
+    policy, groups, flash_attn, attention, tmp_path
+):
+    """The copy is made on every GPU and every rank of several; here by claiming to be sharded.
+    Neither its rollout nor a checkpoint depends on the attention."""
+    arguments = [groups[0].question], policy.encode_videos([groups[0].question]), 2, 4, 1.0, [(1,)]
+    (expected,) = policy.rollout(*arguments)
     policy.attend_with(attention)
+    policy.save(tmp_path)
+    assert "packed" not in (tmp_path / "config.json").read_text()
     with torch.no_grad():
         features = policy.encode_videos([group.question for group in groups])
         before = policy.hidden_states(groups, features)
@@ -97,8 +104,7 @@ def test_a_gathered_copy_attends_as_its_policy_does(policy, groups, flash_attn, 
         with policy.gathered() as actor:
             assert actor.model is not policy.model
             inside = actor.hidden_states(groups, features)
-            questions, seeds = [groups[0].question], [(1,)]
-            assert actor.rollout(questions, features[:1], 2, 4, 1.0, seeds)
+            assert actor.rollout(*arguments)[0].texts == expected.texts
         after = policy.hidden_states(groups, features)
     for a, b, c in zip(before, inside, after, strict=True):
         assert torch.equal(a, c) and (a - b).abs().max() < 1e-6
@@ -162,15 +168,6 @@ def test_attention_on_a_gpu_equals_that_of_a_cpu(policy, groups, attention):
     exact = score(policy, groups, "sdpa")
     policy.model.cuda()
     check_close(score(policy, groups, attention), exact, 0.02, 0.1)
-
-
-def test_rollout_and_checkpoint_do_not_depend_on_it(policy, questions, flash_attn, tmp_path):
-    arguments = questions[:1], policy.encode_videos(questions[:1]), 3, 8, 1.0, [(1,)]
-    before = policy.rollout(*arguments)
-    policy.attend_with("flash_attention_2")
-    assert before[0].texts == policy.rollout(*arguments)[0].texts
-    policy.save(tmp_path)
-    assert "packed_varlen" not in (tmp_path / "config.json").read_text()
 
 
 def test_attention_that_cannot_train_here_is_refused(flash_attn, monkeypatch):

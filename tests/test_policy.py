@@ -258,13 +258,6 @@ def test_sampling_follows_the_whole_softmax(temperature):
     assert torch.allclose(logps.double(), expected.log()[tokens], atol=1e-5)
 
 
-def test_sampling_at_the_edges_of_the_uniform_number():
-    logits = torch.tensor([[-30.0, 0.0, 0.0, -30.0]]).expand(2, -1)
-    banned = torch.tensor([True, False, False, True])
-    tokens, _ = sample(logits, 1.0, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), banned)
-    assert tokens.tolist() == [1, 2]
-
-
 @pytest.mark.parametrize("kind, calls", [("qwen2_5_vl", 4 + 4 + 2), ("qwen2_vl", 2)])
 def test_the_vision_tower_attends_in_batches(kind, calls, policy, monkeypatch):
     """Clips of two sizes, their windows cut off at the borders, in two windowed layers and a full
