@@ -70,15 +70,20 @@ def load_model(
         raise UserError(f"{name}: its weights lack {len(lost)} tensors, such as {lost[0]}")
     if tokenizer.convert_tokens_to_ids("<|video_pad|>") != config.video_token_id:
         raise UserError(f"{name}: its tokenizer does not have <|video_pad|> where config.json does")
+    return model.to(device), tokenizer, config.dtype or torch.float32
+
+
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids at which generation stops. Raises UserError on what is no id of the vocabulary."""
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     for end in [tokenizer.eos_token_id, *ends]:
-        if type(end) is not int or not 0 <= end < config.text_config.vocab_size:
+        if type(end) is not int or not 0 <= end < model.config.text_config.vocab_size:
             raise UserError(
-                f"{name}: its end token {end!r} (generation_config.json, or eos_token of the "
-                "tokenizer) is no id of its vocabulary"
+                f"{model.name_or_path}: its end token {end!r} (generation_config.json, or the "
+                "tokenizer's eos_token) is no id of its vocabulary"
             )
-    return model.to(device), tokenizer, config.dtype or torch.float32
+    return sorted({tokenizer.eos_token_id, *ends})
 
 
 def _first(error: Exception) -> str:

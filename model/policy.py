@@ -35,7 +35,7 @@ from data import Question, checkpoint_file, load_chat_template
 from files import UserError
 from kernels import token_logps
 from model import ranks
-from model.load import FAMILIES, load_model
+from model.load import FAMILIES, end_ids, load_model
 from model.packing import ATTENTION, Group, pack
 from model.rollout import Decoder
 from model.tower import tower_layout
@@ -50,10 +50,6 @@ PROCESSOR_FILES = (  # unused here; copied into saved checkpoints for other prog
     "video_preprocessor_config.json",
     "processor_config.json",
 )
-
-
-class NonFiniteLogits(UserError):
-    """The model's logits in a rollout were NaN or infinite: nothing can be sampled from them."""
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -94,9 +90,7 @@ class Policy:
         )
         # OFFICIAL: generation stops at either of <|im_end|> and <|endoftext|>, the mask ends at the
         # first.  OURS: a completion ends where generation stops.
-        eos = model.generation_config.eos_token_id
-        eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-        self.eos_ids = torch.tensor(sorted(eos))
+        self.eos_ids = torch.tensor(end_ids(model, tokenizer))
         self.pad_id = tokenizer.eos_token_id
         # Never sampled: vision ids, which would break the count of video tokens, and the ids that
         # fill the embedding up beyond the tokenizer's.
@@ -293,7 +287,7 @@ class Policy:
     def _groups(
         self, questions: list[Question], tokens_RT: Tensor, logps_RT: Tensor
     ) -> list[Group]:
-        """Eq. 6: cuts each row after its first end token. Raises NonFiniteLogits naming the
+        """Eq. 6: cuts each row after its first end token. Raises UserError naming the
         questions with a log-prob that is not finite."""
         ends_RT = torch.isin(tokens_RT, self.eos_ids)
         is_kept_RT = ends_RT.cumsum(1) - ends_RT.int() == 0  # no end token before it
@@ -308,7 +302,7 @@ class Policy:
             groups.append(Group(question, completions, finished, texts, logps_GT[is_kept_GT]))
         bad = [g.question.record.id for g in groups if not g.sampled_logps_N.isfinite().all()]
         if bad:
-            raise NonFiniteLogits(
+            raise UserError(
                 f"the model's logits were not finite on question(s) {', '.join(bad)}; its weights, "
                 "or the arithmetic on this machine, are broken"
             )

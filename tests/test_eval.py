@@ -22,7 +22,7 @@ import twgrpo
 import video
 from data import STYLES, Prompter
 from files import UserError
-from model.policy import NonFiniteLogits, Policy
+from model.policy import Policy
 from model.rollout import sample as sample_tokens
 from run import answers, decoder, held_out
 from run.config import Config
@@ -149,7 +149,7 @@ def test_logits_that_are_not_finite_end_a_run_by_name(
 ):
     features = policy.encode_videos(questions)
     features[1] = features[1] * torch.nan
-    with pytest.raises(NonFiniteLogits, match=r"question\(s\) train-1;"):
+    with pytest.raises(UserError, match=r"question\(s\) train-1;"):
         policy.rollout(questions, features, 2, 4, 1.0, [(0,), (1,), (2,)])
     policy.model.lm_head.weight.data[7, 3] = torch.nan
     monkeypatch.setattr(Policy, "load", lambda *_, **__: policy)
