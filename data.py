@@ -10,7 +10,6 @@ The formats of the files are in records.py. `python -m tools.check` names every 
 Letters in shapes: P prompt tokens, S patches of a clip, F frames.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 import video
-from files import UserError
+from files import UserError, read_json
 from records import Record, refuse
 from rewards import tagged_answer
 
@@ -275,25 +274,22 @@ def check_prompts(prompter: Prompter, records: list[Record], path: str) -> None:
     refuse(path, "question(s) that cannot become a prompt", errors)
 
 
+def checkpoint_file(model_name_or_path: str, name: str) -> str | None:
+    """The path of one file of a checkpoint, a directory or a hub name; None if it has none."""
+    return cached_file(
+        model_name_or_path,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+
+
 def load_chat_template(model_name_or_path: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The processor's chat template if the checkpoint has one, else the tokenizer's. Raises
-    UserError if there is none."""
+    """The processor's chat template if the checkpoint has one, in chat_template.json, else the
+    tokenizer's. Raises UserError if there is none."""
     template = tokenizer.chat_template
-    for name in ("chat_template.jinja", "chat_template.json"):
-        file = cached_file(
-            model_name_or_path,
-            name,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        if file:
-            try:
-                template = Path(file).read_text(encoding="utf-8")
-                if name.endswith(".json"):
-                    template = json.loads(template)["chat_template"]
-            except (OSError, ValueError, LookupError, TypeError) as error:
-                raise UserError(f"{file}: is not a chat template ({error})") from None
-            break
+    if file := checkpoint_file(model_name_or_path, "chat_template.json"):
+        template = read_json(Path(file), "it has to hold a chat template").get("chat_template")
     if not template or not isinstance(template, str):
         raise UserError(
             f"{model_name_or_path}: has no chat template; a Qwen-VL instruct checkpoint is needed"

@@ -24,7 +24,7 @@ from data import STYLES, check_prompts
 from files import UserError
 from model import ranks
 from model.packing import Group
-from model.policy import Policy
+from model.policy import Policy, compute_dtype
 from records import LETTERS, Record, load_records, printable
 from rewards import compare_answers, extract_answer, strict_format_reward, tagged_answer
 from run import setup
@@ -111,7 +111,8 @@ def answers(
     place decides the seed, so an answer is the same on any rank."""
     transformers_logging.disable_progress_bar()
     asked = [(records[k], records[k], (cfg.seed, k)) for k in places]
-    policy = Policy.load(args.model, ranks.start(), freeze_vision_modules=True)
+    device = ranks.start()
+    policy = Policy.load(args.model, device, dtype=compute_dtype(device))
     with policy.gathered() as policy, ClipReader(cfg.clip_timeout) as reader:
         prompter = setup.make_prompter(
             cfg,

@@ -19,8 +19,8 @@ from files import UserError
 
 FAMILIES = {  # by model_type: how a clip becomes tokens, where the config does not say it
     "qwen2_5_vl": {},
-    "qwen2_vl": dict(tokens_per_second=None),
-    "qwen3_vl": dict(tokens_per_second=None, timestamps=True, mean=(0.5,) * 3, std=(0.5,) * 3),
+    "qwen2_vl": {},
+    "qwen3_vl": dict(timestamps=True, mean=(0.5,) * 3, std=(0.5,) * 3),
 }
 
 
@@ -35,15 +35,14 @@ def read_config(name: str | os.PathLike) -> PreTrainedConfig:
         raise UserError(f"{name}: not a checkpoint for transformers ({_first(error)})") from error
     if kind is None:
         raise UserError(f"{name}: not a checkpoint; it has no config.json with a model_type")
-    why = "; its linear attention carries state from one completion of a packed row to the next"
-    raise UserError(
-        f"{name}: is a {kind!r} model; {' or '.join(FAMILIES)} is needed"
-        + why * str(kind).startswith(("qwen3_5", "qwen3_next", "qwen4"))
-    )
+    raise UserError(f"{name}: is a {kind!r} model; {' or '.join(FAMILIES)} is needed")
 
 
-def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.dtype]:
-    """Model in float32, tokenizer, and the dtype of the checkpoint. Raises UserError."""
+def load_model(
+    name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.dtype]:
+    """Model in `dtype`, tokenizer, and the dtype of the checkpoint. On the device "meta" the model
+    has no weights, and none are read. Raises UserError."""
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not os.path.isdir(name):
         raise UserError(f"{name}: no such model directory; give one, or a hub name")
@@ -52,31 +51,39 @@ def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, tor
         raise UserError(f"{name}: has sliding-window layers, which packed rows do not support")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model, found = AutoModelForImageTextToText.from_pretrained(
-            name,
-            dtype=torch.float32,
-            attn_implementation="sdpa",
-            output_loading_info=True,
-            trust_remote_code=False,
-        )
+        if str(device) == "meta":
+            with torch.device("meta"):
+                model, found = AutoModelForImageTextToText.from_config(config), {}
+        else:
+            model, found = AutoModelForImageTextToText.from_pretrained(
+                name,
+                dtype=dtype,
+                attn_implementation="sdpa",
+                output_loading_info=True,
+                trust_remote_code=False,
+            )
     except Exception as error:  # of transformers, tokenizers, safetensors, each their own types
         raise UserError(
             f"{name}: its weights or tokenizer cannot be loaded ({_first(error)})"
         ) from error
-    if found["missing_keys"]:
-        lost = sorted(found["missing_keys"])
+    if lost := sorted(found.get("missing_keys", ())):
         raise UserError(f"{name}: its weights lack {len(lost)} tensors, such as {lost[0]}")
     if tokenizer.convert_tokens_to_ids("<|video_pad|>") != config.video_token_id:
         raise UserError(f"{name}: its tokenizer does not have <|video_pad|> where config.json does")
+    return model.to(device), tokenizer, config.dtype or torch.float32
+
+
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids at which generation stops. Raises UserError on what is no id of the vocabulary."""
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     for end in [tokenizer.eos_token_id, *ends]:
-        if type(end) is not int or not 0 <= end < config.text_config.vocab_size:
+        if type(end) is not int or not 0 <= end < model.config.text_config.vocab_size:
             raise UserError(
-                f"{name}: its end token {end!r} (generation_config.json, or eos_token of the "
-                "tokenizer) is no id of its vocabulary"
+                f"{model.name_or_path}: its end token {end!r} (generation_config.json, or the "
+                "tokenizer's eos_token) is no id of its vocabulary"
             )
-    return model, tokenizer, config.dtype or torch.float32
+    return sorted({tokenizer.eos_token_id, *ends})
 
 
 def _first(error: Exception) -> str:

@@ -2,15 +2,15 @@
 over it, so that the prompt is scored once instead of G times.
 
 A token of c_i sees the prompt and its own earlier tokens, at the positions it would have alone.
-There are two ways to compute that, which give the same numbers; neither makes a mask:
+There are two ways to compute that, which give the same numbers; neither makes a mask of L x L:
 
-    sdpa                torch's fused attention, for the prompt and for its completions: everywhere
+    sdpa                torch's fused attention, once for the prompt and once for its completions,
+                        side by side: everywhere
     flash_attention_2   flash-attn's variable-length call: the prompt is one sequence, each
                         completion another, over [prompt, own]; no padding; CUDA, its own package
 
 Letters in shapes: B questions, G completions of each, T tokens of the longest, L tokens of the
-longest row, N completion tokens of a question, H query heads, d their size, S sequences in a
-variable-length call, Q tokens that ask in it, K tokens they may see.
+longest row, N completion tokens of a question, H query heads, d their size.
 """
 
 from dataclasses import dataclass, field
@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -50,77 +52,33 @@ class Group:
         return torch.cat(self.completions)
 
 
-def pack(groups: list[Group], pad_id: int) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+def pack(groups: list[Group], pad_id: int) -> tuple[Tensor, Tensor, list[list[int]], list[Tensor]]:
     """Eq. 7: a row [prompt | c_1 | c_2 | ... | c_G] per question, right-padded to the longest.
 
-    Returns ids_BL, positions_3BL, segments_BL and, for each question, rows_N: the places in its row
-    whose hidden states predict its completion tokens. Every completion's positions go on from the
-    prompt's end, as if it stood there alone. Segments are 0 for the prompt, i for c_i, -1 for
-    padding. The last token of a completion predicts nothing and is left out; the first is predicted
-    by the prompt's last row, which all G completions share.
+    Returns ids_BL, positions_3BL and, for each question, the tokens of each part of its row that
+    has any, and rows_N: the places in its row whose hidden states predict its completion tokens.
+    Every completion's positions go on from the prompt's end, as if it stood there alone. The last
+    token of a completion predicts nothing and is left out; the first is predicted by the prompt's
+    last row, which all G completions share.
     """
-    rows_ids, rows_positions, rows_segments, rows_N = [], [], [], []
+    rows_ids, rows_positions, sizes, rows_N = [], [], [], []
     for group in groups:
         question = group.question
-        ids, positions = [question.ids_P], [question.positions_3P]
-        segments, predictors = [torch.zeros_like(question.ids_P)], []
-        start, following = len(question.ids_P), question.positions_3P.max() + 1
-        for i, completion in enumerate(group.completions, 1):
+        P, following = len(question.ids_P), question.positions_3P.max() + 1
+        ids, positions, predictors = [question.ids_P], [question.positions_3P], []
+        start = P
+        for completion in group.completions:
             body = completion[:-1]
             ids.append(body)
             positions.append((following + torch.arange(len(body))).expand(3, -1))
-            segments.append(torch.full_like(body, i))
-            predictors.append(torch.tensor([len(question.ids_P) - 1]))
-            predictors.append(torch.arange(start, start + len(body)))
+            predictors += [P - 1, *range(start, start + len(body))]
             start += len(body)
         rows_ids.append(torch.cat(ids))
-        rows_positions.append(torch.cat(positions, dim=1))
-        rows_segments.append(torch.cat(segments))
-        rows_N.append(torch.cat(predictors) if predictors else torch.zeros(0, dtype=torch.long))
-    L = max(len(ids) for ids in rows_ids)
-    return (
-        torch.stack([F.pad(x, (0, L - len(x)), value=pad_id) for x in rows_ids]),
-        torch.stack([F.pad(x, (0, L - x.shape[1])) for x in rows_positions], dim=1),
-        torch.stack([F.pad(x, (0, L - len(x)), value=-1) for x in rows_segments]),
-        rows_N,
-    )
-
-
-# ------------------------------------------- sdpa: the prompt once, then the completions beside it
-
-
-@dataclass
-class Row:
-    """Where the prompt and the completions of one question stand in its packed row."""
-
-    prompt: slice
-    own: slice  # the completions, N tokens in all
-    grid: tuple[int, int]  # (G, T), of the completions that have tokens here
-    slots_N: Tensor  # the place of each of these tokens in a flattened (G, T) grid
-
-    def to_grid(self, x: Tensor) -> Tensor:
-        """(1, H, N, ...) -> (G, H, T, ...): one completion a row, right-padded with zeros."""
-        grid = x.new_zeros(x.shape[1], self.grid[0] * self.grid[1], *x.shape[3:])
-        grid[:, self.slots_N] = x[0]
-        return grid.unflatten(1, self.grid).transpose(0, 1)
-
-    def from_grid(self, x: Tensor) -> Tensor:
-        """The inverse of `to_grid`."""
-        return x.transpose(0, 1).flatten(1, 2)[None, :, self.slots_N]
-
-
-def packed_layout(segments_BL: Tensor, device: torch.device | str = "cpu") -> list[Row]:
-    """Eq. 7 as `packed_attention` takes it: no mask, because padding comes last in each sequence,
-    where causal attention never looks."""
-    rows = []
-    for segments_L in segments_BL:
-        P, own_N = int((segments_L == 0).sum()), segments_L[segments_L > 0]
-        lengths_G = own_N.unique_consecutive(return_counts=True)[1]
-        T = max(lengths_G.tolist(), default=0)
-        slots_N = (torch.arange(T) < lengths_G[:, None]).flatten().nonzero()[:, 0]
-        own = slice(P, P + len(own_N))
-        rows.append(Row(slice(P), own, (len(lengths_G), T), slots_N.to(device)))
-    return rows
+        rows_positions.append(torch.cat(positions, dim=1).T)
+        sizes.append([len(part) for part in ids if len(part)])
+        rows_N.append(torch.tensor(predictors, dtype=torch.long))
+    ids_BL = pad_sequence(rows_ids, batch_first=True, padding_value=pad_id)
+    return ids_BL, pad_sequence(rows_positions).permute(2, 1, 0), sizes, rows_N
 
 
 def packed_attention(
@@ -131,159 +89,40 @@ def packed_attention(
     attention_mask: Tensor | None,
     *,
     scaling: float,
-    packed: list[Row] | None = None,
+    packed: list[list[int]] | None = None,
     **_,
 ) -> tuple[Tensor, None]:
     """Attention over packed rows, as transformers calls it: query (B, H, L, d), key and value with
-    fewer heads; returns (B, L, H, d). `packed` is the layout; without one, as in a prefill of
-    prompts alone, this is transformers' own causal attention."""
+    fewer heads; returns (B, L, H, d). `packed` holds the sizes from `pack`; without them, as in a
+    prefill of prompts alone, this is transformers' own causal attention.
+
+    The prompt attends to itself; then its completions, as a batch of G, to [prompt, own]. They are
+    padded on the right, where causal attention does not look.
+    """
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast they are float32
     if packed is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
-    return Joined.apply(query, key, value, packed, scaling).transpose(1, 2), None
-
-
-class Joined(torch.autograd.Function):
-    """The prompt attends to itself once. The completions of a question attend to the prompt, whose
-    keys they share, and each to itself; the two parts have one softmax. Time and memory grow with
-    the number of completions, not with its square.
-
-    With o_1, o_2 the parts' outputs and L_1, L_2 their log-sum-exps, L = log(e^L_1 + e^L_2) and
-    o = e^(L_1 - L) o_1 + e^(L_2 - L) o_2. The probabilities of each part are e^(score - L), so its
-    fused backward pass, given o and L in place of its own, returns the exact gradients.
-    """
-
-    @staticmethod
-    def forward(
-        ctx, query: Tensor, key: Tensor, value: Tensor, rows: list[Row], scale: float
-    ) -> Tensor:
-        """query (B, H, L, d), key and value with fewer heads; returns (B, H, L, d)."""
-        out = torch.zeros_like(query)
-        accurate = torch.promote_types(query.dtype, torch.float32)
-        lse = torch.zeros(query.shape[:3], dtype=accurate, device=query.device)
-        for b, row in enumerate(rows):
-            q, k, v = (x[b : b + 1, :, row.prompt] for x in (query, key, value))
-            out_0, lse_0, state = flash(q, k, v, True, scale)
-            out[b, :, row.prompt], lse[b, :, row.prompt] = out_0[0], lse_0[0]
-            if not len(row.slots_N):  # every completion has one token, which predicts nothing
-                continue
-            own = [x[b : b + 1, :, row.own] for x in (query, key, value)]
-            out_1, lse_1, _ = flash(own[0], k, v, False, scale)
-            out_2, lse_2, _ = flash(*map(row.to_grid, own), True, scale)
-            out_2, lse_2 = row.from_grid(out_2), row.from_grid(lse_2)
-            joined = torch.logaddexp(lse_1, lse_2)
-            share_1, share_2 = ((x - joined).exp()[..., None] for x in (lse_1, lse_2))
-            out[b, :, row.own] = (share_1 * out_1 + share_2 * out_2)[0]
-            lse[b, :, row.own] = joined[0]
-        ctx.save_for_backward(query, key, value, out, lse, *state)
-        ctx.rows, ctx.scale = rows, scale
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, lse, *state = ctx.saved_tensors
-        totals = [torch.zeros_like(x) for x in (query, key, value)]
-        for b, row in enumerate(ctx.rows):
-            prompt, own = (
-                [x[b : b + 1, :, part] for x in (grad, query, key, value, out, lse)]
-                for part in (row.prompt, row.own)
+    how = dict(scale=scaling, enable_gqa=True)
+    rows = []
+    for (P, *own), *qkv in zip(packed, query, key, value, strict=True):
+        parts = [x_HLd[:, : P + sum(own)].split([P, *own], dim=1) for x_HLd in qkv]
+        q, k, v = prompt = [x[0][None] for x in parts]
+        row = [F.scaled_dot_product_attention(q, k, v, is_causal=True, **how)[0]]
+        if own:  # else every completion has one token, which predicts nothing
+            G, T = len(own), max(own)
+            q, k, v = (
+                torch.stack([F.pad(x, (0, 0, 0, T - x.shape[1])) for x in completions])
+                for _, *completions in parts
             )
-            parts = flash_backward(*prompt, True, ctx.scale, state)
-            for total, part in zip(totals, parts, strict=True):
-                total[b, :, row.prompt] = part[0]
-            if not len(row.slots_N):
-                continue
-            parts = flash_backward(*map(row.to_grid, own), True, ctx.scale, state)
-            for total, part in zip(totals, parts, strict=True):
-                total[b, :, row.own] = row.from_grid(part)[0]
-            own[2:4] = prompt[2:4]  # the completions over the prompt
-            parts = flash_backward(*own, False, ctx.scale, state)
-            for total, part, place in zip(
-                totals, parts, (row.own, row.prompt, row.prompt), strict=True
-            ):
-                total[b, :, place] += part[0]
-        return *totals, None, None
-
-
-def flash(
-    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float
-) -> tuple[Tensor, Tensor, tuple]:
-    """Torch's fused attention: output (b, H, n, d), log-sum-exp (b, H, n) in float32, and the state
-    of the random numbers (of a dropout that is 0) which its backward pass on CUDA asks for. k and v
-    may have fewer heads. On CUDA for bf16 and float16 only."""
-    if q.is_cuda:
-        attend = torch.ops.aten._scaled_dot_product_flash_attention
-        out, lse, *rest = attend(q, k, v, 0.0, is_causal, scale=scale)
-        return out, lse, tuple(rest[4:6])
-    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return *attend(q, k, v, 0.0, is_causal, scale=scale), ()
-
-
-def flash_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    is_causal: bool,
-    scale: float,
-    state: list[Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v, for an output and log-sum-exp that may be of more keys."""
-    # CUDA reads the log-sum-exp without looking at its strides.
-    tensors, lse = (grad, q, k, v, out), lse.contiguous()
-    if q.is_cuda:
-        lengths = None, None, q.shape[2], k.shape[2]  # None: not a variable-length call
-        differentiate = torch.ops.aten._scaled_dot_product_flash_attention_backward
-        return differentiate(*tensors, lse, *lengths, 0.0, is_causal, *state, scale=scale)
-    differentiate = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    return differentiate(*tensors, lse, 0.0, is_causal, scale=scale)
-
-
-# ----------------------------------------------------- flash_attention_2: one variable-length call
-
-
-@dataclass
-class Sequences:
-    """Packed rows as a variable-length call takes them: for each sequence the tokens that ask, and
-    the tokens they may see, both as places in the B L tokens of the flattened rows."""
-
-    query_Q: Tensor
-    key_K: Tensor  # each prompt occurs here G + 1 times, once for each sequence that sees it
-    query_starts: Tensor  # (S + 1,) int32, where each sequence begins in query_Q
-    key_starts: Tensor  # (S + 1,) int32
-    longest_query: int
-    longest_key: int
-
-
-def packed_sequences(segments_BL: Tensor, device: torch.device | str = "cpu") -> Sequences:
-    """The prompt over itself, and each completion over [prompt, own], causal with the last query at
-    the last key. Padding asks nothing; it gets 0."""
-    places_BL = torch.arange(segments_BL.numel()).view(segments_BL.shape)
-    queries, keys = [], []
-    for places_L, segments_L in zip(places_BL, segments_BL, strict=True):
-        prompt = places_L[segments_L == 0]
-        queries.append(prompt)
-        keys.append(prompt)
-        for i in range(1, int(segments_L.max()) + 1):
-            own = places_L[segments_L == i]
-            if len(own):  # a completion of one token has nothing that predicts
-                queries.append(own)
-                keys.append(torch.cat([prompt, own]))
-
-    def starts(parts: list[Tensor]) -> Tensor:
-        ends = torch.tensor([len(part) for part in parts]).cumsum(0)
-        return F.pad(ends, (1, 0)).to(device, torch.int32)
-
-    return Sequences(
-        torch.cat(queries).to(device),
-        torch.cat(keys).to(device),
-        starts(queries),
-        starts(keys),
-        max(map(len, queries)),
-        max(map(len, keys)),
-    )
+            k, v = (
+                torch.cat([shared.expand(G, -1, -1, -1), x], dim=2)
+                for shared, x in zip(prompt[1:], (k, v), strict=True)
+            )
+            sees = causal_lower_right(T, P + T)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=sees, **how)
+            row += [out_HTd[:, :n] for out_HTd, n in zip(out, own, strict=True)]
+        rows.append(F.pad(torch.cat(row, dim=1), (0, 0, 0, query.shape[2] - P - sum(own))))
+    return torch.stack(rows).transpose(1, 2), None
 
 
 def flash_attend(
@@ -294,38 +133,44 @@ def flash_attend(
     attention_mask: Tensor | None,
     *,
     scaling: float,
-    packed: Sequences | None = None,
+    packed: list[list[int]] | None = None,
     **_,
 ) -> tuple[Tensor, None]:
-    """As `packed_attention`; the layout is that of `packed_sequences`."""
+    """As `packed_attention`: each part of a row is a sequence, and asks with its last query at the
+    last key. Padding asks nothing; it gets 0."""
     from flash_attn import flash_attn_varlen_func
 
     if packed is None:
         return packed_attention(module, query, key, value, attention_mask, scaling=scaling)
-    B, H, L, d = query.shape
-    query, key, value = (
-        x.to(value.dtype).transpose(1, 2).reshape(B * L, -1, d) for x in (query, key, value)
-    )
+    queries, seen = [], ([], [])  # seen: keys, values
+    lengths = [[P, *(P + n for n in own)] for P, *own in packed]  # of what each sequence sees
+    for sizes, *qkv in zip(packed, query, key, value, strict=True):
+        q_NHd, *kv = (x.transpose(0, 1)[: sum(sizes)].to(value.dtype) for x in qkv)
+        queries.append(q_NHd)
+        for parts, x_NKd in zip(seen, kv, strict=True):
+            prompt, *own = x_NKd.split(sizes)
+            parts += [prompt, *(x for part in own for x in (prompt, part))]
+
+    def starts(parts: list[list[int]]) -> Tensor:
+        ends = torch.tensor(sum(parts, [])).cumsum(0)
+        return F.pad(ends, (1, 0)).to(query.device, torch.int32)
+
     out = flash_attn_varlen_func(
-        query[packed.query_Q],
-        key[packed.key_K],
-        value[packed.key_K],
-        packed.query_starts,
-        packed.key_starts,
-        packed.longest_query,
-        packed.longest_key,
+        torch.cat(queries),
+        torch.cat(seen[0]),
+        torch.cat(seen[1]),
+        starts(packed),
+        starts(lengths),
+        max(map(max, packed)),
+        max(map(max, lengths)),
         softmax_scale=scaling,
         causal=True,
     )
-    rows = torch.zeros_like(query).index_copy(0, packed.query_Q, out)
-    return rows.view(B, L, H, d), None
+    return pad_sequence(out.split([sum(sizes) for sizes in packed]), batch_first=True), None
 
 
-# --attn_implementation: the attention of the language model, and the layout it takes. (A name with
-# "flash" in it would have transformers look for a library of that name.)
-ATTENTION = {
-    "sdpa": ("packed_sdpa", packed_layout),
-    "flash_attention_2": ("packed_varlen", packed_sequences),
-}
+# --attn_implementation: the attention of the language model. (A name with "flash" in it would have
+# transformers look for a library of that name.)
+ATTENTION = {"sdpa": "packed_sdpa", "flash_attention_2": "packed_varlen"}
 AttentionInterface.register("packed_sdpa", packed_attention)
 AttentionInterface.register("packed_varlen", flash_attend)

@@ -30,15 +30,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
 
-from data import Question, load_chat_template
+from data import Question, checkpoint_file, load_chat_template
 from files import UserError
 from kernels import token_logps
 from model import ranks
-from model.load import FAMILIES, load_model
+from model.load import FAMILIES, end_ids, load_model
 from model.packing import ATTENTION, Group, pack
-from model.rollout import Decoder, GroupCache
+from model.rollout import Decoder
 from model.tower import tower_layout
 from records import Record
 from video import Geometry, mrope_positions
@@ -53,8 +52,8 @@ PROCESSOR_FILES = (  # unused here; copied into saved checkpoints for other prog
 )
 
 
-class NonFiniteLogits(UserError):
-    """The model's logits in a rollout were NaN or infinite: nothing can be sampled from them."""
+def compute_dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 class Root(nn.Module):
@@ -82,18 +81,16 @@ class Policy:
         self.save_dtype = torch.float32
         self.attend_with("sdpa")
         config, vision = model.config, model.config.vision_config
-        known = dict(tokens_per_second=getattr(vision, "tokens_per_second", None))
         self.geometry = Geometry(
             vision.patch_size,
             vision.temporal_patch_size,
             vision.spatial_merge_size,
-            **known | FAMILIES[config.model_type],
+            getattr(vision, "tokens_per_second", None),
+            **FAMILIES[config.model_type],
         )
         # OFFICIAL: generation stops at either of <|im_end|> and <|endoftext|>, the mask ends at the
         # first.  OURS: a completion ends where generation stops.
-        eos = model.generation_config.eos_token_id
-        eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-        self.eos_ids = torch.tensor(sorted(eos))
+        self.eos_ids = torch.tensor(end_ids(model, tokenizer))
         self.pad_id = tokenizer.eos_token_id
         # Never sampled: vision ids, which would break the count of video tokens, and the ids that
         # fill the embedding up beyond the tokenizer's.
@@ -107,11 +104,13 @@ class Policy:
         device: torch.device | str = "cpu",
         freeze_vision_modules: bool = False,
         attn_implementation: str = "sdpa",
+        dtype: torch.dtype = torch.float32,
     ) -> "Policy":
-        """A checkpoint directory or hub name, in float32. Raises UserError if it is no Qwen-VL."""
+        """A checkpoint directory or hub name; on the device "meta" it has no weights. Raises
+        UserError if it is no Qwen-VL."""
         name = os.fspath(model_name_or_path)
-        model, tokenizer, save_dtype = load_model(name)
-        policy = cls(model.to(device).eval(), tokenizer, load_chat_template(name, tokenizer))
+        model, tokenizer, save_dtype = load_model(name, device, dtype)
+        policy = cls(model.eval(), tokenizer, load_chat_template(name, tokenizer))
         policy.save_dtype = save_dtype
         policy.vision.requires_grad_(not freeze_vision_modules)
         policy.attend_with(attn_implementation)
@@ -153,9 +152,9 @@ class Policy:
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator["Policy"]:
-        """A policy with whole weights on this rank, to decode with: itself on one CPU process; else
-        a copy, bf16 on CUDA, gathered now and freed when the block ends."""
-        if self.root is None and self.device.type == "cpu":
+        """A policy with whole weights on this rank, in the dtype it computes in, to decode with:
+        itself, or else a copy, gathered now and freed when the block ends."""
+        if self.root is None and self.model.dtype == self.compute_dtype:
             yield self
             return
         actor = self._whole_copy()
@@ -170,14 +169,13 @@ class Policy:
         config = copy.deepcopy(self.model.config)  # its own: a config says how its model attends
         with torch.device("meta"):
             actor = type(self.model)(config)
-        for name, parameter in self.model.named_parameters():
-            whole = parameter.detach().to(self.compute_dtype)
-            whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+        for name, x in (*self.model.named_parameters(), *self.model.named_buffers()):
+            if isinstance(x, nn.Parameter):
+                whole = x.detach().to(self.compute_dtype)
+                whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+                x = nn.Parameter(whole, requires_grad=False)
             owner, _, leaf = name.rpartition(".")
-            setattr(actor.get_submodule(owner), leaf, nn.Parameter(whole, requires_grad=False))
-        for name, buffer in self.model.named_buffers():
-            owner, _, leaf = name.rpartition(".")
-            setattr(actor.get_submodule(owner), leaf, buffer)
+            setattr(actor.get_submodule(owner), leaf, x)
         actor.tie_weights()  # the lm_head of small models is their embedding
         actor.generation_config = self.model.generation_config
         policy = Policy(actor.eval(), self.tokenizer, self.chat_template)
@@ -199,20 +197,14 @@ class Policy:
         template = Path(directory) / "chat_template.jinja"  # the one this policy was trained with
         template.write_text(self.chat_template, encoding="utf-8")
         for name in PROCESSOR_FILES if processor_from else ():
-            file = cached_file(
-                processor_from,
-                name,
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_connection_errors=False,
-            )
-            if file:
+            if file := checkpoint_file(processor_from, name):
                 shutil.copyfile(file, Path(directory) / name)
 
     # ----------------------------------------------------------------------------- the three passes
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        return compute_dtype(self.device)
 
     def compute(self) -> contextlib.AbstractContextManager:
         """bf16 arithmetic on CUDA, whatever the parameters; plain float32 elsewhere."""
@@ -228,8 +220,11 @@ class Policy:
         patches = torch.cat([q.patches for q in questions]).to(self.device)
         grids_B3 = torch.tensor([q.grid for q in questions])  # stays on the host, where it is read
         layout = tower_layout(grids_B3, self.vision.config, self.device)
-        with self.compute(), self.attention(self.vision, "segments_flash"):
+        config = self.vision.config
+        before, config._attn_implementation = config._attn_implementation, "segments_flash"
+        with self.compute():
             out = self.vision(patches, grid_thw=grids_B3, **layout)
+        config._attn_implementation = before  # what transformers' own forward pass is to use
         features = torch.cat([out.pooler_output, *getattr(out, "deepstack_features", ())], dim=-1)
         return list(
             features.split([len(q.patches) // self.geometry.merge_size**2 for q in questions])
@@ -260,97 +255,54 @@ class Policy:
         temperature: float,
         seeds: list[tuple[int, ...]],
         top_p: float = 1.0,
-        capture: bool | None = None,
     ) -> list[Group]:
         """G completions of each question, sampled together; `features` from `encode_videos`.
 
         Question b draws from a random stream of its own, seeds[b], so what else is in the batch
-        does not matter. `capture`: replay a CUDA graph per step; None: on CUDA.
+        does not matter.
         """
-        G, T, device = num_generations, max_completion_length, self.device
-        on_cuda = device.type == "cuda"
+        shape = max_completion_length, num_generations
         uniform_RT = torch.from_numpy(
-            np.concatenate([np.random.default_rng(s).random((T, G)).T for s in seeds])
+            np.concatenate([np.random.default_rng(seed).random(shape).T for seed in seeds])
         )
-
         # Prefill: each prompt once, right-padded, where causal attention does not look.
         ids_BP, positions_3BP, *_ = pack([Group(q) for q in questions], self.pad_id)
-        lengths_B = torch.tensor([len(q.ids_P) for q in questions], device=device)
-        cache = GroupCache(len(self.text.layers), lengths_B)
         self.text.eval()
         with self.compute():
-            hidden_BPD = self.text(
+            prefill = self.text(
                 **self._embed(ids_BP, features),
-                position_ids=positions_3BP.to(device),
-                past_key_values=cache,
-            ).last_hidden_state
-        hidden_BD = hidden_BPD[torch.arange(len(questions), device=device), lengths_B - 1]
-
-        # Decode: R = B G rows side by side.
-        following_B = torch.stack([q.positions_3P.max() + 1 for q in questions])
-        with self.compute():
-            decoder = Decoder(
-                self.text,
-                self.model.lm_head,
-                cache,
-                hidden_BD.repeat_interleave(G, dim=0),
-                following_B.repeat_interleave(G).to(device),
-                uniform_RT.to(device),
-                temperature,
-                top_p,
-                self.banned_V.to(device),
-                self.eos_ids.to(device),
+                position_ids=positions_3BP.to(self.device),
+                use_cache=True,
             )
-            decoder.run(on_cuda if capture is None else capture, check_every=16 if on_cuda else 1)
-        tokens_RT, logps_RT = (
-            x[:, : decoder.steps].cpu() for x in (decoder.tokens_RT, decoder.logps_RT)
-        )
-        return self._groups(questions, tokens_RT, logps_RT, G)
+            decoder = Decoder(self, questions, prefill, uniform_RT, temperature, top_p)
+            tokens_RT, logps_RT = decoder.run()
+        return self._groups(questions, tokens_RT.cpu(), logps_RT.cpu())
 
     def attend_with(self, attn_implementation: str) -> None:
         """Chooses how packed rows are scored: a key of packing.ATTENTION. Keep it until after the
         backward pass, which recomputes checkpointed layers."""
         self.attn_implementation = attn_implementation
-        self.text.config._attn_implementation, _ = ATTENTION[attn_implementation]
-
-    @contextlib.contextmanager
-    def attention(self, part: PreTrainedModel, name: str) -> Iterator[None]:
-        """Temporarily uses another attention function in the language model or vision tower."""
-        config = part.config
-        before, config._attn_implementation = config._attn_implementation, name
-        try:
-            yield
-        finally:
-            config._attn_implementation = before
+        self.text.config._attn_implementation = ATTENTION[attn_implementation]
 
     def _groups(
-        self, questions: list[Question], tokens_RT: Tensor, logps_RT: Tensor, G: int
+        self, questions: list[Question], tokens_RT: Tensor, logps_RT: Tensor
     ) -> list[Group]:
-        """Eq. 6: cuts each row after its first end token. Raises NonFiniteLogits naming the
+        """Eq. 6: cuts each row after its first end token. Raises UserError naming the
         questions with a log-prob that is not finite."""
-        is_eos_RT = torch.isin(tokens_RT, self.eos_ids)
-        finished_R = is_eos_RT.any(1).tolist()
-        first_R = is_eos_RT.int().argmax(1).tolist()
-        groups, bad = [], []
-        for b, question in enumerate(questions):
-            rows = range(b * G, (b + 1) * G)
-            ends = [first_R[r] + 1 if finished_R[r] else tokens_RT.shape[1] for r in rows]
-            completions = [tokens_RT[r, :end] for r, end in zip(rows, ends, strict=True)]
-            groups.append(
-                Group(
-                    question,
-                    completions,
-                    finished=[finished_R[r] for r in rows],
-                    texts=[self.decode(completion) for completion in completions],
-                    sampled_logps_N=torch.cat(
-                        [logps_RT[r, :end] for r, end in zip(rows, ends, strict=True)]
-                    ),
-                )
-            )
-            if not groups[-1].sampled_logps_N.isfinite().all():
-                bad.append(question.record.id)
+        ends_RT = torch.isin(tokens_RT, self.eos_ids)
+        is_kept_RT = ends_RT.cumsum(1) - ends_RT.int() == 0  # no end token before it
+        G, groups = len(tokens_RT) // len(questions), []
+        rows = (x.split(G) for x in (tokens_RT, logps_RT, ends_RT, is_kept_RT))
+        for question, tokens_GT, logps_GT, ends_GT, is_kept_GT in zip(
+            questions, *rows, strict=True
+        ):
+            completions = [x[kept] for x, kept in zip(tokens_GT, is_kept_GT, strict=True)]
+            texts = [self.decode(completion) for completion in completions]
+            finished = ends_GT.any(1).tolist()
+            groups.append(Group(question, completions, finished, texts, logps_GT[is_kept_GT]))
+        bad = [g.question.record.id for g in groups if not g.sampled_logps_N.isfinite().all()]
         if bad:
-            raise NonFiniteLogits(
+            raise UserError(
                 f"the model's logits were not finite on question(s) {', '.join(bad)}; its weights, "
                 "or the arithmetic on this machine, are broken"
             )
@@ -372,15 +324,14 @@ class Policy:
             features = self.encode_videos([group.question for group in groups])
         elif features is None:
             features = [group.features for group in groups]
-        ids_BL, positions_3BL, segments_BL, rows_N = pack(groups, self.pad_id)
+        ids_BL, positions_3BL, sizes, rows_N = pack(groups, self.pad_id)
         device = self.device
         self.text.train(self.gradient_checkpointing)  # transformers checkpoints in training only
-        _, layout = ATTENTION[self.attn_implementation]
         with self.compute():
             hidden_BLD = self.text(
                 **self._embed(ids_BL, features),
                 position_ids=positions_3BL.to(device),
-                packed=layout(segments_BL, device),
+                packed=sizes,
                 use_cache=False,
             ).last_hidden_state
         return [hidden_BLD[b, rows.to(device)] for b, rows in enumerate(rows_N)]
@@ -406,14 +357,8 @@ class Policy:
         config, m = self.model.config, self.geometry.merge_size
         ids_P = torch.tensor([config.vision_start_token_id, config.video_token_id, self.pad_id])
         size = 3 * self.geometry.temporal_patch_size * self.geometry.patch_size**2
-        question = Question(
-            Record("idle", "", "", Path()),
-            prompt="",
-            ids_P=ids_P,
-            positions_3P=mrope_positions(ids_P, config.video_token_id, (1, m, m), 1, self.geometry),
-            patches=torch.zeros(m * m, size),
-            grid=(1, m, m),
-            seconds=1.0,
-        )
+        grid, patches, record = (1, m, m), torch.zeros(m * m, size), Record("idle", "", "", Path())
+        positions_3P = mrope_positions(ids_P, config.video_token_id, grid, 1, self.geometry)
+        question = Question(record, "", ids_P, positions_3P, patches, grid, seconds=1.0)
         completion = torch.full((2,), self.pad_id)
         return Group(question, [completion], [True], [""], advantages_G=torch.zeros(1))

@@ -51,7 +51,7 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
         if dist.is_initialized():
-            barrier()  # nobody leaves while another still has something to send
+            gather(None)  # nobody leaves while another still has something to send
             dist.destroy_process_group()
         code = 0
     except SystemExit as ending:
@@ -138,10 +138,6 @@ def total(value: float) -> float:
 def agree(flag: bool) -> bool:
     """True on every rank if it is true on any."""
     return any(gather(bool(flag)))
-
-
-def barrier() -> None:
-    gather(None)
 
 
 class StopSignal:

@@ -1,4 +1,8 @@
-"""Sampling G completions of each question: the cache, the attention over it, and one decode step.
+"""Sampling G completions of each question: the attention over the cache, and one decode step.
+
+Keys and values of a prompt are kept once per question, those of a completion once per row. A cache
+repeated G times would hold the prompt, by far the longer part, G times, and every step would read
+all of it.
 
 Every tensor of a decode step keeps its address and shape from step to step, so that on a GPU one
 step can be captured as a graph and replayed: launching the kernels of a 7B model one by one costs
@@ -11,35 +15,20 @@ size, V vocabulary, D hidden size.
 
 import importlib.util
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from data import Question
+
+if TYPE_CHECKING:
+    from model.policy import Policy
+
+CHECK_EVERY = 16  # steps on a GPU, between two looks at whether all rows have ended
 WORDS = 512  # of the vocabulary, in one block of `draw`
-
-
-class GroupCache:
-    """Keys and values while decoding: a prompt's once per question, a completion's once per row.
-
-    A cache repeated G times would hold the prompt, by far the longer part, G times, and every step
-    would read all of it. transformers fills in the prompts, through `update`.
-    """
-
-    def __init__(self, layers: int, lengths_B: Tensor):
-        self.lengths_B = lengths_B  # of the prompts, which are padded on the right to P
-        self.prompt: list[tuple[Tensor, Tensor] | None] = [None] * layers  # (B, K, P, d)
-        self.own: list[tuple[Tensor, Tensor]] = []  # (R, K, T, d)
-
-    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        # Under autocast a float32 model has values in bf16, but float32 keys once they are rotated.
-        self.prompt[layer_idx] = (key.to(value.dtype).contiguous(), value.contiguous())
-        return key, value
-
-    def begin_decoding(self, R: int, T: int) -> None:
-        for key, value in self.prompt:
-            _, K, _, d = key.shape
-            self.own.append((key.new_zeros(R, K, T, d), value.new_zeros(R, K, T, d)))
 
 
 def rotated(x_RHd: Tensor, cos_Rd: Tensor, sin_Rd: Tensor) -> Tensor:
@@ -75,7 +64,7 @@ def group_attention(
     (R, H, d), (B, K, P, _), W = query_RHd.shape, prompt_key.shape, int(t) + 1
     wide = torch.promote_types(torch.float32, own_key.dtype)
     own_key.index_copy_(2, t, rotated(key_RKd, cos_Rd, sin_Rd)[:, :, None].to(own_key.dtype))
-    own_value.index_copy_(2, t, value_RKd[:, :, None])
+    own_value.index_copy_(2, t, value_RKd[:, :, None].to(own_value.dtype))
     key, value, prompt_key, prompt_value = (
         x.to(wide) for x in (own_key[:, :, :W], own_value[:, :, :W], prompt_key, prompt_value)
     )
@@ -201,37 +190,38 @@ def head_logits(hidden_RD: Tensor, weight_VD: Tensor) -> Tensor:
 class Decoder:
     """The state of a rollout after its prefill, and the step that moves all R rows on by one token.
 
-    `run()` decodes until every row has ended and leaves the tokens in `tokens_RT`, their log-probs
-    in `logps_RT`, and in `steps` how many columns are filled. With `capture` (CUDA only) each step
-    is a replayed graph.
+    Row r belongs to question r // G and draws with uniform_RT[r].
     """
 
     def __init__(
         self,
-        text: nn.Module,
-        lm_head: nn.Module,
-        cache: GroupCache,
-        hidden_RD: Tensor,
-        following_R: Tensor,
+        policy: "Policy",
+        questions: list[Question],
+        prefill: BaseModelOutputWithPast,
         uniform_RT: Tensor,
         temperature: float,
         top_p: float,
-        banned_V: Tensor,
-        eos_ids: Tensor,
     ):
-        self.text, self.lm_head, self.cache = text, lm_head, cache
-        self.following_R, self.uniform_RT = following_R, uniform_RT
+        (R, T), B, device = uniform_RT.shape, len(questions), policy.device
+        self.text, self.lm_head = policy.text, policy.model.lm_head
+        self.banned_V, self.eos_ids = policy.banned_V.to(device), policy.eos_ids.to(device)
         self.temperature, self.top_p = temperature, top_p
-        self.banned_V, self.eos_ids = banned_V, eos_ids
-        self.attend = attention_on(hidden_RD.device)
-        (R, T), device = uniform_RT.shape, hidden_RD.device
+        self.uniform_RT, self.attend = uniform_RT.to(device), attention_on(device)
+        following_B = torch.stack([q.positions_3P.max() + 1 for q in questions])
+        self.following_R = following_B.repeat_interleave(R // B).to(device)
+        self.lengths_B = torch.tensor([len(q.ids_P) for q in questions], device=device)
+        cached = prefill.past_key_values.layers
+        self.prompt = [(layer.keys.contiguous(), layer.values.contiguous()) for layer in cached]
+        self.own = [
+            tuple(x.new_zeros(R, x.shape[1], T, x.shape[3]) for x in pair) for pair in self.prompt
+        ]
         self.t = torch.zeros(1, dtype=torch.long, device=device)
         self.tokens_RT = torch.zeros(R, T, dtype=torch.long, device=device)
         self.logps_RT = torch.zeros(R, T, device=device)
         self.ended_R = torch.zeros(R, dtype=torch.bool, device=device)
-        self.steps = 0
-        cache.begin_decoding(R, T)
-        self._sample(hidden_RD)
+        at_B = torch.arange(B, device=device)
+        hidden_BD = prefill.last_hidden_state[at_B, self.lengths_B - 1]
+        self._sample(hidden_BD.repeat_interleave(R // B, dim=0))
 
     def _sample(self, hidden_RD: Tensor) -> None:
         """Writes column t of tokens and log-probs from the hidden states that predict it."""
@@ -249,24 +239,23 @@ class Decoder:
         hidden_RD = self.text.embed_tokens(self.tokens_RT.index_select(1, self.t)[:, 0])
         positions_3R1 = (self.following_R + self.t).expand(3, -1)[..., None]
         rotation = [x_R1d[:, 0] for x_R1d in self.text.rotary_emb(hidden_RD, positions_3R1)]
-        lengths_B = self.cache.lengths_B
-        caches = zip(self.cache.prompt, self.cache.own, strict=True)
-        for layer, (prompt, own) in zip(self.text.layers, caches, strict=True):
-            context = (*rotation, *prompt, lengths_B, *own, self.t)
+        for layer, prompt, own in zip(self.text.layers, self.prompt, self.own, strict=True):
+            context = (*rotation, *prompt, self.lengths_B, *own, self.t)
             hidden_RD = decode_layer(layer, hidden_RD, self.attend, context)
         self.t += 1
         self._sample(rms_norm(self.text.norm, hidden_RD))
 
-    def run(self, capture: bool, check_every: int) -> None:
-        T, step = self.uniform_RT.shape[1], self.step
+    def run(self) -> tuple[Tensor, Tensor]:
+        """Decodes until every row has ended: the tokens, and their log-probs, (R, steps). On CUDA
+        each step is a replayed graph."""
+        T, step, on_cuda = self.uniform_RT.shape[1], self.step, self.t.is_cuda
         for t in range(T - 1):
-            if t % check_every == 0 and bool(self.ended_R.all()):  # waits for the GPU
-                break
-            if t == 0 and capture and self.attend is not group_attention:
+            if t % (CHECK_EVERY if on_cuda else 1) == 0 and self.ended_R.all():  # waits for the GPU
+                return self.tokens_RT[:, : t + 1], self.logps_RT[:, : t + 1]
+            if t == 0 and on_cuda and self.attend is not group_attention:
                 step = self._captured_step()
             step()
-            self.steps = t + 1
-        self.steps += 1
+        return self.tokens_RT, self.logps_RT
 
     def _captured_step(self) -> Callable[[], None]:
         """One step as a CUDA graph.

@@ -4,14 +4,10 @@ It decodes the first questions and prints the prompt as the model gets it, the s
 what each GPU will hold, and the schedule.
 """
 
-import torch
-from transformers import AutoModelForImageTextToText, AutoTokenizer
-
 import video
-from data import check_prompts, load_chat_template, step_records
+from data import check_prompts, step_records
 from files import UserError
 from model import ranks
-from model.load import read_config
 from model.policy import Policy
 from records import printable
 from run.config import Config, show_toy_flags, training_records
@@ -29,16 +25,7 @@ def show(cfg: Config) -> None:
         print("The run makes its clips and model; a dry run writes nothing, so it ends here.")
         return
     records = training_records(cfg)
-    name = cfg.model_name_or_path
-    config = read_config(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # of several libraries
-        raise UserError(f"{name}: its tokenizer cannot be loaded ({error})") from error
-    template = load_chat_template(name, tokenizer)
-    with torch.device("meta"):
-        policy = Policy(AutoModelForImageTextToText.from_config(config), tokenizer, template)
-    questions = []
+    policy, questions = Policy.load(cfg.model_name_or_path, "meta"), []
     with ClipReader(cfg.clip_timeout) as reader:
         prompter = make_prompter(cfg, policy, load_clip=reader.load_clip)
         check_prompts(prompter, records, cfg.jsonl_path)
@@ -62,13 +49,14 @@ def show(cfg: Config) -> None:
         )
 
     print(f"\nMemory on each of {ranks.world()} GPU(s), GB (1e9 bytes), estimated:")
-    parts = memory(cfg, policy, max(len(q.ids_P) for q in questions))
-    for part, size in parts.items():
-        print(f"  {part:44}{size / GB:8.2f}")
-    always = sum(size for part, size in parts.items() if part.startswith("always"))
-    for phase in ("rollout", "score", "update"):
-        size = always + sum(s for part, s in parts.items() if part.startswith(phase))
-        print(f"  {'= during the ' + phase:44}{size / GB:8.2f}")
+    phases = memory(cfg, policy, max(len(q.ids_P) for q in questions))
+    always = sum(phases["always"].values())
+    for phase, parts in phases.items():
+        for part, size in parts.items():
+            print(f"  {phase + ': ' + part:44}{size / GB:8.2f}")
+        if phase != "always":
+            size = always + sum(parts.values())
+            print(f"  {'= during the ' + phase:44}{size / GB:8.2f}")
 
     per_rank = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps
     per_step = per_rank * ranks.world()
@@ -79,8 +67,9 @@ def show(cfg: Config) -> None:
     )
 
 
-def memory(cfg: Config, policy: Policy, prompt: int) -> dict[str, float]:
-    """What a GPU holds at completions of full length, bytes; the phase it is held in comes first.
+def memory(cfg: Config, policy: Policy, prompt: int) -> dict[str, dict[str, float]]:
+    """What a GPU holds in each phase at completions of full length, part by part, in bytes; what it
+    holds "always" comes on top.
 
     Each phase counts what is alive together at its peak. tests/test_fake_gpu.py compares it with
     every tensor of a run on one GPU; what FSDP gathers is worked out, not measured. Activations are
@@ -94,10 +83,8 @@ def memory(cfg: Config, policy: Policy, prompt: int) -> dict[str, float]:
     layers = sum(p.numel() for p in policy.text.layers.parameters())
     trained, world, layer = everything - frozen, ranks.world(), layers / text.num_hidden_layers
     B, G, T = cfg.per_device_train_batch_size, cfg.num_generations, cfg.max_completion_length
-    length = prompt + G * T
-    tokens, accumulates = B * length, cfg.gradient_accumulation_steps
+    tokens = B * (prompt + G * T)
     head_dim = getattr(text, "head_dim", D // text.num_attention_heads)
-    tables = 1 if model.config.tie_word_embeddings else 2  # embedding and lm_head
     cached = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * 2  # bytes a token
 
     if cfg.gradient_checkpointing:  # the input of each layer, in the dtype of the embeddings
@@ -107,43 +94,44 @@ def memory(cfg: Config, policy: Policy, prompt: int) -> dict[str, float]:
         kept = text.num_hidden_layers * tokens * (8 * F + 34 * D)
         forward = 0
     if world > 1:  # gathered: embedding and head for the whole phase, and two layers in turn
-        in_bf16, in_backward = (
-            2 * (tables * V * D + 2 * layer),
-            2 * (2 * tables * V * D + 2 * layer),
-        )
+        tables = 2 * V * D * (1 if model.config.tie_word_embeddings else 2)
+        in_bf16, in_backward = tables + 4 * layer, 2 * tables + 4 * layer
     else:  # autocast's copies; they last until the forward ends, or without checkpoints longer
         in_bf16 = 2 * (layers + B * V * D)  # the head is cast for each question
         in_backward = 2 * layer
     gradients = 4 * trained / world
+    earlier = gradients if cfg.gradient_accumulation_steps > 1 else 0  # of other micro-batches
     freed = 2 * layers if world == 1 and cfg.gradient_checkpointing else 0  # before the head works
     # A chunk of logits in float32, what is kept of them in bf16, and hidden states.
     head = 4 * V * min(2048, G * T) + min(1.25e9, 2 * V * B * G * T) + 4 * D * B * G * T
-    parts = {
-        "always: parameters, float32": 4 * everything / world,
-        "always: AdamW moments, float32": 8 * trained / world,
-    }
-    if cfg.beta > 0:
-        parts["always: reference model, float32"] = 4 * everything / world
-    parts |= {
-        "rollout: gathered weights, bf16": 2 * everything,
-        "rollout: keys and values, bf16": cached * B * accumulates * length,
-        "score: kept activations": kept,
-        "score: weights in bf16": in_bf16,
-        "score: one layer or the head at work": max(forward, head - freed),
-    }
-    if accumulates > 1:
-        parts["score: gradients of earlier micro-batches"] = gradients
     # The backward frees activations as it makes gradients: its peak is at one of its ends.
     first = {
-        "update: kept activations": kept,
-        "update: weights in bf16": in_bf16 if not cfg.gradient_checkpointing else in_backward,
-        "update: head at work, its gradient": max(head + 2 * V * D, 4 * V * D * min(B, 2)),
-        "update: gradients of earlier micro-batches": gradients if accumulates > 1 else 0,
+        "kept activations": kept,
+        "weights in bf16": in_bf16 if not cfg.gradient_checkpointing else in_backward,
+        "head at work, its gradient": max(head + 2 * V * D, 4 * V * D * min(B, 2)),
+        "gradients of earlier micro-batches": earlier,
     }
     layer_at_work = tokens * (16 * F + 28 * D)
     last = {
-        "update: gradients, float32": gradients,
-        "update: weights in bf16": in_backward,
-        "update: one layer at work, no embedding yet": max(0, layer_at_work - 4 * V * D / world),
+        "gradients, float32": gradients,
+        "weights in bf16": in_backward,
+        "one layer at work, no embedding yet": max(0, layer_at_work - 4 * V * D / world),
     }
-    return parts | max(first, last, key=lambda moment: sum(moment.values()))
+    return dict(
+        always={
+            "parameters, float32": 4 * everything / world,
+            "AdamW moments, float32": 8 * trained / world,
+            "reference model, float32": 4 * everything / world if cfg.beta > 0 else 0,
+        },
+        rollout={
+            "gathered weights, bf16": 2 * everything,
+            "keys and values, bf16": cached * tokens * cfg.gradient_accumulation_steps,
+        },
+        score={
+            "kept activations": kept,
+            "weights in bf16": in_bf16,
+            "one layer or the head at work": max(forward, head - freed),
+            "gradients of earlier micro-batches": earlier,
+        },
+        update=max(first, last, key=lambda moment: sum(moment.values())),
+    )

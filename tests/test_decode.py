@@ -13,10 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton")
 
 from kernel_cases import DEVICE
-from test_fake_gpu import model_and_question
+from test_fake_gpu import SMALL, model_and_question
 from test_kernels import few
-from test_policy import as_qwen2_vl
-from test_qwen3 import as_qwen3_vl
+from test_policy import VISION, as_family
 
 from data import Question
 from kernels import decode
@@ -28,7 +27,6 @@ from records import Record
 pytest_plugins = ["test_fake_gpu"]
 pytestmark = pytest.mark.slow
 BLOCK = 16
-FAMILIES = dict(qwen2_5_vl=lambda policy: policy, qwen2_vl=as_qwen2_vl, qwen3_vl=as_qwen3_vl)
 
 
 def by_kernels(inputs):
@@ -98,9 +96,9 @@ def two_questions(policy, device):
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="decodes on the CPU, in the interpreter")
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", VISION)
 def test_a_rollout_by_the_kernels_draws_the_same_tokens(kind, policy, monkeypatch):
-    policy = FAMILIES[kind](policy)
+    policy = as_family(kind, policy)
     policy.eos_ids = torch.tensor([-1])  # never end
     arguments = *two_questions(policy, "cpu"), 2, 6, 1.0, [(1,), (2,)]
     by_torch = policy.rollout(*arguments)
@@ -127,9 +125,9 @@ class Launches(TorchDispatchMode):
 @pytest.mark.parametrize("kind, most", [("qwen2_5_vl", 15), ("qwen2_vl", 15), ("qwen3_vl", 17)])
 def test_a_step_reads_prompts_once_and_takes_few_kernels(kind, most, gpu, monkeypatch):
     """In each layer, and 60 around them; those of transformers launch 64. Qwen3-VL of toy size."""
-    base, _ = model_and_question(layers=3, vision_depth=2)
+    base, _ = model_and_question(**SMALL | dict(num_hidden_layers=3))
     with torch.device("cuda"):
-        model = FAMILIES[kind](base).model
+        model = as_family(kind, base).model
     policy = Policy(model, base.tokenizer, base.chat_template)
 
     def one_kernel(x, shape, weight, eps):  # torch without CUDA would take rms_norm apart,

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import PROJECT, twgrpo_command
-from test_policy import as_qwen2_vl
+from test_policy import as_family
 
 import eval as evaluation
 import twgrpo
 from data import STYLES, Prompter
 from files import UserError
-from model.policy import NonFiniteLogits, Policy
+from model.policy import Policy
 from model.rollout import sample as sample_tokens
 from run import answers, decoder, held_out
 from run.config import Config
@@ -147,7 +147,7 @@ def test_logits_that_are_not_finite_end_a_run_by_name(
 ):
     features = policy.encode_videos(questions)
     features[1] = features[1] * torch.nan
-    with pytest.raises(NonFiniteLogits, match=r"question\(s\) train-1;"):
+    with pytest.raises(UserError, match=r"question\(s\) train-1;"):
         policy.rollout(questions, features, 2, 4, 1.0, [(0,), (1,), (2,)])
     policy.model.lm_head.weight.data[7, 3] = torch.nan
     monkeypatch.setattr(Policy, "load", lambda *_, **__: policy)
@@ -183,7 +183,7 @@ def test_unreadable_clips_are_skipped_counted_and_tried_again(world, tmp_path, e
 def test_counting_trains_and_evaluates_with_qwen2_vl(world, policy, tmp_path, monkeypatch, eval_py):
     """DVD-counting's form, integer answers, --reward_funcs accuracy format, on a tiny Qwen2-VL: the
     right number earns its reward in training, and the log of the trained model can be scored."""
-    as_qwen2_vl(policy).save(tmp_path / "qwen2_vl")
+    as_family("qwen2_vl", policy).save(tmp_path / "qwen2_vl")
     clips = sorted((world / "clips").glob("train_*.mp4"))[:4]
     rows = [
         dict(problem="How many?", solution=f"<answer> {k} </answer>", video_filename=str(clip))

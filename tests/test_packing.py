@@ -5,7 +5,6 @@ documentation says: sequence by sequence, the last query at the last key. What i
 tokens we hand it.
 """
 
-import json
 import sys
 import types
 from unittest import mock
@@ -13,9 +12,9 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_completions
 from hypothesis import given
 from hypothesis import strategies as st
+from test_policy import gradients, groups_of
 
 from files import UserError
 from model.packing import (
@@ -24,29 +23,14 @@ from model.packing import (
     flash_attend,
     pack,
     packed_attention,
-    packed_layout,
-    packed_sequences,
 )
 from model.policy import Root
 from run.config import Config, check_attention
 
-LENGTHS = ([5, 1, 9], [3, 3, 2], [1, 1, 7])
-
-
-def packed_mask(segments_BL: torch.Tensor) -> torch.Tensor:
-    """Who sees whom, (B, 1, L, L) bool: a token sees the prompt and its segment, up to itself."""
-    L = segments_BL.shape[1]
-    key, query = segments_BL[:, None, :], segments_BL[:, :, None]
-    causal = torch.ones(L, L, dtype=torch.bool).tril()
-    return (causal & ((key == 0) | (key == query)))[:, None]
-
 
 @pytest.fixture
 def groups(policy, questions):
-    return [
-        Group(question, random_completions(policy, lengths, seed=k), [True] * 3, [""] * 3)
-        for k, (question, lengths) in enumerate(zip(questions, LENGTHS, strict=True))
-    ]
+    return groups_of(policy, questions, [[5, 1, 9], [3, 3, 2], [1, 1, 7]])
 
 
 def varlen_by_the_book(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale, causal):
@@ -78,17 +62,10 @@ def score(policy, groups, attention: str):
     """Hidden states of all completions, and the gradient of a fixed function of them."""
     policy.attend_with(attention)
     policy.model.zero_grad()
-    hidden = torch.cat(policy.hidden_states(groups, features_of(policy, groups)))
+    hidden = torch.cat(policy.hidden_states(groups))
     probe = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
     (hidden * probe.to(hidden.device)).sum().backward()
-    return hidden.detach(), {
-        name: p.grad.clone() for name, p in policy.model.named_parameters() if p.grad is not None
-    }
-
-
-def features_of(policy, groups):
-    with torch.no_grad():
-        return policy.encode_videos([group.question for group in groups])
+    return hidden.detach(), gradients(policy)
 
 
 def check_close(ours, theirs, hidden: float, gradient: float) -> None:
@@ -109,31 +86,38 @@ def test_a_policy_scores_alike_in_both_ways(policy, groups, flash_attn, checkpoi
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
-def test_a_gathered_copy_attends_as_its_policy_does(policy, groups, flash_attn, attention):
-    """The copy is made on every GPU and every rank of several; here by claiming to be sharded."""
+def test_a_gathered_copy_attends_as_its_policy_does(
+    policy, groups, flash_attn, attention, tmp_path
+):
+    """The copy is made on every GPU and every rank of several; here by claiming to be sharded.
+    Neither its rollout nor a checkpoint depends on the attention."""
+    arguments = [groups[0].question], policy.encode_videos([groups[0].question]), 2, 4, 1.0, [(1,)]
+    (expected,) = policy.rollout(*arguments)
     policy.attend_with(attention)
+    policy.save(tmp_path)
+    assert "packed" not in (tmp_path / "config.json").read_text()
     with torch.no_grad():
-        features = features_of(policy, groups)
+        features = policy.encode_videos([group.question for group in groups])
         before = policy.hidden_states(groups, features)
         policy.root = Root(policy.model)
         with policy.gathered() as actor:
             assert actor.model is not policy.model
             inside = actor.hidden_states(groups, features)
-            questions, seeds = [groups[0].question], [(1,)]
-            assert actor.rollout(questions, features[:1], 2, 4, 1.0, seeds)
+            assert actor.rollout(*arguments)[0].texts == expected.texts
         after = policy.hidden_states(groups, features)
     for a, b, c in zip(before, inside, after, strict=True):
         assert torch.equal(a, c) and (a - b).abs().max() < 1e-6
 
 
-rows = st.lists(
-    st.tuples(st.integers(1, 6), st.lists(st.integers(0, 4), min_size=1, max_size=4)),
-    min_size=1,
-    max_size=4,
+ROW = st.tuples(st.integers(1, 6), st.lists(st.integers(0, 4), min_size=1, max_size=4))
+
+
+@given(
+    st.lists(ROW, min_size=1, max_size=4),
+    st.sampled_from([(2, 1), (2, 3), (1, 1)]),
+    st.sampled_from([1, 2]),
+    st.booleans(),
 )
-
-
-@given(rows, st.sampled_from([(2, 1), (2, 3), (1, 1)]), st.sampled_from([1, 2]), st.booleans())
 def test_both_ways_equal_a_dense_mask(shapes, heads, scale, varlen):
     """Prompts and completions of any length, some empty, with shared key heads: outputs within
     1e-5, gradients within 1e-4."""
@@ -149,11 +133,11 @@ def test_both_ways_equal_a_dense_mask(shapes, heads, scale, varlen):
         for h in (key_heads * shared, key_heads, key_heads)
     )
     with mock.patch.dict(sys.modules, flash_attn=FLASH_ATTN):
-        attend, layout = (
-            (flash_attend, packed_sequences) if varlen else (packed_attention, packed_layout)
-        )
-        ours, _ = attend(None, q, k, v, None, scaling=scale, packed=layout(segments_BL))
-    mask = packed_mask(segments_BL)
+        attend = flash_attend if varlen else packed_attention
+        sizes = [[prompt, *filter(None, lengths)] for prompt, lengths in shapes]
+        ours, _ = attend(None, q, k, v, None, scaling=scale, packed=sizes)
+    asker, seen = segments_BL[:, None, :, None], segments_BL[:, None, None]
+    mask = ((seen == 0) | (seen == asker)) & torch.ones(L, L, dtype=torch.bool).tril()
     theirs = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
     is_token = segments_BL >= 0  # what padding gets does not matter
     ours, theirs = ours[is_token], theirs.transpose(1, 2)[is_token]
@@ -167,11 +151,9 @@ def test_both_ways_equal_a_dense_mask(shapes, heads, scale, varlen):
 def test_scoring_keeps_nothing_quadratic():
     """No tensor that attention saves for its backward pass has L x L elements."""
     sizes, L = [], 1200
-    segments_BL = torch.cat([torch.zeros(200), torch.arange(1, 1001) // 101 + 1])[None].long()
     q = torch.randn(1, 1, L, 4, requires_grad=True)
-    keep = lambda x: sizes.append(x.numel()) or x  # noqa: E731
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        packed_attention(None, q, q, q, None, scaling=1.0, packed=packed_layout(segments_BL))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()), lambda x: x):
+        packed_attention(None, q, q, q, None, scaling=1.0, packed=[[200] + [100] * 10])
     assert max(sizes) < 10 * q.numel() < L * L
 
 
@@ -185,16 +167,6 @@ def test_attention_on_a_gpu_equals_that_of_a_cpu(policy, groups, attention):
     exact = score(policy, groups, "sdpa")
     policy.model.cuda()
     check_close(score(policy, groups, attention), exact, 0.02, 0.1)
-
-
-def test_rollout_and_checkpoint_do_not_depend_on_it(policy, questions, flash_attn, tmp_path):
-    features, seeds = features_of(policy, [Group(questions[0], [], [], [])]), [(1,)]
-    before = policy.rollout(questions[:1], features, 3, 8, 1.0, seeds)
-    policy.attend_with("flash_attention_2")
-    after = policy.rollout(questions[:1], features, 3, 8, 1.0, seeds)
-    assert before[0].texts == after[0].texts
-    policy.save(tmp_path)
-    assert "packed_varlen" not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
 
 
 def test_attention_that_cannot_train_here_is_refused(flash_attn, monkeypatch):
@@ -214,8 +186,8 @@ def test_pack_by_hand(questions):
     question = questions[0]
     P, after = len(question.ids_P), int(question.positions_3P.max()) + 1
     group = Group(question, [torch.tensor([7, 8, 9]), torch.tensor([6])], [True] * 2, [""] * 2)
-    ids, positions, segments, rows = pack([group], pad_id=0)
+    ids, positions, sizes, rows = pack([group], pad_id=0)
     assert ids[0].tolist() == [*question.ids_P.tolist(), 7, 8]
-    assert segments[0].tolist() == [0] * P + [1, 1]
+    assert sizes == [[P, 2]]
     assert positions[:, 0, P:].tolist() == [[after, after + 1]] * 3
     assert rows[0].tolist() == [P - 1, P, P + 1, P - 1]

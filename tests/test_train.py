@@ -24,8 +24,7 @@ from torch.distributed.launcher.api import LaunchConfig
 import files
 import toy
 import twgrpo
-from benchmarks.step import SIZES
-from data import TEMPLATES
+from benchmarks.step import build
 from files import UserError
 from model.policy import Policy
 from records import load_records
@@ -530,19 +529,12 @@ def test_it_learns(tmp_path, capsys):
 
 def test_the_memory_table_in_the_readme_is_what_the_plan_computes(monkeypatch):
     """Qwen2.5-VL-7B's shape without its weights, the recipe's flags, a prompt of 1,100 tokens."""
-    tokenizer = toy.build_tokenizer(list(TEMPLATES.values()))
-    with torch.device("meta"):
-        model = toy.build_model(tokenizer, **SIZES["7b"])
-    policy = Policy(model, tokenizer, toy.CHAT_TEMPLATE)
-    columns = []
+    (policy, *_), columns = build("7b", 1100, "meta"), []
     for gpus in (2, 1):
         monkeypatch.setattr("model.ranks.world", lambda gpus=gpus: gpus)
-        parts = plan.memory(Config(), policy, prompt=1100)
-        always, *phases = (
-            sum(size for part, size in parts.items() if part.startswith(phase)) / 1e9
-            for phase in ("always", "rollout", "score", "update")
-        )
-        columns.append([always, *phases, always + max(phases)])
+        phases = plan.memory(Config(), policy, prompt=1100).values()
+        always, *others = (sum(parts.values()) / 1e9 for parts in phases)
+        columns.append([always, *others, always + max(others)])
     readme = (PROJECT / "README.md").read_text(encoding="utf-8")
     table = readme[readme.index("| GB (1e9 bytes)") :].splitlines()[2:7]
     cells = [re.findall(r"[0-9]+[.][0-9]+", row) for row in table]
