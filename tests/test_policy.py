@@ -299,7 +299,7 @@ def test_on_cuda_an_evaluation_holds_its_weights_once(world, policy, monkeypatch
         args = evaluation.parser().parse_args(
             f"ask --model {world}/model --video v --question q".split()
         )
-        assert not list(evaluation.answers(args, evaluation.settings(args), [], []))
+        assert not list(evaluation.answers(args, evaluation.config(args), [], []))
         (loaded,) = seen
         for ours, theirs in zip(loaded.model.parameters(), copy.model.parameters(), strict=True):
             assert ours.dtype == torch.bfloat16 and torch.equal(ours, theirs)
