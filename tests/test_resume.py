@@ -266,7 +266,40 @@ def test_an_error_in_the_loop_saves_the_steps_before_it(
         assert same_run(train(world, copy, FLAGS, AUTO), whole, STEPS)
 
 
-# --------------------------------------------------------------------------------- other endings
+# --------------------------------------------------------------------------------------- full disks
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 12 MB: room for one checkpoint of the toy, not for two."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(place)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_full_disk_is_an_error_and_the_older_checkpoint_stays(small_disk, world):
+    with pytest.raises(UserError, match="checkpoint-4 could not be written"):
+        train(world, small_disk / "r", FLAGS)
+    newest = checkpoint.find(small_disk / "r", "auto")
+    assert newest.name == "checkpoint-2" and not list((small_disk / "r").glob(".*partial"))
+    Policy.load(newest)
+
+
+def test_a_read_only_directory_is_an_error_and_what_it_holds_stays(small_disk, world):
+    """Root may write where permissions say no, so the file system itself is read-only here."""
+    run = small_disk / "r"
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    before = snapshot(small_disk)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    for flags in (AUTO, f"--output_dir {small_disk / 'new'}"):
+        with pytest.raises(UserError, match="cannot be written: Read-only file system"):
+            train(world, run, flags)
+    assert snapshot(small_disk) == before
 
 
 def test_save_only_model_leaves_no_trainer_state(world, tmp_path):
