@@ -88,6 +88,7 @@ def serve() -> None:
     """Serves the other end of ClipReader's pipe, given by its file descriptor."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # a cluster may signal each process; see above
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # SIG_IGN would be inherited
     pipe = Connection(int(sys.argv[1]))
     with contextlib.suppress(EOFError, OSError):  # the run has ended
         while True:

@@ -124,7 +124,7 @@ def test_a_failing_run_is_told_by_its_last_words_and_the_others_go_on(ablation):
     assert [row["seed"] for row in failed] == [4, 4]
     for row in failed:
         assert row["failed"].startswith("RuntimeError: exit code 1: ")
-        assert "toy/train.jsonl: no such file" in row["failed"]
+        assert "toy/train.jsonl: cannot be read" in row["failed"]
 
 
 @pytest.mark.slow
