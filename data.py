@@ -1,13 +1,13 @@
-"""Questions about videos as a model reads them.
+"""Turns records into questions that a model can read.
 
-    select_records   which questions to train on
-    step_records     which of them a training step uses, fixed by (seed, step) alone
+    select_records   the questions to train on
+    step_records     the questions of one training step, determined by (seed, step) alone
     Prompter         Record -> Question: prompt, token ids, position ids, patches of its clip
-    check_prompts    names every question that cannot become a prompt, before a run starts
+    check_prompts    lists every question that cannot become a prompt, before a run starts
 
-The formats of the files are in records.py. `python -m tools.check` names every fault of a file,
-`python -m tools.convert` makes training files of CLEVRER, NExT-GQA and STAR.
-Letters in shapes: P prompt tokens, S patches of a clip, F frames.
+File formats are in records.py. `python -m tools.check` lists every fault in a file;
+`python -m tools.convert` makes training files from CLEVRER, NExT-GQA and STAR.
+Shape letters: P prompt tokens, S patches of a clip, F frames.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,8 +31,8 @@ class Question:
     """One record as the model reads it."""
 
     record: Record
-    prompt: str  # rendered, the video as one placeholder
-    ids_P: Tensor  # (P,) int64, the placeholder expanded to one id per video token
+    prompt: str  # rendered, with the video as one placeholder
+    ids_P: Tensor  # (P,) int64, with the placeholder expanded to one id per video token
     positions_3P: Tensor  # (3, P) int64, see video.mrope_positions
     patches: Tensor  # (S, 1176) float32
     grid: tuple[int, int, int]  # (t, h, w) in patches
@@ -45,10 +45,10 @@ class Question:
 def select_records(
     records: list[Record], question_type: str, train_samples: int, seed: int
 ) -> list[Record]:
-    """The questions to train on: by number of right answers, then at most `train_samples` of them.
+    """The questions to train on: filtered by number of right answers, at most `train_samples`.
 
     "single" keeps questions with one right answer, "multiple" those with several, "mixed" all. Like
-    the official loader, it looks for a comma in the solution. Raises UserError if none is left.
+    the official loader, it looks for a comma in the solution. Raises UserError if none are left.
     """
     if question_type != "mixed":
         several = question_type == "multiple"
@@ -62,8 +62,8 @@ def select_records(
 
 
 def step_records(records: list[Record], step: int, batch_size: int, seed: int) -> list[Record]:
-    """The records of one training step, a function of (seed, step) alone: each epoch is a fresh
-    shuffle, and nothing that happened before, such as a skipped clip, can shift it."""
+    """The records of one training step, a function of (seed, step) alone: each epoch is reshuffled,
+    and nothing that happened earlier, such as a skipped clip, changes the order."""
     chosen = []
     for k in range(step * batch_size, (step + 1) * batch_size):
         epoch, place = divmod(k, len(records))
@@ -74,8 +74,8 @@ def step_records(records: list[Record], step: int, batch_size: int, seed: int) -
 
 # ------------------------------------------------------------------------------------------ prompts
 
-# What the prompt says after the question, to the letter, blanks included. Which row of the paper
-# each belongs to: docs/prompts.md.
+# The exact text of the prompt after the question, whitespace included. docs/prompts.md says which
+# row of the paper each belongs to.
 _THINK = (
     "{problem}  Output the thinking process in <think> </think> "
     "and final answer ({answer}) in <answer> </answer> tags."
@@ -86,7 +86,7 @@ TEMPLATES = {  # training, by --question_type (grpo.py, QUESTION_TEMPLATE)
     "multiple": _THINK.replace("{answer}", "select letters separated by ,"),
 }
 NUMBER_TEMPLATE = _THINK.replace("{answer}", "number")  # training on DVD-counting (Video-R1)
-STYLES = {  # evaluation; "think" is what the model was trained with, one of the above
+STYLES = {  # evaluation; "think" is the training prompt, one of the above
     "think": None,
     "r1_system": (  # eval_clevrer.py
         "{problem} Output the thinking process in <think> </think> and final answer "
@@ -112,7 +112,7 @@ STYLES = {  # evaluation; "think" is what the model was trained with, one of the
         "and final answer (number) in <answer> </answer> tags."
     ),
 }
-SYSTEM_PROMPT = (  # of the two CLEVRER evaluators, and of no other
+SYSTEM_PROMPT = (  # only used by the two CLEVRER evaluators
     "A conversation between User and Assistant. The user asks a question, and the Assistant solves "
     "it. The assistant first thinks about the reasoning process in the mind and then provides the "
     "user with the answer. The reasoning process and answer are enclosed within <think> </think> "
@@ -138,9 +138,9 @@ MAX_PROMPT_LENGTH = 4096  # tokens, text and video (official tw-grpo.sh)
 
 
 def question_text(record: Record, style: str = "think", question_type: str = "mixed") -> str:
-    """What the user says after the clip: the question, its options, and what to do.
+    """The user's text after the clip: the question, its options and the instruction.
 
-    With "think", a question that asks for a number gets the template of DVD-counting's training.
+    With "think", a question that asks for a number gets the DVD-counting training template.
     """
     if style == "think":
         is_number = record.kind in ("numerical", "regression")
@@ -149,14 +149,14 @@ def question_text(record: Record, style: str = "think", question_type: str = "mi
         template = STYLES[style]
     problem = record.text
     if style in WITH_KIND_SUFFIX:
-        problem += "" if record.options else "\n"  # as the general evaluators have it
+        problem += "" if record.options else "\n"  # as in the general evaluators
         template += KIND_SUFFIX[record.kind or "multiple choice"]
     return template.replace("{problem}", problem)
 
 
 @dataclass
 class Prompter:
-    """Turns records into questions for one model and one way of showing clips."""
+    """Turns records into questions for a given model and clip settings."""
 
     tokenizer: PreTrainedTokenizerBase
     chat_template: str
@@ -167,13 +167,13 @@ class Prompter:
     min_pixels: int = video.MIN_PIXELS
     max_pixels: int = video.MAX_PIXELS
     style: str = "think"  # one of STYLES
-    seconds_per_patch: float | None = None  # what the model is told; None: the true spacing
-    repeat_frames: int = 0  # show exactly this many, repeating sampled ones; 0: those sampled
+    seconds_per_patch: float | None = None  # told to the model; None: the true spacing
+    repeat_frames: int = 0  # show exactly this many, repeating sampled ones; 0: as sampled
     load_clip: Callable[..., video.Clip] = video.load_clip  # untrusted files: ClipReader.load_clip
-    max_prompt_length: int = MAX_PROMPT_LENGTH  # tokens; a longer prompt is refused, never cut
+    max_prompt_length: int = MAX_PROMPT_LENGTH  # tokens; longer prompts are refused, not truncated
 
     def render(self, text: str) -> str:
-        """The prompt in the model's chat form: the clip's placeholder, then the question's text.
+        """The prompt in the model's chat format: the clip's placeholder, then the question text.
         Raises UserError if the model's chat template fails."""
         content = [{"type": "video"}, {"type": "text", "text": text}]
         messages = [{"role": "user", "content": content}]
@@ -186,9 +186,9 @@ class Prompter:
             raise UserError(f"the model's chat template fails on it ({error})") from error
 
     def tokenize(self, record: Record, times: Sequence[float] = ()) -> tuple[str, list[int]]:
-        """The prompt and its ids, the clip as one placeholder; with `times`, in seconds, as one for
-        each of them. Raises UserError if the question holds a special token, the template does not
-        show exactly one video, or the prompt is too long."""
+        """The prompt and its ids, with the clip as one placeholder, or with one for each of `times`
+        (seconds). Raises UserError if the question contains a special token, the template does not
+        render exactly one video, or the prompt is too long."""
         text = question_text(record, self.style, self.question_type)
         for token in self.tokenizer.added_tokens_decoder.values():
             if token.special and token.content in text:
@@ -207,14 +207,14 @@ class Prompter:
         return f"its prompt has {tokens:,} tokens; {limit}"
 
     def __call__(self, record: Record, clip_of: Record | None = None) -> Question:
-        """The question of `record`, about its own clip (or that of `clip_of`, as a control).
+        """The question of `record` about its own clip (or, as a control, that of `clip_of`).
 
-        Raises video.VideoError when the clip cannot be used, or gives too many tokens.
+        Raises video.VideoError if the clip cannot be used or gives too many tokens.
         """
         return self.question(record, self.load_clip(*self.clip_arguments(clip_of or record)))
 
     def clip_arguments(self, record: Record) -> tuple:
-        """The arguments of load_clip, for a call here or in another process."""
+        """The arguments for load_clip, here or in another process."""
         pixels = (self.min_pixels, self.max_pixels)
         return (str(record.video), self.fps, self.max_frames, *pixels, self.geometry.factor)
 
@@ -226,7 +226,7 @@ class Prompter:
         times = patch_times(clip, self.geometry) if self.geometry.timestamps else ()
         try:
             prompt, ids = self.tokenize(record, times)
-        except UserError as error:  # it passed `check_prompts`, so its clip has too many times
+        except UserError as error:  # it passed `check_prompts`, so the clip has too many timestamps
             raise video.VideoError(f"{record.video}: {error}") from None
         video_id = self.tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
         ids_P, tokens = torch.tensor(ids), len(patches) // self.geometry.merge_size**2
@@ -249,11 +249,11 @@ def patch_times(clip: video.Clip, geometry: video.Geometry) -> list[float]:
 
 
 def with_times(prompt: str, times: Sequence[float]) -> str:
-    """A prompt for Qwen3-VL: its video becomes one video for each temporal patch, each after its
-    time in words. Raises UserError if the video does not stand between its two vision tokens.
+    """A prompt for Qwen3-VL: one video block per temporal patch, each preceded by its time as text.
+    Raises UserError if the video is not between its two vision tokens.
 
-    OFFICIAL: `<|vision_start|><|video_pad|><|vision_end|>` is replaced as a whole in transformers
-    4.57, with which Qwen3-VL was published; from 5.0 on the outer pair stays, around all blocks.
+    OFFICIAL: transformers 4.57, with which Qwen3-VL was published, replaces the whole of
+    `<|vision_start|><|video_pad|><|vision_end|>`; since 5.0 the outer pair stays around all blocks.
     OURS: as published.
     """
     block = f"<|vision_start|>{VIDEO_TOKEN}<|vision_end|>"
@@ -264,7 +264,7 @@ def with_times(prompt: str, times: Sequence[float]) -> str:
 
 def check_prompts(prompter: Prompter, records: list[Record], path: str) -> None:
     """Renders and tokenizes every question of the file `path`, without its clip. Raises UserError
-    naming all that cannot become a prompt."""
+    listing all that cannot become a prompt."""
     errors, times = [], (0.0,) if prompter.geometry.timestamps else ()
     for record in records:
         try:
@@ -275,7 +275,7 @@ def check_prompts(prompter: Prompter, records: list[Record], path: str) -> None:
 
 
 def checkpoint_file(model_name_or_path: str, name: str) -> str | None:
-    """The path of one file of a checkpoint, a directory or a hub name; None if it has none."""
+    """The path of one file of a checkpoint (directory or hub name); None if it does not exist."""
     return cached_file(
         model_name_or_path,
         name,
@@ -285,8 +285,8 @@ def checkpoint_file(model_name_or_path: str, name: str) -> str | None:
 
 
 def load_chat_template(model_name_or_path: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The processor's chat template if the checkpoint has one, in chat_template.json, else the
-    tokenizer's. Raises UserError if there is none."""
+    """The processor's chat template (chat_template.json) if the checkpoint has one, else the
+    tokenizer's. Raises UserError if there is neither."""
     template = tokenizer.chat_template
     if file := checkpoint_file(model_name_or_path, "chat_template.json"):
         template = read_json(Path(file), "it has to hold a chat template").get("chat_template")

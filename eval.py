@@ -1,14 +1,14 @@
-"""Evaluates a policy: answers benchmarks, scores the logs, and answers single questions.
+"""Evaluates a policy: runs benchmarks, scores their logs, and answers single questions.
 
     python eval.py run --benchmark mmvu --model DIR --data FILE --video_root DIR --out LOG.jsonl
     python eval.py score LOG...
     python eval.py ask --model DIR --video FILE --question "..." [--options A B C]
 
-`run` answers with the rollout that training uses, so it measures what is trained. Each answer is
-appended to the log at once, in the official logs' format, so a killed run resumes where it stopped.
-Under torchrun each rank takes every n-th question, and all append to the same log.
+`run` uses the same rollout as training, so it measures what is trained. Each answer is appended to
+the log immediately, in the official format, so a killed run resumes where it stopped. Under
+torchrun each rank takes every n-th question, and all append to the same log.
 
-The loop that answers is in run/answers.py, logs and scores are in tools/score.py, prompt styles in
+The answering loop is in run/answers.py, logs and scores are in tools/score.py, and prompt styles in
 data.py; docs/prompts.md says which style belongs to which row of the paper.
 """
 
@@ -34,7 +34,7 @@ from run.decoder import ClipReader
 from tools import score
 from video import VideoError
 
-# The prompt style with which the paper evaluates its model.
+# The prompt style that the paper uses to evaluate its model.
 BENCHMARKS = {"clevrer": "r1_system", "dvd": "count"}
 BENCHMARKS |= dict.fromkeys("nextgqa mmvu mvbench tempcompass videomme star".split(), "video_r1")
 OF_TRAINING = (
@@ -47,7 +47,7 @@ INTERVALS = {  # of the other numbers
     "batch_size": "[1, 1e9]",
     "limit": "[1, 1e9]",
 }
-# An answer depends on these, so a log can only be continued with the same.
+# Answers depend on these, so a log can only be continued with the same values.
 DECIDES_ANSWERS = (
     "benchmark model prompt temperature top_p max_completion_length fps max_frames min_pixels "
     "max_pixels repeat_frames timing seed"
@@ -58,7 +58,7 @@ DECIDES_ANSWERS = (
 
 
 def run(args: argparse.Namespace, cfg: Config) -> None:
-    """Answers the questions that are not in the log yet, each rank its share of them."""
+    """Answers the questions that are not in the log yet; each rank takes its share."""
     ranks.start()
     args.prompt = args.prompt or BENCHMARKS[args.benchmark]
     records = {score.question_key(r.row): r for r in load_records(args.data, args.video_root)}
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace, cfg: Config) -> None:
 def log_row(group: Group, style: str) -> dict:
     """One line of the log. Its first seven keys are those of the official logs."""
     record, output = group.question.record, group.texts[0]
-    # The general zero-shot evaluator compares the whole output, the others what they extract.
+    # The general zero-shot evaluator compares the whole output, the others the extracted answer.
     given = output.strip() if style == "direct_letter" else extract_answer(output)
     _, opening, rest = output.partition("<think>")
     thought, closing, _ = rest.partition("</think>")
@@ -107,8 +107,8 @@ def log_row(group: Group, style: str) -> dict:
 def answers(
     args: argparse.Namespace, cfg: Config, records: list[Record], places: list[int]
 ) -> Iterator[Group]:
-    """Yields the answer to records[k] for every k of `places`, as far as its clip can be read. The
-    place decides the seed, so an answer is the same on any rank."""
+    """Yields the answer to records[k] for every k in `places` whose clip can be read. The seed
+    depends on k, so an answer is the same on any rank."""
     transformers_logging.disable_progress_bar()
     asked = [(records[k], records[k], (cfg.seed, k)) for k in places]
     device = ranks.start()
@@ -130,7 +130,7 @@ def answers(
 
 
 def ask(args: argparse.Namespace, cfg: Config) -> None:
-    """One question about one clip, answered on the terminal."""
+    """Answers one question about one clip on the terminal."""
     if len(args.options) > len(LETTERS):
         raise UserError(f"--options takes at most {len(LETTERS)}")
     lines = [f"{a}. {option}" for a, option in zip(LETTERS, args.options, strict=False)]
@@ -152,16 +152,16 @@ def ask(args: argparse.Namespace, cfg: Config) -> None:
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = top.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("run", help="answer the questions of a benchmark, into a log")
+    one = commands.add_parser("run", help="answer a benchmark's questions and log the answers")
     one.add_argument("--benchmark", required=True, choices=BENCHMARKS)
     one.add_argument("--data", required=True, help="its questions, a JSON list or JSONL")
-    one.add_argument("--video_root", default="", help="directory the video paths start from")
+    one.add_argument("--video_root", default="", help="directory that video paths are relative to")
     one.add_argument("--out", required=True, help="log to append to; an existing one is resumed")
     one.add_argument("--prompt", choices=STYLES, help="default: the paper's for the benchmark")
-    one.add_argument("--batch_size", type=int, default=16, help="questions at once, at most")
+    one.add_argument("--batch_size", type=int, default=16, help="maximum questions per batch")
     one.add_argument("--limit", type=int, help="only the first N questions")
     add_model_flags(one)
-    one = commands.add_parser("score", help="accuracy of logs, this project's or the official ones")
+    one = commands.add_parser("score", help="accuracy of logs, this project's or official ones")
     one.add_argument("logs", nargs="+")
     one = commands.add_parser("ask", help="one question about one clip")
     one.add_argument("--video", required=True)
@@ -174,13 +174,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_model_flags(command: argparse.ArgumentParser) -> None:
-    """Flags of the model and its clips. Those that training has too are taken from there."""
+    """Flags for the model and its clips. Those shared with training are taken from there."""
     add = command.add_argument
     add("--model", required=True, help="Qwen3-VL, Qwen2.5-VL or Qwen2-VL checkpoint")
     add("--temperature", type=float, default=0.0, help="0: greedy; official: 0.1")
     add("--top_p", type=float, default=1.0, help="official: 0.001")
     add("--repeat_frames", type=int, default=0, help="show exactly this many frames; official: 16")
-    told = "what the model is told of time: the clip's own, or 1 s per temporal patch (official)"
+    told = "timing told to the model: the clip's own, or 1 s per temporal patch (official)"
     add("--timing", choices=("true", "fixed"), default="true", help=told)
     for field in dataclasses.fields(Config):
         if field.name in OF_TRAINING:
@@ -189,7 +189,7 @@ def add_model_flags(command: argparse.ArgumentParser) -> None:
 
 
 def config(args: argparse.Namespace) -> Config:
-    """The flags that training has too. Raises UserError on any flag that makes no sense."""
+    """The flags shared with training. Raises UserError for any invalid flag."""
     cfg = Config(**{name: getattr(args, name) for name in OF_TRAINING})
     cfg.check()
     for name, interval in INTERVALS.items():

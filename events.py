@@ -1,15 +1,15 @@
 """The second toy, `python twgrpo.py --toy events`: questions about the order of events.
 
-The camera follows a white and a black ball through four moments; in each, one of them hits a
-coloured shape. A question is "Which does black hit after red?". An answer goes through the moments,
-once to three times, and decides for each whether it is part of the answer:
+A clip shows a white and a black ball in four moments; in each, one of them hits a coloured shape.
+A question is, for example, "Which does black hit after red?". An answer goes through the moments
+one to three times and decides for each whether it is part of the answer:
 
     <think>I want black after red. First white no, blue before no: no. Second black yes, red now no:
     no. Third black yes, green after yes: B. Last white no, purple after yes: no.</think>
     <answer>B</answer>
 
 So an answer has 54 to 147 tokens, most of them certain and a few decisive: "no" or a letter in the
-last look. The frames must be seen in their order; a token of the video covers one moment.
+last pass. The order of the frames matters; each video token covers one moment.
 """
 
 import re
@@ -27,13 +27,13 @@ COLOURS = dict(
 BALLS = dict(white=(245, 245, 245), black=(0, 0, 0))
 LETTERS = dict(zip(COLOURS, "ABCDE", strict=True))
 MOMENTS = ("First", "Second", "Third", "Last")
-SIDE, FRAMES_PER_MOMENT = 28, 2  # pixels; both make one token of Qwen2.5-VL's video
+SIDE, FRAMES_PER_MOMENT = 28, 2  # pixels; together exactly one video token of Qwen2.5-VL
 LOOKS = 3  # at most
-# Frames a second. A moment lasts 5 s, so the video's position advances by 10: as many tokens as an
-# answer spends on a moment.
+# Frames per second. A moment lasts 5 s, so video positions advance by 10 per moment: as many as the
+# tokens an answer spends on it.
 RATE = Fraction(2, 5)
 
-DEFAULTS = dict(  # beside those of both toys (toy.BOTH)
+DEFAULTS = dict(  # in addition to those of both toys (toy.BOTH)
     max_frames=8,
     min_pixels=SIDE * SIDE,
     max_pixels=SIDE * SIDE,
@@ -46,7 +46,7 @@ DEFAULTS = dict(  # beside those of both toys (toy.BOTH)
 
 
 def draw(events: list[tuple[str, str, str]], rng: np.random.Generator) -> np.ndarray:
-    """A ball runs into a shape, in each moment: (F, H, W, 3) uint8."""
+    """Draws a ball running into a shape at each moment: (F, H, W, 3) uint8."""
     count = len(events) * FRAMES_PER_MOMENT
     frames = np.full((count, SIDE, SIDE, 3), rng.integers(70, 110), dtype=np.uint8)
     y, x = np.mgrid[:SIDE, :SIDE]
@@ -64,8 +64,8 @@ def draw(events: list[tuple[str, str, str]], rng: np.random.Generator) -> np.nda
 
 
 def scene(rng: np.random.Generator) -> tuple[np.ndarray, dict]:
-    """A clip, and the row of a question about it with at least one right answer. The row's `events`
-    are (ball, colour, when): "before", "now" or "after" the hit that the question names."""
+    """A clip, and a question row about it with at least one right answer. The row's `events` are
+    (ball, colour, when); `when` is "before", "now" or "after" the hit that the question names."""
     right = []
     while not right:
         colours = rng.choice(list(COLOURS), len(MOMENTS), replace=False).tolist()
@@ -87,8 +87,8 @@ def scene(rng: np.random.Generator) -> tuple[np.ndarray, dict]:
 
 
 def imperfect_target(row: dict, rng: np.random.Generator) -> str:
-    """An answer in perfect format with one to three looks. The last look decides, and names at
-    least one colour."""
+    """An answer in perfect format, with one to three passes over the moments. The last one decides
+    and names at least one colour."""
     looks = [look(row, rng)]
     while len(looks) < LOOKS and rng.random() < 0.5:
         looks.append(look(row, rng))
@@ -100,8 +100,8 @@ def imperfect_target(row: dict, rng: np.random.Generator) -> str:
 
 
 def look(row: dict, rng: np.random.Generator) -> str:
-    """The moments in turn. It sees everything right, but decides for a right colour with p = 0.7
-    and for a wrong one with p = 0.2."""
+    """One pass over the moments. It describes everything correctly, but picks a right colour with
+    p = 0.7 and a wrong one with p = 0.2."""
     yes, sentences = {True: "yes", False: "no"}, []
     for moment, (ball, colour, when) in zip(MOMENTS, row["events"], strict=True):
         is_ball, is_when = ball == row["asked"][0], when == row["asked"][1]

@@ -1,12 +1,12 @@
-"""A run's own files: each is written completely or not at all.
+"""Atomic file operations: a file is written completely or not at all.
 
-    replacing       write beside a file, then rename over it
+    replacing       write a temporary file, then rename it over the original
     lock            one process at a time in a run directory
-    new_directory   a fresh directory that no other process can choose too
+    new_directory   a fresh directory that no other process can get as well
     read_json       a JSON object, or a sentence that says why not
     json_lines      the values of JSONL, line by line
 
-Here and everywhere else, what a user can fix is raised as a UserError.
+Here and everywhere else, errors that the user can fix are raised as UserError.
 """
 
 import contextlib
@@ -19,11 +19,11 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """A command that cannot be carried out. The message says why, and what to do instead."""
+    """A command that cannot be carried out. The message says why and what to do instead."""
 
 
 def flush(path: Path) -> None:
-    """fsync of a file, or of a directory's entries."""
+    """fsync of a file or a directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -33,12 +33,12 @@ def flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to. When the block ends without an error, that file replaces
-    `path` in one step: readers and crashes see the old file or the new one, never a part of it.
+    """Yields a temporary path next to `path`. When the block ends without an error, that file
+    replaces `path` atomically: even after a crash, readers see the old or the new file, whole.
 
     Raises OSError if it cannot be written; `path` is then unchanged.
     """
-    path = Path(os.path.realpath(path))  # a link stays a link; its target is replaced
+    path = Path(os.path.realpath(path))  # a symlink stays; its target is replaced
     beside = path.with_name(f".{path.name}.partial")
     try:
         yield beside
@@ -49,10 +49,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def lock(path: Path) -> int | None:
-    """Locks the file `path`, which is created if missing, until this process ends or closes the
-    returned descriptor. None if another process holds the lock.
+    """Locks the file `path`, creating it if needed, until this process ends or closes the returned
+    descriptor. Returns None if another process holds the lock.
 
-    The kernel drops the lock with the process, however it ends: no lock is ever stale.
+    The kernel releases the lock however the process ends, so it never goes stale.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -64,8 +64,8 @@ def lock(path: Path) -> int | None:
 
 
 def new_directory(base: Path) -> Path:
-    """Creates `base`, or else base-2, base-3, ...: the first that does not exist yet. Two processes
-    that start at once get two directories."""
+    """Creates `base`, or else base-2, base-3, ...: the first that does not exist yet. Processes
+    that start at the same time get different directories."""
     for k in itertools.count(1):
         directory = base if k == 1 else base.with_name(f"{base.name}-{k}")
         with contextlib.suppress(FileExistsError):
@@ -74,8 +74,8 @@ def new_directory(base: Path) -> Path:
 
 
 def read_json(path: Path, remedy: str, numbers: Iterable[str] = ()) -> dict:
-    """The object in a JSON file. If there is none, or what it holds under one of the names in
-    `numbers` is not an integer, raises a UserError that ends with `remedy`."""
+    """The object in a JSON file. Raises a UserError ending with `remedy` if there is none, or if
+    the value of one of the names in `numbers` is not an integer."""
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -86,11 +86,11 @@ def read_json(path: Path, remedy: str, numbers: Iterable[str] = ()) -> dict:
 
 
 def json_lines(data: bytes) -> Iterator[tuple[int, object]]:
-    """(line number from 1, value) of each line of JSONL that is not blank. The value of a line that
-    is not JSON is the exception that says why; NaN and infinities, which JSON has not, are None."""
+    """(line number from 1, value) of each non-blank line of JSONL. If a line is not JSON, its value
+    is the exception that says why. NaN and infinities, which JSON does not have, become None."""
     for number, line in enumerate(data.split(b"\n"), 1):
         if line.strip():
             try:
                 yield number, json.loads(line, parse_constant=lambda name: None)
-            except (ValueError, RecursionError) as error:  # also: not UTF-8, nested without end
+            except (ValueError, RecursionError) as error:  # also: not UTF-8, or nested too deeply
                 yield number, error

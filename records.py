@@ -1,10 +1,10 @@
-"""Questions about videos as datasets hold them: one record type, read from six formats.
+"""Reads video questions from six dataset formats into one record type.
 
-    read_rows      a JSON list or JSONL file -> its rows, with their places
+    read_rows      a JSON list or JSONL file -> its rows, with their locations
     as_record      one row -> Record, or the reason why not
-    load_records   file -> [Record], every bad row reported with file, row and reason
+    load_records   file -> [Record]; reports every bad row with file, row and reason
 
-The formats, told apart by their keys (the places are where the text, the answer and the clip are):
+The formats, recognised by their keys (listed: where the text, the answer and the clip are):
     clevrer      problem with lettered lines, solution, video            TW-GRPO's training files
     video-r1     problem, options [or none], solution, video or path     MMVU, MVBench and others
     nextgqa      question, options "(A) ..", answer "(C)", video         NExT-GQA as published
@@ -26,26 +26,26 @@ from files import UserError, json_lines
 from rewards import answer_set, number, tagged_answer
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-MAX_TEXT = 100_000  # characters of a question or an option; no prompt is as long
+MAX_TEXT = 100_000  # characters of a question or an option; longer than any prompt
 CLIP_KEYS = ("video", "path", "video_filename")
 KINDS = ("multiple choice", "numerical", "regression", "OCR", "free-form")  # as in Video-R1
 
 
 @dataclass(frozen=True)
 class Record:
-    id: str  # its own "id", "question_id" or "problem_id", else the number of the row
+    id: str  # the row's "id", "question_id" or "problem_id", else its number
     problem: str  # the question, with its lettered options if the file has them in the text
     solution: str  # "<answer>A,C</answer>"
     video: Path
     options: tuple[str, ...] = ()  # lettered ("A. red"), if they are not in `problem`
     kind: str = ""  # one of KINDS
-    row: dict = field(default_factory=dict, compare=False, repr=False)  # as it stood in the file
+    row: dict = field(default_factory=dict, compare=False, repr=False)  # as in the file
 
     @property
     def text(self) -> str:
-        """The question as every prompt shows it: options that stand apart follow the problem.
+        """The question as every prompt shows it, with separate options after the problem.
 
-        In the form of the general benchmarks' evaluators (eval_general_videor1.py): no line break
+        In the format of the general benchmarks' evaluators (eval_general_videor1.py): no line break
         before "Options:", one after each option.
         """
         if not self.options:
@@ -57,9 +57,9 @@ class Record:
 
 
 def read_rows(path: Path, errors: list[str]) -> Iterator[tuple[str, object]]:
-    """Yields ("row 3", object) of a JSON list, ("line 3", object) of JSONL.
+    """Yields ("row 3", object) from a JSON list, ("line 3", object) from JSONL.
 
-    A line that is not JSON goes to `errors`; a file that is not a list raises UserError.
+    Lines that are not JSON are added to `errors`; an unreadable file raises UserError.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -82,8 +82,8 @@ def read_rows(path: Path, errors: list[str]) -> Iterator[tuple[str, object]]:
 
 
 def read_records(path: str | Path, video_root: str | Path = "") -> tuple[list[Record], list[str]]:
-    """(the good records, a sentence for every bad row). Raises UserError if the file cannot be
-    read at all."""
+    """(good records, one sentence per bad row). Raises UserError if the file cannot be read at
+    all."""
     records, errors = [], []
     for where, row in read_rows(Path(path), errors):
         try:
@@ -94,7 +94,7 @@ def read_records(path: str | Path, video_root: str | Path = "") -> tuple[list[Re
 
 
 def refuse(path: str | Path, what: str, errors: list[str]) -> None:
-    """Raises UserError if there are `errors`, with the first ten in its message."""
+    """Raises UserError listing the first ten `errors`, if there are any."""
     if errors:
         more = [f"... and {len(errors) - 10} more"] if len(errors) > 10 else []
         raise UserError("\n  ".join([f"{path}: {len(errors)} {what}:", *errors[:10], *more]))
@@ -103,8 +103,8 @@ def refuse(path: str | Path, what: str, errors: list[str]) -> None:
 def load_records(path: str | Path, video_root: str | Path = "") -> list[Record]:
     """All records of a file, their video paths joined to `video_root`.
 
-    Raises UserError, which lists every bad row. The clips are not looked at: that is done when one
-    is needed, or by `python -m tools.check`.
+    Raises UserError listing the bad rows. Does not look at the clips; that happens when one is
+    needed, or in `python -m tools.check`.
     """
     records, errors = read_records(path, video_root)
     refuse(path, "bad row(s)", errors)
@@ -145,7 +145,7 @@ def as_record(row: object, where: str, root: Path) -> Record:
 
 
 def _text(row: dict, *keys: str) -> str:
-    """The first of `keys` that the row has, which must be a text with something in it."""
+    """The value of the first of `keys` in the row, which must be a non-empty string."""
     key = next((k for k in keys if row.get(k) is not None), keys[0])
     value = row.get(key)
     if not isinstance(value, str) or not value.strip() or len(value) > MAX_TEXT:
@@ -158,7 +158,7 @@ def _text(row: dict, *keys: str) -> str:
 
 
 def _solution(row: dict) -> str:
-    """ "<answer>A,C</answer>"; NExT-GQA's "(A),(C)" is brought into that form."""
+    """ "<answer>A,C</answer>"; NExT-GQA's "(A),(C)" is converted to that form."""
     answer = _text(row, "solution", "answer")
     if row.get("solution") is not None:
         return answer
@@ -171,7 +171,7 @@ def option_texts(options: object) -> list[str]:
     """The options without their letters: ["(A) red", "(B) blue"], ["A. red", "B. blue"] and ["red",
     "blue"] all give ["red", "blue"].
 
-    Raises ValueError if they are not a list of texts. Letters count only if they run A, B, C, ...
+    Raises ValueError if they are not a list of strings. Only letters in order A, B, C, ... count.
     """
     if options is None:
         return []
@@ -187,15 +187,15 @@ def option_texts(options: object) -> list[str]:
 
 
 def option_letters(problem: str) -> set[str]:
-    """The letters that a question offers in lines "A. red", "A) red" or "A red"; none if they do
-    not run A, B, C, ..."""
+    """The option letters in lines "A. red", "A) red" or "A red" of a question; none if they are not
+    A, B, C, ... in order."""
     found = re.findall(r"^[ \t]*\(?([A-Z])[.):]?[ \t]", problem, re.MULTILINE)
     runs = len(found) >= 2 and found == list(LETTERS[: len(found)])
     return set(found) if runs else set()
 
 
 def _kind(row: dict, solution: str, has_options: bool) -> str:
-    """The row's own problem type, else what its options and its answer tell."""
+    """The row's own problem type, else inferred from its options and answer."""
     if kind := row.get("problem_type"):
         if kind not in KINDS:
             raise ValueError(f"has problem_type {short(kind)}; known are {', '.join(KINDS)}")
@@ -212,10 +212,10 @@ def _kind(row: dict, solution: str, has_options: bool) -> str:
 
 
 def join_video(root: Path, name: str) -> Path:
-    """root/name, leading "/" and "./" of `name` stripped.
+    """root/name, with leading "/" and "./" stripped from `name`.
 
-    Raises ValueError if the result lies outside the root, by ".." or by a symbolic link: a dataset
-    must not choose which files of this machine are read.
+    Raises ValueError if the result lies outside the root, through ".." or a symbolic link: a
+    dataset must not decide which files of this machine are read.
     """
     path, real_root = root / re.sub(r"^(\./|/)+", "", name.strip()), os.path.realpath(root)
     real_path = os.path.realpath(path)
@@ -230,13 +230,13 @@ def join_video(root: Path, name: str) -> Path:
 
 
 def printable(text: str) -> str:
-    """Text from a file, safe to print: control characters, which a terminal would obey, become
-    spaces. Line breaks stay."""
+    """Makes text from a file safe to print: control characters, which a terminal would obey, become
+    spaces. Line breaks are kept."""
     return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
 
 
 def short(value: object, length: int = 80) -> str:
-    """A value for a message: the repr of a string, cut to `length` characters, or of the name of
-    any other value's type."""
+    """A value for use in a message: the repr of a string, truncated to `length` characters, or of
+    the type name of any other value."""
     text = value if isinstance(value, str) else type(value).__name__
     return repr(text if len(text) <= length else text[:length] + "...")

@@ -1,46 +1,46 @@
-"""Rewards on strings: what a completion says against what the record says is right.
+"""Rewards: compare a completion with the record's solution, as strings.
 
-    tagged_answer, answer_set     what training reads as the answer
-    extract_answer                what the evaluators read as the answer, which is not the same
-    accuracy_reward, origin_accuracy_reward, format_reward     training's rewards
-    strict_format_reward          the evaluators' form
+    tagged_answer, answer_set     the answer as training reads it
+    extract_answer                the answer as the evaluators read it, which differs
+    accuracy_reward, origin_accuracy_reward, format_reward     training rewards
+    strict_format_reward          the evaluators' format check
 
-Each reward takes one completion and one solution and returns a float in [0, 1]. None raises on any
-string, and each takes linear time; the official regular expressions do not, so they are restated
+Each reward takes one completion and one solution and returns a float in [0, 1]. They accept any
+string and take linear time. The official regular expressions do not, so they are reimplemented
 here with string search, and tests compare the two. Source: the official code at aa529ff,
-src/open_r1/grpo.py, and src/eval/*.py for the evaluators' two.
-Equations by number: docs/equations.md.
+src/open_r1/grpo.py, and src/eval/*.py for the two evaluator functions.
+Equation numbers refer to docs/equations.md.
 """
 
 import re
 from decimal import Decimal
 
-# A plain number: sign, digits (in groups of three, or not), decimals. Everything else is text.
+# A plain number: sign, digits (grouped by thousands or not), decimals. Everything else is text.
 _NUMBER = re.compile(r"[+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+|(?=\.[0-9]))(?:\.[0-9]*)?")
 _LONGEST_NUMBER = 64  # characters; a longer one is text
 
-# Linear: neither "answer" nor a letter matches \s, so no two parts compete for the same text.
+# Linear time: neither "answer" nor a letter matches \s, so no two parts can match the same text.
 _NAMED_ANSWER = re.compile(r"(?:answer|Answer|ANSWER)[:\s]+([A-Z](?:\s*,\s*[A-Z])*)")
 
 
 def _inside_tags(text: str) -> str | None:
-    """The text inside the first <answer>...</answer>, None if there is none."""
+    """The text inside the first <answer>...</answer>, or None."""
     _, opening, rest = text.partition("<answer>")
     inside, closing, _ = rest.partition("</answer>")
     return inside.strip() if opening and closing else None
 
 
 def tagged_answer(text: str) -> str:
-    """The text inside the first <answer>...</answer>, else the whole text; outer blanks removed."""
+    """The text inside the first <answer>...</answer>, else the whole text; stripped."""
     inside = _inside_tags(text)
     return text.strip() if inside is None else inside
 
 
 def extract_answer(text: str) -> str:
-    """What the think-style evaluators take for the answer: the text inside the first
+    """The answer as the think-style evaluators read it: the text inside the first
     <answer>...</answer>, else the letters after the word "answer" ("Answer: A, C"), else "".
 
-    An untagged bare letter therefore earns credit in training (`tagged_answer`) and none here.
+    So an untagged bare letter earns credit in training (`tagged_answer`) but not here.
     """
     inside, named = _inside_tags(text), _NAMED_ANSWER.search(text)
     if inside is not None:
@@ -49,7 +49,7 @@ def extract_answer(text: str) -> str:
 
 
 def letter_set(answer: str) -> set[str]:
-    """Blanks removed, split at commas: "A, C" -> {"A", "C"}; "" -> {""}; "CD" -> {"CD"}."""
+    """Removes blanks and splits at commas: "A, C" -> {"A", "C"}; "" -> {""}; "CD" -> {"CD"}."""
     return {part.strip() for part in answer.replace(" ", "").split(",")}
 
 
@@ -67,14 +67,14 @@ def number(text: str) -> Decimal | None:
 
 
 def compare_answers(answer: str, truth: str) -> float:
-    """How right an answer is, both without tags: the share of the true letters it names, 0 if it
-    names a wrong one; numbers are right if they are equal.
+    """Scores an answer, both without tags: the fraction of true letters it names, or 0 if it names
+    a wrong one; numbers must be equal.
 
     |answer| / |truth| if answer is a subset of truth, else 0. "A" against "A,C" earns 0.5; "A,B"
     earns 0. "3.0" against "3" earns 1.
     OFFICIAL: a symbolic check (math-verify) runs first; if it fails, the sets are compared.
-    OURS: no symbolic check. On letters it never fired, and on plain numbers it means equal values,
-    which are compared here.
+    OURS: no symbolic check. On letters it never fired, and on plain numbers it amounts to comparing
+    values, as here.
     """
     answers, truths = letter_set(answer), letter_set(truth)
     value = number(truth)
@@ -89,16 +89,16 @@ def accuracy_reward(completion: str, solution: str) -> float:
 
 
 def origin_accuracy_reward(completion: str, solution: str) -> float:
-    """Eq. 2, the binary reward of the baselines: 1 if the answer is exactly the truth, else 0."""
+    """Eq. 2, the baselines' binary reward: 1 if the answer is exactly right, else 0."""
     return float(accuracy_reward(completion, solution) == 1.0)
 
 
 def format_reward(completion: str, solution: str = "") -> float:
-    """Eq. 3: 1 if the text ends in <think>...</think> <answer>...</answer>, else 0, whatever the
+    """Eq. 3: 1 if the text ends in <think>...</think> <answer>...</answer>, else 0; ignores the
     solution.
 
-    Text may come before <think>, blanks and "!" after </answer>; a second <think> or <answer>
-    anywhere fails.
+    Text is allowed before <think>, blanks and "!" after </answer>, but a second <think> or <answer>
+    anywhere gives 0.
     """
     if completion.count("<think>") != 1 or completion.count("<answer>") != 1:
         return 0.0
@@ -111,10 +111,10 @@ def format_reward(completion: str, solution: str = "") -> float:
 
 
 def strict_format_reward(completion: str, solution: str = "") -> float:
-    """The evaluators' form: 1 if the whole text, outer blanks aside, is <think>...</think> blanks
+    """The evaluators' format check: 1 if the whole text, stripped, is <think>...</think> blanks
     <answer>...</answer>, else 0.
 
-    Unlike with `format_reward`, nothing may come before <think> and no "!" after </answer>.
+    Unlike `format_reward`, allows no text before <think> and no "!" after </answer>.
     """
     text = completion.strip()
     if not (text.startswith("<think>") and text.endswith("</answer>")):

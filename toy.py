@@ -1,19 +1,19 @@
-"""The embedded toys: moving coloured shapes, and a tiny Qwen2.5-VL that half understands them.
+"""The built-in toys: moving coloured shapes, and a tiny Qwen2.5-VL that half understands them.
 
-`python twgrpo.py` without a model starts here. What is made here has the usual formats (H.264
-files, records in JSONL, a Hugging Face checkpoint directory), so everything after it is the same
-code path as training Qwen2.5-VL-7B-Instruct on CLEVRER.
+`python twgrpo.py` without a model starts here. The toys use the usual formats (H.264 files, records
+in JSONL, a Hugging Face checkpoint directory), so everything after them is the same code path as
+training Qwen2.5-VL-7B-Instruct on CLEVRER.
 
-    TOYS              the default, `colours`, and `events` with longer answers (events.py)
+    TOYS              the default, `colours`, and `events`, with longer answers (events.py)
     write_clips       mp4 files, and train.jsonl / test.jsonl with questions about them
-    build_tokenizer   a byte-level BPE with Qwen's special tokens and chat form
-    build_model       a Qwen2.5-VL of about 0.5 M parameters
-    warm_start        a short supervised stage that stands in for pretraining: it teaches to see and
-                      to answer in the right format, but its targets are often wrong (those of
+    build_tokenizer   a byte-level BPE with Qwen's special tokens and chat format
+    build_model       a Qwen2.5-VL with about 0.5 M parameters
+    warm_start        a short supervised stage in place of pretraining. It teaches the model to see
+                      and to use the right format, but its targets are often wrong (those of
                       `colours` name a true option with p = 0.6, a false one with p = 0.25)
 
-The warm start leaves room to learn: about a third of the sampled answers are right, so the members
-of a group differ in reward. A toy shows that the loop works, not that TW-GRPO beats GRPO.
+The warm start leaves room to learn: about a third of the sampled answers are right, so rewards
+differ within a group. A toy shows that the loop works, not that TW-GRPO beats GRPO.
 """
 
 import json
@@ -42,7 +42,7 @@ from model.packing import Group
 from model.policy import Policy
 from records import Record, load_records
 
-# All settings in which the toys differ from the recipe of a 7B model (the defaults of Config).
+# All settings that differ from the recipe for a 7B model (the defaults of Config).
 BOTH = dict(
     gradient_checkpointing=False,
     dataloader_num_workers=0,
@@ -62,7 +62,7 @@ DEFAULTS = dict(
 )
 
 COLOURS = events.COLOURS | dict(white=(240, 240, 240))
-SIDE, FRAMES, RATE = 56, 8, 4  # pixels, frames, frames a second: a clip of 2 s
+SIDE, FRAMES, RATE = 56, 8, 4  # pixels, frames, frames per second: a clip of 2 s
 TRAIN_CLIPS, TEST_CLIPS = 1024, 128
 
 SPECIAL_TOKENS = [
@@ -82,7 +82,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-VOCABULARY = 512  # at most; a toy's text has merges for fewer, one token per word
+VOCABULARY = 512  # maximum; a toy's text needs fewer, one token per word
 TEXT_SIZES = dict(
     hidden_size=96,
     num_hidden_layers=2,
@@ -97,7 +97,7 @@ VISION_SIZES = dict(depth=1, hidden_size=64, num_heads=4)
 
 
 def draw_clip(colours: list[str], rng: np.random.Generator) -> np.ndarray:
-    """Discs and squares, each drifting in its own quarter of the picture: (F, H, W, 3) uint8."""
+    """Draws discs and squares, each drifting in its own quarter: (F, H, W, 3) uint8."""
     frames = np.full((FRAMES, SIDE, SIDE, 3), rng.integers(20, 70), dtype=np.uint8)
     y, x = np.mgrid[:SIDE, :SIDE]
     quarters = rng.permutation(4)
@@ -112,7 +112,7 @@ def draw_clip(colours: list[str], rng: np.random.Generator) -> np.ndarray:
 
 
 def write_mp4(path: Path, frames_FHW3: np.ndarray, rate: int | Fraction) -> None:
-    """H.264 in an mp4, as any camera or dataset has it; `rate` is in frames a second."""
+    """Writes H.264 in an mp4, as any camera or dataset would; `rate` is in frames per second."""
     import av
 
     with av.open(str(path), "w") as container:
@@ -126,7 +126,7 @@ def write_mp4(path: Path, frames_FHW3: np.ndarray, rate: int | Fraction) -> None
 
 
 def scene(rng: np.random.Generator) -> tuple[np.ndarray, dict]:
-    """A clip of one to four colours, and the row of a question with at least one right answer."""
+    """A clip with one to four colours, and a question row with at least one right answer."""
     names = list(COLOURS)
     shown = rng.choice(names, rng.integers(1, 5), replace=False).tolist()
     options = []
@@ -143,8 +143,8 @@ def scene(rng: np.random.Generator) -> tuple[np.ndarray, dict]:
 
 
 def imperfect_target(row: dict, rng: np.random.Generator) -> str:
-    """An answer in perfect format that names each true option with p = 0.6, each false one with
-    p = 0.25, and at least one."""
+    """An answer in perfect format that names each true option with p = 0.6 and each false one with
+    p = 0.25, but at least one."""
     options = dict(line.split(". ") for line in row["problem"].split("\n")[1:])
     while True:
         named = [o for o in options if rng.random() < (0.6 if o in row["solution"] else 0.25)]
@@ -155,15 +155,15 @@ def imperfect_target(row: dict, rng: np.random.Generator) -> str:
 
 @dataclass(frozen=True)
 class Toy:
-    """What tells one toy from another."""
+    """What differs between the toys."""
 
     name: str
     scene: Callable  # draws the frames of a clip and the row of a question about it
     target: Callable  # draws an imperfect answer to a row
-    rate: int | Fraction  # frames a second of the files
-    defaults: dict  # the settings in which it differs from the recipe of a 7B model
+    rate: int | Fraction  # frames per second of the files
+    defaults: dict  # the settings that differ from the recipe for a 7B model
     steps: int  # of the warm start
-    targets: int  # of the warm start, for each question of a step
+    targets: int  # per question in a warm-start step
 
 
 COLOURS_TOY = Toy("colours", scene, imperfect_target, RATE, DEFAULTS, steps=900, targets=4)
@@ -182,7 +182,7 @@ TOYS = {toy.name: toy for toy in (COLOURS_TOY, EVENTS_TOY)}
 def write_clips(
     root: Path, seed: int, toy: Toy = COLOURS_TOY, train: int = TRAIN_CLIPS, test: int = TEST_CLIPS
 ) -> tuple[Path, Path]:
-    """root/clips/*.mp4 and the records about them: (train.jsonl, test.jsonl)."""
+    """Writes root/clips/*.mp4 and their records. Returns (train.jsonl, test.jsonl)."""
     (root / "clips").mkdir(parents=True)
     rng = np.random.default_rng([seed, 0])
     for split, count in (("train", train), ("test", test)):
@@ -200,7 +200,7 @@ def write_clips(
 
 
 def build_tokenizer(corpus: list[str], vocabulary: int = VOCABULARY) -> Qwen2Tokenizer:
-    """A byte-level BPE of Qwen's form and special tokens, its merges learned from `corpus`."""
+    """A byte-level BPE with Qwen's structure and special tokens, and merges learned on `corpus`."""
     qwen, learner = Qwen2Tokenizer()._tokenizer, Tokenizer(models.BPE())
     for part in ("pre_tokenizer", "normalizer", "decoder"):
         setattr(learner, part, getattr(qwen, part))
@@ -222,7 +222,7 @@ def build_tokenizer(corpus: list[str], vocabulary: int = VOCABULARY) -> Qwen2Tok
 
 
 def toy_tokenizer(records: list[Record], seed: int, toy: Toy = COLOURS_TOY) -> Qwen2Tokenizer:
-    """The tokenizer of the toy's own text, in which every word is one token."""
+    """A tokenizer for the toy's own text, in which every word is one token."""
     rng, template = np.random.default_rng([seed, 2]), TEMPLATES["mixed"]
     texts = [
         f"{template.replace('{problem}', r.problem)}\n{toy.target(r.row, rng)}" for r in records
@@ -233,16 +233,16 @@ def toy_tokenizer(records: list[Record], seed: int, toy: Toy = COLOURS_TOY) -> Q
 def build_model(
     tokenizer: Qwen2Tokenizer, seed: int = 0, vision: dict | None = None, **text: int
 ) -> Qwen2_5_VLForConditionalGeneration:
-    """A randomly initialised Qwen2.5-VL, float32, wired to `tokenizer`'s ids. `text` and `vision`
-    change sizes, under the names of transformers' configs.
+    """A randomly initialised Qwen2.5-VL in float32, with the ids of `tokenizer`. `text` and
+    `vision` override sizes, named as in transformers' configs.
 
     The wide initialisation (0.05 for text, 0.1 for vision) matters at this size: with the usual
-    0.02 the warm start did not learn to see within its steps.
+    0.02, the model did not learn to see during the warm start.
     """
     ids = {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL_TOKENS}
     text = TEXT_SIZES | dict(vocab_size=len(tokenizer)) | text
     vision = VISION_SIZES | (vision or {})
-    # Rotary pairs of a head: for time, height and width.
+    # Rotary pairs per head, split over time, height and width.
     pairs = text["hidden_size"] // text["num_attention_heads"] // 2
     sections = [pairs - 2 * (pairs * 3 // 8), pairs * 3 // 8, pairs * 3 // 8]
     config = Qwen2_5_VLConfig(
@@ -281,8 +281,8 @@ def build_model(
 def warm_start(
     policy: Policy, questions: list[Question], seed: int, steps: int, toy: Toy = COLOURS_TOY
 ) -> None:
-    """Supervised training: 16 prompts with imperfect targets a step. The bar shows the last loss,
-    in nats."""
+    """Supervised training on 16 prompts with imperfect targets per step. The progress bar shows the
+    last loss, in nats."""
     rng, R = np.random.default_rng([seed, 1]), toy.targets
     optimizer = torch.optim.AdamW(
         policy.model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True
@@ -315,15 +315,15 @@ def prepare(
     test: int = TEST_CLIPS,
     steps: int | None = None,
 ) -> Policy:
-    """Makes all that a run needs under `root`: clips, train.jsonl, test.jsonl, and in `model` the
-    checkpoint of the policy that is returned, warm-started for `steps` steps or the toy's own.
+    """Creates all that a run needs under `root`: clips, train.jsonl, test.jsonl, and in `model` the
+    checkpoint of the returned policy, warm-started for `steps` steps (default: the toy's).
 
-    It is written beside `root` and renamed when complete, so a kill leaves nothing half made.
+    Writes next to `root` and renames when complete, so a kill leaves nothing half-made.
     """
     if root.exists():
         raise FileExistsError(f"{root} is not the world of --toy {toy} --seed {seed}; remove it")
     unfinished = beside(root)
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a start that was killed
+    shutil.rmtree(unfinished, ignore_errors=True)  # left over from a killed start
     kind = TOYS[toy]
     records = load_records(write_clips(unfinished, seed, kind, train, test)[0], unfinished)
     tokenizer = toy_tokenizer(records, seed, kind)
@@ -339,12 +339,12 @@ def prepare(
 
 
 def beside(root: Path) -> Path:
-    """Where a toy world is written until it is complete."""
+    """Where a toy world is written before it is complete."""
     return root.with_name(f".{root.name}.partial")
 
 
 def is_world(root: Path, toy: str | None, seed: int) -> bool:
-    """Whether `root` holds the complete world of this toy and seed."""
+    """Whether `root` holds the complete world for this toy and seed."""
     try:
         return json.loads((root / "toy.json").read_bytes()) == dict(toy=toy, seed=seed)
     except (OSError, ValueError):

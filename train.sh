@@ -4,20 +4,20 @@
 #
 #   DATA=clevrer_counterfactual_train.json VIDEOS=CLEVRER/videos bash train.sh --output_dir runs/7b
 #
-# After a kill, the same command with --resume_from_checkpoint auto goes on.
+# After a kill, the same command with --resume_from_checkpoint auto continues the run.
 # The paper's GRPO baseline (official scripts/grpo.sh) adds:
 #   --loss_type grpo --alpha 1.0 --reward_funcs origin_accuracy format --freeze_vision_modules false
-# Longest published answer: 513 words, so 1,024 new tokens stand in for the official 4,096.
+# The longest published answer has 513 words, so the limit is 1,024 new tokens (official: 4,096).
 set -euo pipefail
 : "${MODEL:=Qwen/Qwen2.5-VL-7B-Instruct}"
 : "${DATA:?set DATA to the training questions, a JSON list or JSONL}"
-: "${VIDEOS:?set VIDEOS to the directory their video paths start from}"
+: "${VIDEOS:?set VIDEOS to the directory that their video paths are relative to}"
 : "${GPUS:=2}"
 [ -e "$DATA" ] || { echo "error: DATA=$DATA: no such file" >&2; exit 1; }
 [ -d "$VIDEOS" ] || { echo "error: VIDEOS=$VIDEOS: no such directory" >&2; exit 1; }
 
-# From SIGTERM to SIGKILL, seconds: a step and a save of 7B (116 GB) take longer than torchrun's 30.
-# torch 2.11 does not read it.
+# Seconds from SIGTERM to SIGKILL: a step and a save of 7B (116 GB) take longer than torchrun's 30.
+# torch 2.11 ignores it.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
 torchrun --standalone --nproc_per_node "$GPUS" twgrpo.py \
     --model_name_or_path "$MODEL" \

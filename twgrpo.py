@@ -1,12 +1,12 @@
 """Train a video-language model with TW-GRPO: token-weighted group relative policy optimization.
 
-    python twgrpo.py                  the embedded default: tiny model, synthetic clips, no GPU
+    python twgrpo.py                  the built-in toy: tiny model, synthetic clips, no GPU
     python twgrpo.py --model_name_or_path Qwen/Qwen2.5-VL-7B-Instruct --jsonl_path train.json ...
 
-`train_step` is the algorithm (arXiv 2505.24718; equation numbers are those of docs/equations.md),
-and `train` the loop around it. The network is in model/, the loss in kernels/, the rewards in
-rewards.py; run/ holds what surrounds the loop. The letters of shapes are explained in
-kernels/reference.py; here K is the number of reward functions.
+`train_step` is the algorithm (arXiv 2505.24718; equation numbers refer to docs/equations.md) and
+`train` is the loop around it. The network is in model/, the loss in kernels/, the rewards in
+rewards.py, and the support code of the loop in run/. Shape letters are defined in
+kernels/reference.py; here K is also the number of reward functions.
 """
 
 import contextlib
@@ -42,10 +42,10 @@ from video import VideoError
 class Update:
     """What one optimizer step measured."""
 
-    outputs: list[HeadOutput]  # one for each of this rank's questions
-    loss: float  # eq. 20, of all ranks
+    outputs: list[HeadOutput]  # one per question of this rank
+    loss: float  # eq. 20, over all ranks
     grad_norm: float  # before clipping
-    finite: bool  # False: the weights were left as they are
+    finite: bool  # False: the update was skipped
 
 
 def train_step(
@@ -58,24 +58,24 @@ def train_step(
     learning_rate: float,
 ) -> tuple[list[Group], list[Update]]:
     """One step of TW-GRPO on this rank's questions: the groups it sampled, and its updates."""
-    # Sample G completions of each question from the whole softmax. Eqs. 5, 6.
+    # Sample G completions per question from the full softmax. Eqs. 5, 6.
     groups = sample_groups(cfg, policy, questions, seeds)
 
-    # Reward each completion: soft accuracy and format. Eqs. 1 to 3.
-    # Compare it with its group: A = (r - mean) / std. Eq. 4.
+    # Reward each completion for soft accuracy and format. Eqs. 1 to 3.
+    # Normalise within the group: A = (r - mean) / std. Eq. 4.
     with ranks.alone():
         for group in groups:
             group.rewards_GK = rewards_of(cfg, group)
             group.advantages_G = group_advantages(group.rewards_GK.sum(-1))
 
-    count = ranks.total(len(groups))  # questions of this step, on all ranks
+    count = ranks.total(len(groups))  # questions in this step, over all ranks
     if reference and count:
         score_reference(cfg, reference, groups)
 
     updates = []
     for _ in range(cfg.num_iterations if count else 0):
-        # Weigh each position by how much the group disagrees there, clip the ratios, differentiate
-        # the weighted loss: eqs. 7 to 19. Each question counts 1 / count, on any rank: eq. 20.
+        # Weight each position by how much the group disagrees there, clip the ratios and
+        # backpropagate the weighted loss: eqs. 7 to 19. Every question counts 1 / count: eq. 20.
         total, outputs = 0.0, {}
         for chunk, teaches in micro_batches(cfg, groups):
             with torch.set_grad_enabled(teaches):
@@ -87,7 +87,7 @@ def train_step(
         outputs = [outputs[id(group)] for group in groups]
         for group, output in zip(groups, outputs, strict=True):
             if group.old_logps_N is None:
-                group.old_logps_N = output.logps_N  # from now on, the ratio is to these
+                group.old_logps_N = output.logps_N  # later iterations take the ratio to these
         # Update the weights.
         loss = ranks.total(total) / count
         norm, finite = optimizer_step(cfg, policy, optimizer, loss, learning_rate)
@@ -103,8 +103,8 @@ def train(
     log: RunLog,
     resume: tuple[Path, dict] | None = None,
 ) -> int:
-    """The loop, the same on every rank. Returns the steps done: max_steps, or fewer on a signal.
-    `resume` is a checkpoint and its counters."""
+    """The training loop, identical on every rank. Returns the number of steps done: max_steps, or
+    fewer after a signal. `resume` is a checkpoint and its counters."""
     reference = load_policy(cfg, freeze_all=True) if cfg.beta > 0 else None
     optimizer = make_optimizer(cfg, policy)
     if resume:
@@ -140,8 +140,8 @@ def train(
 def sample_groups(
     cfg: Config, policy: Policy, questions: list[Question], seeds: list[tuple[int, ...]]
 ) -> list[Group]:
-    """G completions of each question. Each video is encoded once and each prompt prefilled once;
-    the features of the video are kept if training does not change the vision tower."""
+    """Samples G completions per question. Each video is encoded once and each prompt prefilled
+    once; video features are kept for scoring if the vision tower is frozen."""
     with policy.gathered() as actor, ranks.alone():
         if not questions:
             return []
@@ -155,7 +155,7 @@ def sample_groups(
 
 
 def rewards_of(cfg: Config, group: Group) -> Tensor:
-    """The rewards of each completion: (G, K), K in the order of cfg.reward_funcs."""
+    """The rewards of each completion: (G, K), columns in the order of cfg.reward_funcs."""
     solution = group.question.record.solution
     return torch.tensor(
         [[REWARDS[name](text, solution) for name in cfg.reward_funcs] for text in group.texts]
@@ -165,14 +165,14 @@ def rewards_of(cfg: Config, group: Group) -> Tensor:
 def group_advantages(rewards_G: Tensor) -> Tensor:
     """Eq. 4: A_i = (r_i - mean r) / (std r + 1e-4) over the group: (G,); std has ddof = 1.
 
-    A group whose rewards are all equal has advantage 0 and teaches nothing.
+    If all rewards in a group are equal, its advantages are 0 and it contributes no gradient.
     """
     return (rewards_G - rewards_G.mean()) / (rewards_G.std() + 1e-4)
 
 
 @phase("score")
 def score_reference(cfg: Config, reference: Policy, groups: list[Group]) -> None:
-    """Puts the log-probs under the reference model into each group, for the KL term (eq. 11)."""
+    """Stores each group's log-probs under the reference model, for the KL term (eq. 11)."""
     for chunk, _ in micro_batches(cfg, groups):
         scored = chunk or [reference.idle_group()]
         logps = reference.run(reference.completion_logps, scored, cfg.temperature)
@@ -181,11 +181,11 @@ def score_reference(cfg: Config, reference: Policy, groups: list[Group]) -> None
 
 
 def micro_batches(cfg: Config, groups: list[Group]) -> list[tuple[list[Group], bool]]:
-    """At most B groups each, and whether they have a gradient. Without a KL term, groups whose
-    rewards are all equal have none; they are scored for the log alone.
+    """Chunks of at most B groups, each with a flag: does it need a gradient? Without a KL term,
+    groups whose rewards are all equal do not; they are scored only for the log.
 
-    On several ranks every micro-batch is a round of collectives: each rank has as many, some
-    perhaps empty, and differentiates one if any rank has to.
+    With several ranks, each micro-batch is a round of collectives. So every rank gets the same
+    number, some possibly empty, and runs a backward pass if any rank needs one.
     """
     B, per_rank = cfg.per_device_train_batch_size, cfg.gradient_accumulation_steps
 
@@ -204,10 +204,10 @@ def micro_batches(cfg: Config, groups: list[Group]) -> list[tuple[list[Group], b
 def score_groups(
     cfg: Config, policy: Policy, groups: list[Group]
 ) -> tuple[Tensor, list[HeadOutput]]:
-    """The summed loss of some questions, each scored as one packed row, and what was measured.
+    """Scores each question as one packed row. Returns the summed loss and each question's output.
 
-    Without a question the loss is 0 and so is its gradient, but every parameter has taken part in
-    it: the other ranks wait for each of them.
+    A rank with no questions scores an idle group: loss and gradient are 0, but every parameter
+    takes part, because the other ranks wait for each one in their collectives.
     """
     scored, dtype = groups or [policy.idle_group()], policy.compute_dtype
     hidden = policy.hidden_states(scored)
@@ -223,7 +223,7 @@ def score_groups(
             group.advantages_G.to(hidden_ND.device, non_blocking=True),
             old_logps_N=group.old_logps_N,
             ref_logps_N=group.ref_logps_N,
-            shuffle_seed=(*group.seed[:3], 6),  # 6: no other stream ends so
+            shuffle_seed=(*group.seed[:3], 6),  # 6: no other random stream uses it
             kept_share=1 / len(scored),
             **options,
         )
@@ -234,7 +234,7 @@ def score_groups(
 
 @phase("update")
 def differentiate(loss: Tensor, count: float) -> None:
-    """Eq. 20: adds the gradient of loss / count, summed over the ranks; FSDP would average it."""
+    """Eq. 20: accumulates the gradient of loss / count, summed over ranks (FSDP would average)."""
     (loss * (ranks.world() / count)).backward()
 
 
@@ -242,7 +242,7 @@ def differentiate(loss: Tensor, count: float) -> None:
 
 
 def train_and_evaluate(cfg: Config) -> Path | None:
-    """A whole run, from the flags to the pictures: its directory, or None of a dry run."""
+    """A complete run, from flags to plots. Returns its directory, or None for a dry run."""
     device = ranks.start()
     if cfg.dry_run:
         ranks.on_first(plan.show, cfg)
@@ -250,7 +250,7 @@ def train_and_evaluate(cfg: Config) -> Path | None:
     check_attention(cfg, device)
     is_toy = cfg.model_name_or_path is None
     if not is_toy:
-        training_records(cfg), held_out_records(cfg)  # report bad rows before making a directory
+        training_records(cfg), held_out_records(cfg)  # report bad rows before creating a directory
     cfg, directory, resume = prepare(cfg)
     records, held_out = training_records(cfg), held_out_records(cfg)
     measures = Measures(directory, resumed=resume is not None)

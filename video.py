@@ -1,13 +1,13 @@
-"""From a video file to what Qwen-VL models read: frames and their times, patches, and position ids.
+"""From a video file to Qwen-VL's inputs: frames and their times, patches, and position ids.
 
 The path of one clip:
-    read_clip   file -> F frames and the seconds between them (decoded by PyAV, that is FFmpeg)
-    resize      F frames -> F frames whose sides are multiples of 28 within a pixel budget
+    read_clip   file -> F frames and the seconds between them (decoded by PyAV, i.e. FFmpeg)
+    resize      F frames -> F frames whose sides are multiples of 28, within a pixel budget
     patchify    F frames -> S patches of 14 x 14 pixels x 2 frames, and their grid (t, h, w)
     mrope_positions   token ids + grid + seconds -> positions on three axes (time, height, width)
 
-Letters in shapes: F frames (even), H and W pixels, S patches = t h w, P prompt tokens. A video
-*token* is merge x merge patches (2 x 2), so a clip has t h w / 4 tokens.
+Shape letters: F frames (even), H and W pixels, S patches = t h w, P prompt tokens. A video *token*
+is merge x merge patches (2 x 2), so a clip has t h w / 4 tokens.
 
 Source of the sampling and resizing rules: the official code at aa529ff,
 qwen-vl-utils/src/qwen_vl_utils/ vision_process.py; of the patches: transformers'
@@ -29,35 +29,35 @@ MIN_FRAMES, MAX_FRAMES = 4, 16
 MIN_PIXELS, MAX_PIXELS = 128 * 28 * 28, 196 * 28 * 28  # per frame, after resizing
 MAX_ASPECT = 200
 MAX_FRAME_PIXELS = 4096 * 4096  # before resizing; 16 such frames take 0.8 GB
-# FFmpeg's names of the formats that hold clips. Playlists are left out: FFmpeg would open whatever
-# files and addresses one lists.
+# FFmpeg's names of the formats that hold clips. Not playlists: FFmpeg would open any file or URL
+# that a playlist names.
 FORMATS = "mov mp4 m4a 3gp 3g2 mj2 matroska webm avi gif mpegts mpeg flv ogg asf".split()
-# Of red, green and blue in 0..1, for Qwen2-VL's and Qwen2.5-VL's vision towers.
+# Per channel (red, green, blue in 0..1), for Qwen2-VL's and Qwen2.5-VL's vision towers.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class VideoError(Exception):
-    """A clip that cannot be used, and why. `read_clip` adds the name of the file."""
+    """A clip cannot be used; the message says why. `read_clip` adds the file name."""
 
 
 @dataclass
 class Clip:
     frames: Tensor  # (F, 3, H, W) uint8
-    seconds: float  # between one frame and the next, on average
+    seconds: float  # between consecutive frames, on average
     times: list[float] | None = None  # seconds at which each frame is shown; None: evenly spaced
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a model cuts a video into tokens; read from its config."""
+    """How a model splits a video into tokens; read from its config."""
 
     patch_size: int = 14  # pixels
     temporal_patch_size: int = 2  # frames
-    merge_size: int = 2  # patches a side of one token
-    # Of the time axis; None: one position per temporal patch (Qwen2-VL).
+    merge_size: int = 2  # patches per side of a token
+    # On the time axis; None: one position per temporal patch (Qwen2-VL).
     tokens_per_second: float | None = 2.0
-    # Qwen3-VL: each temporal patch is a block of its own, after its time in words.
+    # Qwen3-VL: each temporal patch is its own block, preceded by its time as text.
     timestamps: bool = False
     mean: tuple[float, float, float] = IMAGE_MEAN  # of red, green, blue in 0..1
     std: tuple[float, float, float] = IMAGE_STD
@@ -70,10 +70,10 @@ class Geometry:
 def frame_indices(
     total: int, rate: float, fps: float = FPS, max_frames: int = MAX_FRAMES
 ) -> list[int]:
-    """Eq. 27: which of `total` frames, shot at `rate` a second, to show: about `fps` a second,
-    evenly spaced, an even number.
+    """Eq. 27: which of `total` frames at `rate` per second to show: an even number, evenly spaced,
+    about `fps` per second.
 
-    At least 4 (or all there are) and at most `max_frames`; first and last frame always included.
+    At least 4 (or all) and at most `max_frames`, always including the first and last frame.
     """
     count = min(max(total / rate * fps, MIN_FRAMES), max_frames, total)
     count = int(count // 2) * 2
@@ -83,12 +83,12 @@ def frame_indices(
 
 
 def read_clip(path: str | os.PathLike, fps: float = FPS, max_frames: int = MAX_FRAMES) -> Clip:
-    """Sampled frames of a video file, upright, and the seconds between them. Raises VideoError
+    """Samples frames from a video file, upright, with the seconds between them. Raises VideoError
     naming the file and the reason.
 
     OFFICIAL: the time between frames is dropped, and the model is told 1 second per temporal patch
     for every video.
-    OURS: the true spacing travels with the frames, which is what Qwen2.5-VL was trained to expect.
+    OURS: the true spacing is kept with the frames, which is what Qwen2.5-VL was trained on.
     """
     path = check_file(path)
     try:
@@ -96,7 +96,7 @@ def read_clip(path: str | os.PathLike, fps: float = FPS, max_frames: int = MAX_F
             stream = container.streams.video[0]
             # Headers often lie about the number of frames, so count the packets.
             packets = (p for p in container.demux(stream) if p.size and not p.is_discard)
-            packets = [(p.pts, p.is_keyframe) for p in packets]  # their data need not stay
+            packets = [(p.pts, p.is_keyframe) for p in packets]  # drop their data
             rate, unit = float(stream.average_rate or 0), float(stream.time_base)
             can_jump = container.format.name.startswith(("mov", "matroska"))  # both have an index
         packets.sort(key=lambda packet: (packet[0] is not None, packet[0]))  # in display order
@@ -106,13 +106,13 @@ def read_clip(path: str | os.PathLike, fps: float = FPS, max_frames: int = MAX_F
         return Clip(_decode(path, indices, pts, keyframes), seconds, times)
     except VideoError as error:
         raise VideoError(f"{path}: {error}") from None
-    except Exception as error:  # PyAV has many types of its own for unreadable files
+    except Exception as error:  # PyAV raises many types of its own for unreadable files
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise VideoError(f"{path}: cannot be decoded ({reason[0][:200]})") from error
 
 
 def check_file(path: str | os.PathLike) -> str:
-    """The path as a string. Raises VideoError if it is no file that could hold a clip."""
+    """The path as a string. Raises VideoError if the file is missing or empty."""
     path = os.fspath(path)
     if not os.path.isfile(path) or not os.path.getsize(path):
         raise VideoError(f"{path}: no such video file, or an empty one")
@@ -120,11 +120,11 @@ def check_file(path: str | os.PathLike) -> str:
 
 
 def repeat_frames(clip: Clip, count: int) -> Clip:
-    """Exactly `count` frames, evenly taken from those sampled, hence with repeats or gaps; the
-    seconds between frames are those of the new spacing, on average.
+    """Exactly `count` frames, taken evenly from the sampled ones, so with repeats or gaps; the
+    seconds between frames are the average of the new spacing.
 
-    The official evaluators show 16 this way: the variables that should set the number of frames are
-    set after the reader has read them.
+    The official evaluators show 16 this way: the variables meant to set the number of frames are
+    set after the reader has already read them.
     """
     sampled = len(clip.frames)
     indices = torch.linspace(0, sampled - 1, count).long()
@@ -135,12 +135,12 @@ def repeat_frames(clip: Clip, count: int) -> Clip:
 def choose_frames(
     times: np.ndarray, rate: float, fps: float, max_frames: int
 ) -> tuple[list[int], float, list[float]]:
-    """Which frames to show, the seconds between them, and when each is shown, given every frame's
-    time in seconds.
+    """Which frames to show, the seconds between them, and when each is shown, given the time of
+    every frame in seconds.
 
-    The header's rate, in frames a second, counts unless some frame is more than one frame away from
-    where that rate puts it: the rate varies, or the header is wrong. Then the frames are those on
-    screen at evenly spaced times, so one that stays for long is shown more than once. Containers
+    Uses the header's frame rate unless some frame is more than one frame away from where that rate
+    puts it: then the rate varies or the header is wrong. In that case, it takes the frames on
+    screen at evenly spaced times, so one that stays long is shown more than once. Containers
     without times (NaN) leave only the header.
     """
     total, elapsed = len(times), times - times[:1]
@@ -158,11 +158,11 @@ def choose_frames(
 
 
 def _open(path: str):
-    """The file as an open av container with a video stream whose frames can be shown."""
+    """Opens the file as an av container with a usable video stream."""
     import av
 
     options = {"protocol_whitelist": "file", "format_whitelist": ",".join(FORMATS)}
-    # The absolute path, because "concat:a.mp4" would be an instruction, and "/x/concat:a.mp4" not.
+    # An absolute path: FFmpeg would take "concat:a.mp4" as a command, but not "/x/concat:a.mp4".
     container = av.open(os.path.abspath(path), options=options)
     if not container.streams.video:
         raise VideoError("the file has no video stream")
@@ -178,11 +178,11 @@ def _open(path: str):
 
 
 def _decode(path: str, indices: list[int], pts: list[int | None], keyframes: list[int]) -> Tensor:
-    """The frames with the numbers `indices`, which ascend: (F, 3, H, W) uint8. `pts` are the times
-    of all frames in the container's units, `keyframes` the numbers of those we can jump to."""
+    """Decodes the frames `indices`, which ascend: (F, 3, H, W) uint8. `pts` are the times of all
+    frames in the container's units, `keyframes` the indices of those we can seek to."""
     from av.video.reformatter import VideoReformatter
 
-    # After a jump a frame is known by its time; without jumps frames are counted.
+    # After a seek, a frame is identified by its time; without seeks, frames are counted.
     numbers = {t: k for k, t in enumerate(pts)} if keyframes else {}
     with _open(path) as container:
         stream, convert = container.streams.video[0], VideoReformatter()
@@ -199,7 +199,7 @@ def _decode(path: str, indices: list[int], pts: list[int | None], keyframes: lis
                 if frame is None:
                     raise VideoError(f"is cut short: ends before frame {k} of {len(pts)}")
                 number = numbers.get(frame.pts, number + 1)
-            if number > k:  # a jump went too far, or a time was not what its packet said
+            if number > k:  # a seek overshot, or a frame's time differs from its packet's
                 return _decode(path, indices, pts, [])
             picture = convert.reformat(frame, *size, format="rgb24").to_ndarray()
             shown.append(torch.rot90(torch.from_numpy(picture), round(frame.rotation / 90)))
@@ -213,8 +213,8 @@ def resized_shape(
     max_pixels: int = MAX_PIXELS,
     factor: int = 28,
 ) -> tuple[int, int]:
-    """Eq. 28: (height, width) in multiples of `factor`, about the same aspect, holding min_pixels
-    to max_pixels unless the sides are too unequal for that."""
+    """Eq. 28: (height, width) in multiples of `factor` with about the same aspect ratio, covering
+    min_pixels to max_pixels unless the aspect ratio is too extreme for that."""
     h, w = (max(factor, round(side / factor) * factor) for side in (height, width))
     if h * w > max_pixels:
         scale = math.sqrt(height * width / max_pixels)
@@ -226,7 +226,7 @@ def resized_shape(
 
 
 def resize(frames_F3HW: Tensor, height: int, width: int) -> Tensor:
-    """Bicubic with antialiasing, in whole pixel values: (F, 3, height, width) float32 in 0..255."""
+    """Bicubic with antialiasing, rounded to integers: (F, 3, height, width) float32 in 0..255."""
     frames = F.interpolate(frames_F3HW.float(), (height, width), mode="bicubic", antialias=True)
     return frames.round().clamp(0, 255)
 
@@ -239,10 +239,10 @@ def load_clip(
     max_pixels: int = MAX_PIXELS,
     factor: int = 28,
 ) -> Clip:
-    """Sampled and resized frames of a file, still uint8: what a worker process sends back."""
+    """Sampled and resized frames of a file, as uint8: what a worker process sends back."""
     clip = read_clip(path, fps, max_frames)
     shape = resized_shape(*clip.frames.shape[-2:], min_pixels, max_pixels, factor)
-    # One by one, because whole clips in float32 take gigabytes.
+    # One frame at a time, because whole clips in float32 take gigabytes.
     frames = [resize(frame_3HW[None], *shape).to(torch.uint8) for frame_3HW in clip.frames]
     return Clip(torch.cat(frames), clip.seconds, clip.times)
 
@@ -251,8 +251,8 @@ def patchify(frames_F3HW: Tensor, geometry: Geometry) -> tuple[Tensor, tuple[int
     """Frames in 0..255 to normalised patches: ((S, 3 * 2 * 14 * 14) float32, grid (t, h, w) in
     patches).
 
-    The rows run over time, then over tokens in reading order, then over the 2 x 2 patches of a
-    token; within a row over colour, frame, height, width.
+    Rows are ordered by time, then by token in reading order, then by patch within its 2 x 2 token;
+    columns by colour, frame, height, width.
     """
     mean, std = (torch.tensor(c).view(3, 1, 1) for c in (geometry.mean, geometry.std))
     pixels = (frames_F3HW.float() / 255 - mean) / std
@@ -274,16 +274,16 @@ def mrope_positions(
     """Eq. 29: position ids of a prompt with one video, for multimodal rotary embedding: (3, P)
     int64, axes time, height, width.
 
-    Text counts up by one on all three axes at once. The token of the video at temporal patch k, row
-    y, column x stands at s + (floor(k * seconds_per_patch * tokens_per_second), y, x), where s is
-    the position of its first token; for Qwen2-VL, which has no absolute time, at s + (k, y, x). The
-    text after the video goes on at the largest position so far plus 1, on any axis. For Qwen3-VL
-    each temporal patch is a block of its own, with text between the blocks, and k is 0 in each.
+    Text advances by one on all three axes. The video token at temporal patch k, row y, column x is
+    at s + (floor(k * seconds_per_patch * tokens_per_second), y, x), where s is the position of the
+    video's first token; for Qwen2-VL, which has no absolute time, at s + (k, y, x). Text after the
+    video resumes at the largest position so far on any axis plus 1. For Qwen3-VL each temporal
+    patch is its own block, with text between the blocks, and k is 0 in each.
 
     This is the rule of the models' authors and of transformers 4.50, with which the published
-    checkpoint was trained. Later transformers changed it: intervals below 1 s collapsed, and from
-    5.3 on the text after a video starts at the *spatial* extent and so overlaps the video's own
-    time axis. Hence these positions are always passed explicitly.
+    checkpoint was trained. Later versions changed it: intervals below 1 s collapsed, and since 5.3
+    the text after a video starts at the *spatial* extent and so overlaps the video's own time axis.
+    That is why these positions are always passed explicitly.
 
     Raises ValueError if the video tokens are not one block of exactly t * h * w / merge^2, or t
     blocks of h * w / merge^2.

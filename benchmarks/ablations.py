@@ -1,11 +1,11 @@
-"""What the forms of the objective change on the events toy: one table, one figure.
+"""Compares forms of the objective on the events toy: one table, one figure.
 
     python -m benchmarks.ablations --settings none official --seeds 0 1 2 --jobs 2
 
-Each run is an ordinary `python twgrpo.py --toy events` on one thread; the runs of a seed share
-their clips, their model and the order of questions. The same command makes only the runs that are
-missing. If one fails, the others go on, and the exit code is 1. Writes ablations.json and
-ablations.png in the work directory.
+Each run is an ordinary `python twgrpo.py --toy events` on one thread; runs with the same seed share
+clips, model and question order. Running the command again makes only the missing runs. If one
+fails, the others continue and the exit code is 1. Writes ablations.json and ablations.png in the
+work directory.
 """
 
 import argparse
@@ -28,11 +28,11 @@ from benchmarks.origin import PROJECT, Results, provenance, table
 from files import json_lines
 from tools import curves
 
-BASE = "none"  # the mean over all tokens, unweighted; every other setting is compared with it
-MEAN_1 = dict(normalize_token_weights=True)  # weights with mean 1: only their allocation differs
+BASE = "none"  # unweighted mean over all tokens; every other setting is compared with it
+MEAN_1 = dict(normalize_token_weights=True)  # weights with mean 1 differ only in allocation
 SETTINGS = {
     "none": dict(token_weights="none"),
-    "null": dict(alpha=1.0001),  # differs from none by chance alone
+    "null": dict(alpha=1.0001),  # differs from none only by chance
     "grpo": dict(loss_type="grpo"),
     "official": {},
     "official_mean_1": MEAN_1,
@@ -43,10 +43,10 @@ SETTINGS = {
     "shuffled": MEAN_1 | dict(token_weights="shuffled"),
     "none_trained_vision": dict(token_weights="none", freeze_vision_modules=False),
 }
-# Of the curve of the soft accuracy of the training samples. The area under it, the mean over all
-# steps, is the primary outcome; "final" is the mean over the last tenth.
+# Summaries of the training samples' soft accuracy curve. "area", the mean over all steps, is the
+# primary outcome; "final" is the mean over the last tenth.
 CURVE = ("area", "final")
-DESCRIBED = {  # title: the measure and its digits
+DESCRIBED = {  # title: measure and number of digits
     "held-out accuracy": ("sampled", 3),
     "with shuffled frames": ("shuffled_frames", 3),
     "tokens of a completion": ("completion_length", 1),
@@ -56,8 +56,8 @@ DESCRIBED = {  # title: the measure and its digits
 
 
 def call(*arguments: str) -> None:
-    """Runs Python in a child, on one thread. Raises RuntimeError with the end of its stderr if it
-    fails."""
+    """Runs Python in a child process on one thread. If it fails, raises RuntimeError with the end
+    of its stderr."""
     pipes = dict(cwd=PROJECT, stdout=DEVNULL, stderr=PIPE, text=True)
     child = run([sys.executable, *arguments], env=os.environ | dict(OMP_NUM_THREADS="1"), **pipes)
     if child.returncode:
@@ -65,16 +65,16 @@ def call(*arguments: str) -> None:
 
 
 def make_world(world: Path, seed: int) -> None:
-    """The clips and the model that the runs of a seed share, unless they are there."""
+    """Makes the clips and the model that the runs of a seed share, unless they exist."""
     if not toy.is_world(world, "events", seed):
         call("-c", f"import toy; toy.prepare(toy.Path({str(world)!r}), {seed}, 'events')")
 
 
 def make(root: Path, world: Future, setting: str, seed: int, max_steps: int) -> dict:
-    """The measures of one run, in the directory of its seed, whose world another thread makes."""
+    """Runs one setting in its seed's directory, whose world another thread makes; its measures."""
     world.result()
     out = root / setting
-    shutil.rmtree(out, ignore_errors=True)  # of a run that was killed
+    shutil.rmtree(out, ignore_errors=True)  # left over from a killed run
     out.mkdir()
     (out / "toy").symlink_to(root / "world")
     flags = dict(toy="events", seed=seed, output_dir=out, max_steps=max_steps)
@@ -85,8 +85,8 @@ def make(root: Path, world: Future, setting: str, seed: int, max_steps: int) -> 
 
 
 def make_all(work: Path, keys: list[dict], results: Results, jobs: int) -> None:
-    """A row for every run that is missing, also for one that fails. Ctrl-C and SIGTERM let the runs
-    that have begun come to their end, and start no other."""
+    """Adds a row for every missing run, even if it fails. On Ctrl-C or SIGTERM, runs that have
+    started finish and no others start."""
     keys = [key for key in keys if not results.find(**key)]
     with ThreadPoolExecutor(jobs) as pool:
         roots = {key["seed"]: work.resolve() / f"seed{key['seed']}" for key in keys}
@@ -101,10 +101,10 @@ def make_all(work: Path, keys: list[dict], results: Results, jobs: int) -> None:
 
 
 def measures_of(out: Path) -> dict:
-    """A finished run: accuracies in [0, 1], tokens, weights; the curve has 20 points.
+    """Measures of a finished run: accuracies in [0, 1], tokens, weights; the curve has 20 points.
 
-    The spread of lengths, (longest - shortest) / mean, and the range of weights, where all
-    completions are alive, are means over the groups in completions.jsonl: one a step.
+    The spread of lengths, (longest - shortest) / mean, and the range of weights where all
+    completions are alive are means over the groups in completions.jsonl, one per step.
     """
     rows = curves.read_metrics(out)
     evaluated = json.loads((out / "eval.json").read_text(encoding="utf-8"))
@@ -131,7 +131,7 @@ def measures_of(out: Path) -> dict:
 
 
 def student(df: int) -> tuple[np.ndarray, np.ndarray]:
-    """Student's t with `df` degrees of freedom: values of |t|, and the probability of smaller ones.
+    """Student's t with `df` degrees of freedom: values of |t| and the probability of being below.
     With t = sqrt(df) tan(a), the density over the angle a is proportional to cos(a)^(df - 1)."""
     angles = np.linspace(0, np.pi / 2, 100_001)[:-1]
     heights = np.cos(angles) ** (df - 1)
@@ -141,7 +141,7 @@ def student(df: int) -> tuple[np.ndarray, np.ndarray]:
 
 def paired(differences: np.ndarray) -> tuple[float, float, float]:
     """Mean, half-width of its 95 % confidence interval, and two-sided p-value of a paired t-test;
-    NaN for what fewer than two differences do not tell."""
+    NaN where there are too few differences."""
     n = len(differences)
     if n < 2:
         return differences[0] if n else np.nan, np.nan, np.nan
@@ -152,7 +152,7 @@ def paired(differences: np.ndarray) -> tuple[float, float, float]:
 
 
 def holm(p_values: dict[str, float]) -> dict[str, float]:
-    """The p-values adjusted for as many comparisons by Holm's step-down method, without NaNs."""
+    """The p-values, without NaNs, adjusted for multiple comparisons by Holm's step-down method."""
     known = sorted((name for name, p in p_values.items() if np.isfinite(p)), key=p_values.get)
     times = [(len(known) - rank) * p_values[name] for rank, name in enumerate(known)]
     return dict(zip(known, np.maximum.accumulate(times).clip(max=1), strict=True))
@@ -162,7 +162,7 @@ def holm(p_values: dict[str, float]) -> dict[str, float]:
 
 
 def by_setting(rows: list[dict]) -> dict[str, dict[int, dict]]:
-    """The finished runs of each setting that has any, by seed; BASE comes last."""
+    """The finished runs of each setting that has any, by seed, with BASE last."""
     runs = {name: {} for name in sorted(SETTINGS, key=BASE.__eq__)}
     for row in rows:
         if "failed" not in row:
@@ -171,7 +171,7 @@ def by_setting(rows: list[dict]) -> dict[str, dict[int, dict]]:
 
 
 def differences(own: dict[int, dict], base: dict[int, dict], measure: str) -> np.ndarray:
-    """A measure of a setting less that of another, for every seed that has both."""
+    """A measure of one setting minus that of another, for every seed that has both."""
     return np.array([own[k][measure] - base[k][measure] for k in sorted(own.keys() & base.keys())])
 
 
@@ -180,9 +180,9 @@ def mean(runs: dict[int, dict], measure: str) -> float | np.ndarray:
 
 
 def compare(rows: list[dict]) -> list[dict]:
-    """A line for each setting: means over its seeds of area and final accuracy, and differences to
-    BASE over the seeds that both have, with 95 % confidence intervals. p is that of the area,
-    adjusted by Holm for all settings; the intervals are not adjusted."""
+    """A line per setting: mean area and final accuracy over its seeds, and differences from BASE
+    over the seeds that both have, with 95 % confidence intervals. p is for the area, Holm-adjusted
+    for all settings; the intervals are not adjusted."""
     lines, runs = [], by_setting(rows)
     less = {n: {m: paired(differences(runs[n], runs[BASE], m)) for m in CURVE} for n in runs}
     adjusted = holm({name: of["area"][2] for name, of in less.items() if name != BASE})
@@ -199,7 +199,7 @@ def compare(rows: list[dict]) -> list[dict]:
 
 
 def describe(rows: list[dict]) -> list[dict]:
-    """A line for each setting: means over its seeds of what else was measured."""
+    """A line per setting: means over its seeds of the other measures."""
     return [
         {"setting": name} | {title: f"{mean(of, m):.{d}f}" for title, (m, d) in DESCRIBED.items()}
         for name, of in by_setting(rows).items()
@@ -207,7 +207,7 @@ def describe(rows: list[dict]) -> list[dict]:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Learning curves, and the primary outcome's differences to BASE, as a PNG."""
+    """Draws learning curves and the primary outcome's differences from BASE, as a PNG."""
     from matplotlib.figure import Figure  # no pyplot: no display, no global state
 
     runs = by_setting(rows)

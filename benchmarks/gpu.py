@@ -1,9 +1,9 @@
-"""What a GPU has to show, one part a call: the CUDA tests, the head, the training step.
+"""Runs what needs a GPU, one part per call: the CUDA tests, the head, the training step.
 
     python -m benchmarks.gpu tests
     python -m benchmarks.gpu head --out benchmarks/h200
 
-A part that was interrupted continues where it stopped, and writes each row as it is measured.
+Each row is written as it is measured, so an interrupted part continues where it stopped.
 """
 
 import argparse
@@ -21,7 +21,7 @@ PARTS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("part", choices=PARTS)
-    parser.add_argument("--out", default="runs/gpu", help="directory of the JSON files")
+    parser.add_argument("--out", default="runs/gpu", help="directory for the JSON files")
     args = parser.parse_args()
     command = PARTS[args.part].format(out=args.out).split()
     raise SystemExit(subprocess.run([sys.executable, "-m", *command]).returncode)

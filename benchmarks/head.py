@@ -1,9 +1,9 @@
-"""Speed and memory of the head on a GPU, beside the matmuls it cannot avoid and the alternatives.
+"""Speed and memory of the head on a GPU, against the matmuls it cannot avoid and alternatives.
 
     python -m benchmarks.head --json runs/head.json
 
-Groups of G = 8 completions, bf16, on-policy, forward and backward with D_t and w_t. `ratio` is to
-three bare products of the same shape: H Wᵀ, its gradient times W, its transpose times H.
+Groups of G = 8 completions, bf16, on policy, forward and backward with D_t and w_t. `ratio` is to
+three bare matmuls of the same shape: H Wᵀ, its gradient times W, its transpose times H.
 """
 
 import argparse
@@ -27,10 +27,10 @@ def make_group(N: int, D: int, V: int, device, dtype, lengths=None, frozen=False
     lengths = lengths or [N // G] * G
     group = dict(
         hidden_ND=torch.randn(sum(lengths), D, device=device, dtype=dtype, requires_grad=True),
-        # Logits with a standard deviation of about 3, as a trained head's.
+        # Logits with a standard deviation of about 3, like a trained head's.
         weight_VD=torch.randn(V, D, device=device, dtype=dtype) * 3 / D**0.5,
         targets_N=torch.randint(V, (sum(lengths),), device=device),
-        lengths_G=torch.tensor(lengths),  # on the host: nothing waits for the GPU
+        lengths_G=torch.tensor(lengths),  # on the host, to avoid a GPU synchronisation
         advantages_G=torch.linspace(-1, 1, len(lengths), device=device),
     )
     group["weight_VD"].requires_grad_(not frozen)
@@ -75,8 +75,8 @@ VARIANTS = {  # name: a group -> the forward to time, options of `make_group`
 
 
 def measure(prepare: Callable, N: int, D: int, V: int, **options) -> dict:
-    """Milliseconds, TFLOP/s, and MB of memory beyond the inputs and the gradients, of a group that
-    `make_group` makes with these options."""
+    """Milliseconds, TFLOP/s, and MB of memory beyond inputs and gradients, for a group made by
+    `make_group` with these options."""
     group = make_group(N, D, V, "cuda", torch.bfloat16, **options)
     leaves = [group[k] for k in ("hidden_ND", "weight_VD") if group[k].requires_grad]
     forward = prepare(**group)
@@ -88,12 +88,12 @@ def measure(prepare: Callable, N: int, D: int, V: int, **options) -> dict:
         with phase("forward"):
             loss = forward()
         with phase("backward"):
-            loss.backward(loss.detach() if loss.dim() else None)  # any gradient of the matmuls
+            loss.backward(loss.detach() if loss.dim() else None)  # the bare matmuls: any gradient
 
     row = {f"{name}_ms": 1e3 * s for name, s in medians(work, repeats=7, warm_up=2).items()}
     total, tokens = sum(row.values()), len(group["hidden_ND"])
     peak = torch.cuda.max_memory_allocated() - before
-    tflops = 2 * (1 + len(leaves)) * tokens * D * V / total / 1e9  # a product for each gradient
+    tflops = 2 * (1 + len(leaves)) * tokens * D * V / total / 1e9  # one product per gradient
     return row | dict(total_ms=total, tokens=tokens, tflops=tflops, peak_mb=peak / 1e6)
 
 
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results to this file, row by row")
     results = Results(parser.parse_args().json)
     if not torch.cuda.is_available():
-        raise SystemExit("error: the head is measured on a CUDA device only")
+        raise SystemExit("error: measuring the head needs a CUDA device")
 
     def work(impl: str, N: int) -> dict:
         prepare, options = VARIANTS[impl]

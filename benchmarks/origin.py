@@ -1,4 +1,4 @@
-"""Measurements: how they are timed, what they come from, and the file that keeps their rows."""
+"""Measurements: timing, provenance, and the file that keeps their rows."""
 
 import gc
 import json
@@ -23,7 +23,7 @@ PACKAGES = "torch triton transformers numpy flash_attn flash-attn liger_kernel t
 
 
 def provenance() -> dict:
-    """What a measurement comes from: commit (with "-dirty" if tracked files differ from it; empty
+    """Where a measurement comes from: commit (with "-dirty" if tracked files differ from it; empty
     outside a checkout), date, device, versions and machine."""
     git = "git describe --always --dirty --exclude '*'"
     git = subprocess.run(git, shell=True, cwd=PROJECT, capture_output=True, text=True)
@@ -41,9 +41,9 @@ def provenance() -> dict:
 
 
 def medians(work: Callable[[], object], repeats: int, warm_up: int = 1) -> dict[str, float]:
-    """Runs `work` `warm_up` times, which compile, load and allocate, then `repeats` times. Returns
-    the median of the seconds that it spends in each `run.log.phase`, by name. The GPU's peak memory
-    is afterwards that of the last time."""
+    """Runs `work` `warm_up` times, to compile, load and allocate, then `repeats` times. Returns the
+    median seconds spent in each `run.log.phase`, by name. Afterwards the GPU's peak memory is that
+    of the last repeat."""
     rows = []
     for _ in range(warm_up + repeats):
         SECONDS.clear()
@@ -55,8 +55,8 @@ def medians(work: Callable[[], object], repeats: int, warm_up: int = 1) -> dict[
 
 
 class Results:
-    """Measured rows, printed and, if there is a file, written to it as they come. An existing file
-    is continued, unless it comes from another device, commit or version (SystemExit)."""
+    """Measured rows, printed and, given a file, written to it as they come. Continues an existing
+    file unless it comes from another device, commit or version (SystemExit)."""
 
     def __init__(self, path: Path | None):
         self.path, self.about, self.rows = path, provenance(), []
@@ -64,17 +64,17 @@ class Results:
             earlier = json.loads(path.read_text(encoding="utf-8"))
             for key in ("device", "commit", "versions"):
                 if earlier[key] != self.about[key]:
-                    raise SystemExit(f"error: {path} is of another {key}; write to another file")
+                    raise SystemExit(f"error: {path} is from another {key}; write to another file")
             self.rows = earlier["rows"]
         print(json.dumps(self.about), flush=True)
 
     def find(self, **key) -> dict | None:
-        """The row with these values, unless its measurement failed."""
+        """The row with these values, unless its measurement failed; else None."""
         own = (row for row in self.rows if key.items() <= row.items() and "failed" not in row)
         return next(own, None)
 
     def add(self, key: dict, row: dict) -> dict:
-        """Keeps the row `key | row`, in place of one with this key."""
+        """Stores the row `key | row`, replacing any with this key."""
         row = key | row
         self.rows = [other for other in self.rows if not key.items() <= other.items()] + [row]
         if self.path:
@@ -87,13 +87,13 @@ class Results:
         return row
 
     def measure(self, work: Callable[..., dict], **key) -> dict:
-        """The row `key | work(**key)`, measured now unless it is there already. If that fails,
-        "failed" says why; the next measurement can go on."""
+        """The row `key | work(**key)`, measured now unless it exists. If that fails, "failed" says
+        why, and the next measurement can still run."""
         if found := self.find(**key):
             return found
         try:
             row = work(**key)
-        except Exception as problem:  # too little memory, perhaps, or a package that is not ours
+        except Exception as problem:  # perhaps out of memory, or an error in another package
             traceback.print_exc()
             row = dict(failed=f"{type(problem).__name__}: {problem}")
         gc.collect()
@@ -102,7 +102,7 @@ class Results:
 
 
 def table(rows: list[dict]) -> str:
-    """Rows as Markdown, with a column for every name that one of them has."""
+    """Rows as a Markdown table, with a column for every name in any of them."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     cells = [[row.get(name, "") for name in names] for row in rows]
     cells = [[f"{x:.2f}" if isinstance(x, float) else str(x) for x in line] for line in cells]

@@ -1,9 +1,9 @@
-"""One training step beside TRL's GRPOTrainer and the official way, on the same CPU.
+"""Compares a training step with TRL's GRPOTrainer and the official method, on the same CPU.
 
     python -m benchmarks.peers --rounds 5 --json benchmarks/peers.json
 
-Every way runs in a process of its own, all in turn, `--rounds` times. TRL is optional.
-README.md says what the ways do, and what a row holds.
+The methods take turns, each in its own process, for `--rounds` rounds. TRL is optional. README.md
+says what each method does and what a row holds.
 """
 
 import argparse
@@ -20,11 +20,11 @@ from benchmarks.origin import Results, table
 from run.log import peak_memory_gb
 
 SHAPE = dict(prompt=600, num_generations=8, max_completion_length=64)  # prompt: tokens, about
-STEPS = 3  # of a process that count, after one that does not
+STEPS = 3  # timed steps per process, after one warm-up step
 
 
 def trainer_seconds(prompt: int, num_generations: int, max_completion_length: int) -> float:
-    """Median seconds of a step of TRL's GRPOTrainer, after its first."""
+    """Median seconds per step of TRL's GRPOTrainer, excluding the first."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -61,7 +61,7 @@ def trainer_seconds(prompt: int, num_generations: int, max_completion_length: in
 
 
 def measure(way: str, shape: dict) -> dict:
-    """Median seconds of a step, and the largest memory of this process, GB (1e9 bytes)."""
+    """Median seconds per step, and the peak memory of this process in GB (1e9 bytes)."""
     if way == "TRL":
         seconds = trainer_seconds(**shape)
     else:
@@ -70,13 +70,13 @@ def measure(way: str, shape: dict) -> dict:
 
 
 def one_round(way: str, shape: dict) -> dict:
-    """What a new process measures of that way."""
+    """Measures a method in a new process."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(measure, way, shape).result()
 
 
 def summary(rounds: list[dict], ours: list[dict]) -> dict:
-    """Median, range and memory of the rounds; how many times the median of ours."""
+    """Median, range and peak memory of the rounds, and the median relative to ours."""
     seconds, base = ([r["step_s"] for r in rows] for rows in (rounds, ours))
     return dict(
         step_s=statistics.median(seconds),
@@ -90,7 +90,7 @@ def summary(rounds: list[dict], ours: list[dict]) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5, help="processes of each way")
+    parser.add_argument("--rounds", type=int, default=5, help="processes per method")
     parser.add_argument("--json", type=Path, help="write the results to this file, round by round")
     args = parser.parse_args()
     ways = ["ours", "official", "TRL"] if find_spec("trl") else ["ours", "official"]

@@ -1,10 +1,10 @@
-"""One training step of Qwen2.5-VL with random weights, phase by phase, against the official way.
+"""Times a training step of Qwen2.5-VL with random weights by phase, against the official method.
 
     python -m benchmarks.step --size 7b --prompt 1100 --completion 170 400 --json step.json
     python -m benchmarks.step --ways ours --completion 64 128 256
 
-The model has float32 parameters and computes in bf16 on a GPU, in float32 on a CPU. The frames are
-random: no codec is needed. README.md says what the two ways do, and what a row holds.
+Parameters are float32; compute is bf16 on a GPU, float32 on a CPU. The frames are random, so no
+codec is needed. README.md says what the two methods do and what a row holds.
 """
 
 import argparse
@@ -39,7 +39,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def build(size: str, prompt: int, device: str) -> tuple[Policy, Callable[[], Question], Optimizer]:
-    """A model of that size, what makes a question of about `prompt` tokens, and an optimizer."""
+    """A model of that size, a maker of questions of about `prompt` tokens, and an optimizer."""
     tokenizer = toy.build_tokenizer(list(TEMPLATES.values()))
     with torch.device(device):
         model = toy.build_model(tokenizer, **SIZES[size]).eval()
@@ -48,7 +48,7 @@ def build(size: str, prompt: int, device: str) -> tuple[Policy, Callable[[], Que
     policy.eos_ids = torch.tensor([-1])  # every completion runs to its full length
     if size == "7b":
         policy.checkpoint_activations()
-    kind = SGD if size == "7b" else AdamW  # whose moments would not fit beside 7b
+    kind = SGD if size == "7b" else AdamW  # AdamW's moments would not fit next to 7B
     optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=1e-9, fused=True)
     side = 28 * max(2, round(((prompt - 90) / 5) ** 0.5))  # 10 frames: 5 temporal patches
     clip = Clip(torch.randint(255, (10, 3, side, side), dtype=torch.uint8), seconds=0.5)
@@ -58,7 +58,7 @@ def build(size: str, prompt: int, device: str) -> tuple[Policy, Callable[[], Que
 
 
 def ours(cfg: Config, policy: Policy, question: Question) -> Tensor:
-    """Samples a group; its loss."""
+    """Samples a group and returns its loss."""
     (group,) = twgrpo.sample_groups(cfg, policy, [question], [(0, 0, 0, 1)])
     group.advantages_G = torch.linspace(-1, 1, cfg.num_generations)
     loss, _ = twgrpo.score_groups(cfg, policy, [group])
@@ -66,7 +66,7 @@ def ours(cfg: Config, policy: Policy, question: Question) -> Tensor:
 
 
 def official(cfg: Config, policy: Policy, question: Question) -> Tensor:
-    """Samples a group; its loss."""
+    """Samples a group and returns its loss."""
     G, T, device = cfg.num_generations, cfg.max_completion_length, policy.device
     ids = question.ids_P[None].to(device)
     patches, grid = question.patches.to(device), torch.tensor([question.grid], device=device)
@@ -106,9 +106,9 @@ WAYS = dict(ours=ours, official=official)
 
 
 def measure(way: str, size: str, prompt: int, repeats: int, **flags) -> dict:
-    """The tokens of the prompt, medians of the seconds by phase and of the step, and the peak
-    memory in GB (1e9 bytes); for ours also the milliseconds of decoding a token, and the GB of
-    weights it reads a second, which the bandwidth of the memory limits. `flags` are of Config."""
+    """Prompt tokens, median seconds per phase and per step, and peak memory in GB (1e9 bytes). For
+    ours also milliseconds per decoded token, and GB of weights read per second, which memory
+    bandwidth limits. `flags` are Config's."""
     cfg = Config(**flags)
     policy, ask, optimizer = build(size, prompt, DEVICE)
     policy.attend_with(cfg.attn_implementation)
@@ -131,8 +131,8 @@ def measure(way: str, size: str, prompt: int, repeats: int, **flags) -> dict:
     row["peak_gb"] = peak_memory_gb()
     if decode:
         token_s = decode / (cfg.max_completion_length - 1)
-        # A token of each row reads the language model but for its embedding. Keys and values of
-        # 8 x 400 tokens are 1 % of 7B, and left out.
+        # Decoding a token reads the language model except its embedding. The KV cache of 8 x 400
+        # tokens, 1 % of 7B, is ignored.
         read = sum(p.numel() for p in [*policy.text.layers.parameters(), policy.head_VD])
         read_gb_s = read * policy.compute_dtype.itemsize / token_s / 1e9
         row |= dict(decode_ms=1e3 * token_s, read_gb_s=read_gb_s)
@@ -142,7 +142,7 @@ def measure(way: str, size: str, prompt: int, repeats: int, **flags) -> dict:
 def main() -> None:
     top = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     top.add_argument("--size", choices=SIZES, default="tiny")
-    top.add_argument("--prompt", type=int, default=600, help="tokens of the prompt, about")
+    top.add_argument("--prompt", type=int, default=600, help="approximate prompt tokens")
     top.add_argument("--completion", type=int, nargs="+", default=[64], help="tokens, at least 2")
     top.add_argument("--num_generations", type=int, default=8)
     top.add_argument("--repeats", type=int, default=3)

@@ -1,4 +1,4 @@
-"""The group that docs/walkthrough.md follows, from a run of the toy: walkthrough.npz and .png.
+"""Makes the group for docs/walkthrough.md from a toy run: walkthrough.npz and walkthrough.png.
 
     python twgrpo.py --seed 42 && python -m benchmarks.walkthrough runs/toy
 
@@ -28,7 +28,7 @@ G, T = 4, toy.DEFAULTS["max_completion_length"]
 
 
 def load(run: Path) -> tuple[Policy, Prompter, list[Record]]:
-    """The model of a toy run before its training, and its questions."""
+    """A toy run's model before training, its prompter and its questions."""
     policy = Policy.load(run / "toy" / "model")
     prompter = Prompter(policy.tokenizer, policy.chat_template, policy.geometry, **toy.CLIP)
     return policy, prompter, load_records(run / "toy" / "train.jsonl", run / "toy")
@@ -43,7 +43,7 @@ def sample(policy: Policy, question: Question, G: int, seed: tuple) -> tuple[Gro
 
 
 def collect(run: Path) -> dict:
-    """What the .npz holds; letters as in `kernels/reference.py`, P prompt tokens, F frames."""
+    """The contents of the .npz; letters as in `kernels/reference.py`, P prompt tokens, F frames."""
     policy, prompter, records = load(run)
     record = next(r for r in records if r.id == QUESTION)
     clip = prompter.load_clip(*prompter.clip_arguments(record))
@@ -62,7 +62,7 @@ def collect(run: Path) -> dict:
 
 
 def picture(frames_F3HW: np.ndarray, scale: int = 3, gap: int = 6) -> Image.Image:
-    """The frames in a row, those of a temporal patch closer together; lines where tokens meet."""
+    """The frames in a row, grouped by temporal patch, with lines between tokens."""
     frames = frames_F3HW.transpose(0, 2, 3, 1).repeat(scale, 1).repeat(scale, 2)
     middle = frames.shape[1] // 2
     frames[:, middle] = frames[:, :, middle] = 128

@@ -1,9 +1,9 @@
-"""What the token weights react to: w_t over position, by three forms of D_t, on ragged groups.
+"""What the token weights react to: w_t over position for three forms of D_t, on ragged groups.
 
     python -m benchmarks.weights runs/toy
 
-RUN is a run of the toy, for its model and questions. README.md says what the groups are. Writes
-weights.json, and docs/weights.png; prints the table of docs/equations.md.
+The argument is a toy run, for its model and questions. README.md describes the groups. Writes
+weights.json and docs/weights.png, and prints the table in docs/equations.md.
 """
 
 import argparse
@@ -26,7 +26,7 @@ FORMS = {  # name: divergence, ended_rows
     "textbook": ("textbook", "uniform"),
 }
 JSON, PLOT = PROJECT / "benchmarks" / "weights.json", PROJECT / "docs" / "weights.png"
-V, SEEDS = 152064, 3  # of the synthetic groups, SEEDS of each scale
+V, SEEDS = 152064, 3  # of the synthetic groups; SEEDS groups per scale
 LENGTHS = [60, 52, 47, 43, 38, 34, 29, 25]
 ALPHA = 1.7
 SCALES = (1.0, 2.0, 3.0)
@@ -39,11 +39,11 @@ HEAD = """\
 
 
 def synthetic_rows(t: int, G: int, V: int, scale: float, seed: int) -> Tensor:
-    """log p of the G completions at position t: (G, V), nats. Position 0 is one row, G times."""
+    """log p of the G completions at position t: (G, V), nats. At position 0 all rows are equal."""
     generator = torch.Generator().manual_seed(seed * 100_003 + t)
     shared_1V = torch.randn(1, V, generator=generator)
     own_GV = torch.randn(G, V, generator=generator)
-    own = 0.0 if t == 0 else float(torch.rand((), generator=generator))  # share of its own part
+    own = 0.0 if t == 0 else float(torch.rand((), generator=generator))  # share of the own part
     logits_GV = scale * ((1 - own) ** 0.5 * shared_1V + own**0.5 * own_GV)
     # The favourite: the group's, or with probability `own` one of its own.
     favourite_G = torch.randint(V, (1,), generator=generator).expand(G).clone()
@@ -56,7 +56,7 @@ def synthetic_rows(t: int, G: int, V: int, scale: float, seed: int) -> Tensor:
 
 
 def weighed(rows_GTV: Tensor, lengths_G: Tensor) -> dict:
-    """How many completions are alive at each position, and D_t and w_t by every form."""
+    """How many completions are alive at each position, and D_t and w_t for every form."""
     alive = [int((lengths_G > t).sum()) for t in range(rows_GTV.shape[1])]
     group = dict(alive=alive, divergence={}, weights={})
     for name, options in FORMS.items():
@@ -84,8 +84,8 @@ def toy_groups(run: Path, steps: int) -> list[dict]:
 
 
 def summary(groups: list[dict]) -> dict:
-    """By form, over several groups: w_t where all are alive (from t = 1 on: position 0 is one
-    shared row), where one to half of them are, and the ratio of the mean D_t of the two."""
+    """For each form, over several groups: w_t where all are alive (from t = 1 on, since position 0
+    is a shared row), w_t where one to half of them are, and the ratio of the two mean D_t."""
     out = {}
     for name in FORMS:
         weights, tails, last, ratios = [], [], [], []
@@ -132,7 +132,7 @@ def plot(result: dict) -> None:
 
 
 def table(result: dict) -> str:
-    """The summary as docs/equations.md shows it."""
+    """The summary as a table for docs/equations.md."""
     blocks = {f"synthetic, scale {s}": b for s, b in result["synthetic"]["summary"].items()}
     blocks["toy completions"] = result["toy"]["summary"]
     lines = []

@@ -1,7 +1,7 @@
-"""The equations of TW-GRPO: `reference.py` specifies them, `head.py` is what the loop calls.
+"""The equations of TW-GRPO: `reference.py` specifies them, `head.py` is the training loop's entry.
 
-Hugging Face's package `kernels`, which transformers imports where it is installed, has the name of
-this directory, and Python finds ours first. So that both work, what is not here is looked up there.
+Hugging Face's package `kernels`, which transformers imports if it is installed, has the same name,
+and Python finds this one first. So that both work, names missing here are looked up there.
 """
 
 import importlib.util
@@ -21,7 +21,7 @@ except metadata.PackageNotFoundError:
 
 
 def __getattr__(name: str):
-    """A name of Hugging Face's package. Raises AttributeError, as every missing name does."""
+    """Looks a name up in Hugging Face's package. Raises AttributeError if it is not there."""
     if _hub and "kernels._hub" not in sys.modules:
         spec = importlib.util.spec_from_file_location("kernels._hub", f"{_hub}/__init__.py")
         sys.modules["kernels._hub"] = module = importlib.util.module_from_spec(spec)

@@ -1,13 +1,13 @@
-"""The kernels as one differentiable function, with the backward of all designs: each logit that the
-forward has not kept is computed once more.
+"""The kernels as one autograd function. All designs share this backward pass, which recomputes
+every logit that the forward did not keep.
 
-With the log-sum-exp and the coefficients c_n = dLoss/dlogp_n known, the gradient of a logit needs
-nothing but itself (eqs. 25, 26 of docs/equations.md, where they are derived):
+Given the log-sum-exp and the coefficients c_n = dLoss/dlogp_n, the gradient of a logit depends only
+on that logit (eqs. 25, 26, derived in docs/equations.md):
     g_n(v) = c_n (1[v = y_n] - p_n(v)) / temperature,      dH = g W,      dW = gᵀ H.
-Scaling a row commutes with both products: from the first K rows, of which the forward keeps
-P' = 1[v = y] - p, they are dH = s (P' W) and dW = P'ᵀ (s H) with s = c / temperature. A slice of
+Scaling a row commutes with both products. So for the first K rows, where the forward kept
+P' = 1[v = y] - p, dH = s (P' W) and dW = P'ᵀ (s H) with s = c / temperature. Only one slice of
 the vocabulary is in memory at a time. Slices write disjoint rows of dW and are added to dH in
-order: no atomics, the same bits every time. Shape letters: `kernels/reference.py`.
+order: no atomics, bit-identical results. Shape letters: `kernels/reference.py`.
 """
 
 from importlib import import_module
@@ -18,25 +18,25 @@ from torch import Tensor
 from kernels.chunked import Layout, matmul_float32
 from kernels.reference import LossOptions
 
-# Bytes for the rows that a forward keeps: 4,110 in bf16 at V = 152064. Plain torch keeps less, so
-# that on a CPU too the head's memory stays near one copy of 512 rows of logits; "fused" has no
-# logits in memory to keep.
+# Bytes of rows that a forward keeps: 4,110 rows in bf16 at V = 152064. Plain torch keeps less, so
+# that on a CPU the head's memory stays near one copy of 512 rows of logits; "fused" never has
+# logits in memory.
 KEPT_BYTES = dict(chunked=1.25e9, plain=0.05e9, fused=0)
 # Logits in memory at once in the backward, 6 bytes each in bf16: 805 MB and 101 MB. With dH in
-# float32 (N D 4), chunked takes 0.92 GB at N = 8,192 and 1.28 GB at 32,768, and its forward 1.26 GB
-# (2,048 rows of logits and of hidden); fused takes 0.22 and 0.67 GB, and its forward 9 MB.
+# float32 (N D 4), chunked needs 0.92 GB at N = 8,192 and 1.28 GB at 32,768, its forward 1.26 GB
+# (2,048 rows of logits and of hidden); fused needs 0.22 and 0.67 GB, its forward 9 MB.
 SLICE_ELEMENTS = dict(chunked=2**27, plain=2**24, fused=2**24)
 
 
 def words_of_slice(impl: str, N: int) -> int:
-    """Words of the vocabulary in memory at once: at least 1,024, or adding to dH would cost more
-    than the matmul; a multiple of 256, because cuBLAS is slow on rows that start at odd addresses.
+    """Vocabulary words in memory at once: at least 1,024, or accumulating dH would cost more than
+    the matmul; a multiple of 256, because cuBLAS is slow on misaligned rows.
     """
     return max(1024, SLICE_ELEMENTS[impl] // N // 256 * 256)
 
 
 class Statistics(torch.autograd.Function):
-    """Eqs. 8 and 12 to 15 by the kernels: (logps_N, divergence_T), the second without gradient."""
+    """Eqs. 8 and 12 to 15 in the kernels: (logps_N, divergence_T), the latter without gradient."""
 
     @staticmethod
     def forward(
@@ -64,16 +64,16 @@ class Statistics(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, coefficients_N: Tensor, _) -> tuple[Tensor | None, ...]:
-        """(dH, dW) in the inputs' dtype; None, and no matmul, for the one that is not needed.
+        """(dH, dW) in the inputs' dtype; if one is not needed, None and no matmul.
 
-        Memory beyond outputs, in bytes: N D 4 for dH in float32, a slice, N words 4 for logits +
-        N words 2 for bf16 gradients (float32 gradients replace the logits in place), and with kept
-        rows N D 2 for all rows in their order. A bf16 gradient could share the logits' memory too,
-        but then a program would write where its own other threads still have to read.
+        Memory beyond outputs, in bytes: N D 4 for dH in float32, a slice of N words 4 for logits +
+        N words 2 for bf16 gradients (float32 gradients overwrite the logits), and with kept rows
+        N D 2 for the reordered hidden states. A bf16 gradient could share the logits' memory too,
+        but threads would overwrite logits that others in the same program have yet to read.
         """
         hidden_ND, weight_VD, targets_N, statistics_3N, order_N, kept_KV = ctx.saved_tensors
         (N, D), V, K, wide = hidden_ND.shape, len(weight_VD), len(kept_KV), statistics_3N.dtype
-        order = order_N if K else slice(None)  # kept rows come first; a slice copies nothing
+        order = order_N if K else slice(None)  # kept rows first; slice(None) avoids a copy
         rows_ND, coefficients_N = hidden_ND[order], coefficients_N[order].contiguous()
         scale_K1 = coefficients_N[:K, None] / ctx.temperature
         if K:

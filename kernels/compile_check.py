@@ -1,14 +1,14 @@
-"""Every kernel compiled ahead of time, as it is launched, without a GPU: registers, spills, shared
-memory, and barriers.
+"""Compiles every kernel ahead of time, without a GPU, and reports registers, spills, shared memory
+and barriers.
 
     python -m kernels.compile_check    # for sm_80, sm_90 and sm_100
 
-The head itself runs, forward and backward, and so does the attention of a decoding step, on tensors
-without storage (device "meta") at production size; each launch compiles what Triton would compile
-for these arguments. So types, constants, warps and alignment are those of a real launch and are
-stated nowhere else. Exits 1 if a kernel spills registers, needs too much shared memory, or if the
-group kernel waits inside its loop. Needs Triton; must not run under TRITON_INTERPRET=1,
-where a kernel is never compiled.
+It runs the head, forward and backward, and the attention of a decoding step on tensors without
+storage (device "meta") at production size. Each launch compiles what Triton would compile for
+these arguments, so types, constants, warps and alignment are those of a real launch and need not be
+repeated here. Exits with 1 if a kernel spills registers or needs too much shared memory, or if the
+group kernel has a barrier inside its loop. Needs Triton; must not run under TRITON_INTERPRET=1,
+where kernels are never compiled.
 """
 
 import contextlib
@@ -24,16 +24,16 @@ import torch
 
 from kernels.head import tw_grpo_head
 
-SHARED_LIMIT = {80: 163, 90: 227, 100: 227}  # KB of shared memory one program may use
-GROUP_BARRIERS = 2  # for the sum after the loop: one more would be inside it
+SHARED_LIMIT = {80: 163, 90: 227, 100: 227}  # KB of shared memory per program
+GROUP_BARRIERS = 2  # for the sum after the loop; one more would be inside the loop
 D, V = 3584, 152064
 
 
 @contextlib.contextmanager
 def compiling_for(arch: int) -> Iterator[dict]:
-    """A dict {name: compiled kernel} that fills while the block launches kernels: each launch
-    compiles for `arch` and runs nothing. A second specialisation of the same constants gets a
-    name of its own, so that nothing launched goes unseen."""
+    """Yields a dict {name: compiled kernel} that fills as the block launches kernels: each launch
+    compiles for `arch` and runs nothing. A second specialisation with the same constants gets a
+    name of its own, so no launch is missed."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
@@ -52,7 +52,7 @@ def compiling_for(arch: int) -> Iterator[dict]:
 
     absent_gpu = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", arch, 32),
-        get_current_device=lambda: arch,  # Triton keeps compiled kernels by device
+        get_current_device=lambda: arch,  # Triton caches compiled kernels per device
         get_current_stream=lambda device: 0,
     )
     driver.set_active(absent_gpu)
@@ -71,7 +71,7 @@ def launch_head(
     device: str = "meta",
     **options: str,
 ) -> None:
-    """Forward and backward of a group of these lengths, by default on tensors without storage."""
+    """Forward and backward for a group of these lengths, by default on tensors without storage."""
     N, G = sum(lengths), len(lengths)
     hidden_ND, weight_VD = (
         torch.empty(n, D, dtype=dtype, device=device, requires_grad=True) for n in (N, V)
@@ -87,7 +87,7 @@ def launch_head(
 def launch_decode(
     G: int, B: int = 1, H: int = 28, K: int = 4, P: int = 1100, T: int = 170, device: str = "meta"
 ) -> None:
-    """The attention of one decoding step, by default of Qwen2.5-VL-7B, in bf16."""
+    """The attention of one decoding step in bf16, by default with Qwen2.5-VL-7B's sizes."""
     from kernels import decode
 
     R, D, bf16 = B * G, 128, dict(dtype=torch.bfloat16, device=device)
@@ -100,7 +100,7 @@ def launch_decode(
 
 
 def launch_everything(arch: int) -> None:
-    """Each kernel under each of its constants: group sizes, forms of D_t, dtypes."""
+    """Launches each kernel with all its constants: group sizes, forms of D_t, dtypes."""
     for G in (2, 4, 8, 16):
         launch_decode(G)
     forms = (dict(), dict(divergence="textbook"), dict(token_weights="entropy"))
@@ -113,7 +113,7 @@ def launch_everything(arch: int) -> None:
 
 
 def properties(arch: int, compiled) -> tuple[str, int, int, float, int]:
-    """Target, registers a thread, spilled bytes, KB of shared memory, and barriers."""
+    """Target, registers per thread, spilled bytes, KB of shared memory, and barriers."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     ptx = compiled.asm["ptx"]

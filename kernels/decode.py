@@ -1,21 +1,21 @@
-"""Attention of one decoding step, with the rotary embedding and the write to the cache before it.
+"""Attention for one decoding step, including rotary embedding and the KV cache write.
 
-Each of R = B G rows brings one new token. What it sees is its question's prompt, which the G rows
-share, and its own completion up to itself. Two kernels a layer:
+Each of R = B G rows adds one new token. It attends to its question's prompt, which the G rows
+share, and to its own completion up to itself. Two kernels per layer:
 
-    prompt_kernel   the G rows and the query heads that share a key head, as the rows of one product
-                    with a piece of the prompt's keys, so that the prompt is read once a question
-    join_kernel     for each row and key head: writes the new key and value, attends over the own
-                    completion, and joins what the pieces of the prompt left
+    prompt_kernel   multiplies a piece of the prompt's keys with the G rows and all query heads that
+                    share the key head, in one product, so a prompt is read once per question
+    join_kernel     for each row and key head: writes the new key and value, attends over the row's
+                    own completion, and merges the partial results of the prompt pieces
 
-In one kernel the last program to finish would have to join, found by a counter that every step
-resets. A second launch inside a CUDA graph takes 1 to 2 us, in 28 layers 1 % of what reading the
-weights of 7B takes (estimated, not measured). The own completion is not cut into pieces: a few
-hundred tokens are a few blocks.
+A single kernel would need a counter, reset every step, to let the last program do the merge. A
+second launch inside a CUDA graph takes 1 to 2 us, in 28 layers 1 % of the time it takes to read
+the weights of 7B (estimated, not measured). The completion itself is not split into pieces: a few
+hundred tokens are only a few blocks.
 
-Letters in shapes: B questions, G completions of each, R = B G rows, P prompt tokens, T tokens of a
-completion, H query heads, K key heads, each shared by H / K query heads, D the size of a head. The
-position t is read on the device and no shape depends on it, so that a CUDA graph can be captured.
+Shape letters: B questions, G completions of each, R = B G rows, P prompt tokens, T tokens of a
+completion, H query heads, K key heads, each shared by H / K query heads, D head size. The position
+t is read on the device and no shape depends on it, so a CUDA graph can be captured.
 """
 
 import torch
@@ -23,14 +23,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 64  # keys that a program reads at once
-MOST_ROWS = 128  # of one product; more would not fit the registers
-MULTIPROCESSORS = 132  # of an H200; elsewhere the pieces below are still valid, only less even
+BLOCK = 64  # keys per load
+MOST_ROWS = 128  # per product; more would not fit in registers
+MULTIPROCESSORS = 132  # an H200's; on other GPUs the pieces below are valid but less balanced
 
 
 @triton.jit
 def rotated(x_ptr, row, cos_ptr, sin_ptr, table_row, exists, D: tl.constexpr, HEAD: tl.constexpr):
-    """Rotary embedding of rows of x, (rows, HEAD) float32; 0 where a row does not exist."""
+    """Rotary embedding of rows of x, (rows, HEAD) float32; 0 for rows that do not exist."""
     j = tl.arange(0, HEAD)[None, :]
     exists = exists & (j < D)
     other = tl.where(j < D // 2, j + D // 2, j - D // 2)
@@ -38,7 +38,7 @@ def rotated(x_ptr, row, cos_ptr, sin_ptr, table_row, exists, D: tl.constexpr, HE
     y = tl.load(x_ptr + row * D + other, exists, other=0.0).to(tl.float32)
     cos = tl.load(cos_ptr + table_row * D + j, exists, other=0.0)
     sin = tl.load(sin_ptr + table_row * D + j, exists, other=0.0)
-    return x * cos + tl.where(j < D // 2, -y, y) * sin  # features j and j + D/2 turn as a pair
+    return x * cos + tl.where(j < D // 2, -y, y) * sin  # features j and j + D/2 rotate as a pair
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def attend(
     q, key_ptr, value_ptr, first, last, m, s, o, scale,
     D: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Eq. 35 over the keys first to last: peak m, sum s and weighted values o of each row of q."""
+    """Eq. 35 over keys first to last: peak m, sum s and weighted values o of each row of q."""
     j = tl.arange(0, HEAD)[None, :]
     for begin in range(first, last, BLOCK):
         n = begin + tl.arange(0, BLOCK)[:, None]
@@ -84,7 +84,7 @@ def prompt_kernel(
     first = tl.program_id(1) * piece
     last = tl.minimum(first + piece, tl.load(length_ptr + b)).to(tl.int32)
     start = tl.program_id(0).to(tl.int64) * P * D
-    m = tl.full([ROWS], float("-inf"), tl.float32)  # stays so where this prompt has ended before
+    m = tl.full([ROWS], float("-inf"), tl.float32)  # stays -inf if the prompt ends before here
     s = tl.zeros([ROWS], tl.float32)
     o = tl.zeros([ROWS, HEAD], tl.float32)
     m, s, o = attend(
@@ -103,7 +103,7 @@ def join_kernel(
     peak_ptr, sum_ptr, partial_ptr, out_ptr, K, shared, T, pieces, scale,
     ROWS: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Eq. 35 for the new token, the own completion and the pieces. Grid: rows x key heads."""
+    """Eq. 35 for the new token, its completion and the prompt pieces. Grid: rows x key heads."""
     i, j = tl.arange(0, ROWS), tl.arange(0, HEAD)[None, :]
     r, there = tl.program_id(0) // K, j < D
     exists = i < shared
@@ -118,7 +118,7 @@ def join_kernel(
     tl.store(key_ptr + start + t * D + j, k, there)
     tl.store(value_ptr + start + t * D + j, v, there)
 
-    m = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1) * scale  # the new token sees itself
+    m = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1) * scale  # the new token attends itself
     s = tl.full([ROWS], 1.0, tl.float32)
     o = tl.zeros([ROWS, HEAD], tl.float32) + v.to(tl.float32)
     m, s, o = attend(q, key_ptr + start, value_ptr + start, 0, t, m, s, o, scale, D, HEAD, BLOCK)
@@ -150,11 +150,11 @@ def launch(
     t: Tensor,
     scale: float,
 ) -> Tensor:
-    """(R, H, D) in the cache's dtype; `model.rollout.group_attention` says what each argument is.
+    """(R, H, D) in the cache's dtype; see `model.rollout.group_attention` for the arguments.
 
-    All tensors are contiguous. The new key, rotated, and the new value are written at position t of
-    the own cache; nothing beyond it is read, nor beyond a prompt's length. float32 or bfloat16
-    inputs, products of the cache's dtype summed in float32, softmax in float32.
+    All tensors are contiguous. Writes the rotated new key and the new value at position t of the
+    row's own cache; never reads beyond t, or beyond a prompt's length. Inputs are float32 or
+    bfloat16; products are in the cache's dtype, accumulated in float32; softmax is in float32.
     """
     (R, H, D), (B, K, P, _), T = query_RHD.shape, prompt_key_BKPD.shape, own_key_RKTD.shape[2]
     G, shared = R // B, H // K
@@ -180,7 +180,7 @@ def launch(
     return out_RHD
 
 
-# As an operator, so that fake tensors pass through it and a count of operators sees one.
+# Registered as an operator so that fake tensors work and it counts as one operator.
 decode_attention = torch.library.custom_op(
     "twgrpo::decode_attention", launch, mutates_args=("own_key_RKTD", "own_value_RKTD")
 )

@@ -1,12 +1,12 @@
-"""The small forward, and the one to read: the logits exist only in registers.
+"""The fused forward, the smaller and more readable one: logits exist only in registers.
 
-Two Triton matmuls over the vocabulary. The first keeps a running log-sum-exp of every token and
-picks its target's logit; the second holds the G rows of each position in one tile and sums their
+Two Triton matmuls over the vocabulary. The first keeps a running log-sum-exp per token and picks
+out the target's logit; the second holds the G rows of each position in one tile and sums their
 spread. Nothing of size N x V is written. Shape letters: `kernels/reference.py`.
 
-In the second, words lie on the tile's first axis and tokens on its second, where the G rows of a
-position stand POSITIONS columns apart (group-major): on tensor cores each thread then holds all G
-values of a word, and their mean needs no exchange.
+In the second, words are the tile's first axis and tokens its second, with the G rows of a position
+POSITIONS columns apart (group-major). On tensor cores each thread then holds all G values of a
+word, and their mean needs no communication.
 """
 
 import itertools
@@ -21,17 +21,17 @@ from kernels.chunked import Layout
 from kernels.reference import LossOptions
 from kernels.tiles import VIEWS, group_spread
 
-# bf16, by the GPU's major compute capability, (words, tokens): the largest tile whose accumulator
-# and group arithmetic fit the registers without a spill (`python -m kernels.compile_check` prints
-# them). Blackwell's tensor memory hands a thread a whole row of the tile, hence fewer tokens there.
-# Speed on a GPU: not yet measured.
+# (words, tokens) in bf16 by the GPU's major compute capability: the largest tile whose accumulator
+# and group arithmetic fit in registers without spilling (`python -m kernels.compile_check` prints
+# the counts). Blackwell's tensor memory gives each thread a whole row of the tile, hence fewer
+# tokens there. Speed on a GPU: not yet measured.
 TILES = {8: (128, 128), 9: (256, 128), 10: (128, 64)}
-MULTIPROCESSORS = 132  # of an H200; elsewhere the slices below are still valid, only less even
+MULTIPROCESSORS = 132  # an H200's; on other GPUs the slices below are valid but less balanced
 
 
 @triton.jit
 def matmul_tile(a_rows_ptr, b_rows_ptr, z, D, DEPTH: tl.constexpr, EVEN_D: tl.constexpr):
-    """z + A Bᵀ, float32, for the rows of A and of B that the two vectors of pointers start at."""
+    """z + A Bᵀ in float32, for the rows of A and B given by two vectors of row pointers."""
     k = tl.arange(0, DEPTH)
     a_ptr = a_rows_ptr[:, None] + k[None, :]
     b_ptr = b_rows_ptr[None, :] + k[:, None]
@@ -49,9 +49,9 @@ def matmul_tile(a_rows_ptr, b_rows_ptr, z, D, DEPTH: tl.constexpr, EVEN_D: tl.co
 
 @triton.jit
 def rows_at(matrix_ptr, row, rows, D):
-    """Pointers to rows of a (rows, D) matrix; past its end the last one, for the caller to mask.
+    """Pointers to rows of a (rows, D) matrix, clamped to the last row; the caller masks the rest.
 
-    64 bits, as rows x D may pass 2^31.
+    64-bit, because rows x D may exceed 2^31.
     """
     return matrix_ptr + tl.minimum(row, rows - 1).to(tl.int64) * D
 
@@ -62,10 +62,10 @@ def log_sum_exp_kernel(
     N, V, D, inverse_temperature, slice_tiles,
     WORDS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, EVEN_D: tl.constexpr,
 ):  # fmt: skip
-    """Eq. 21: log-sum-exp of a slice of the vocabulary, and the target's logit.
+    """Eq. 21: log-sum-exp over a vocabulary slice, and the target's logit.
 
-    Grid: token tiles x slices; programs that run together read the same words. Here tokens lie on
-    the tile's first axis, as the running statistics are few then: two tokens to a thread.
+    Grid: token tiles x slices; programs that run together read the same words. Here tokens are the
+    tile's first axis, which keeps running statistics small: two tokens per thread.
     """
     n = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     target = tl.load(target_ptr + n, n < N, other=-1).to(tl.int32)
@@ -87,7 +87,7 @@ def log_sum_exp_kernel(
     tl.store(peak_ptr + tl.program_id(1).to(tl.int64) * N + n, m, n < N)
     tl.store(sum_ptr + tl.program_id(1).to(tl.int64) * N + n, s, n < N)
     here = (target >= first_tile * WORDS) & (target < (first_tile + slice_tiles) * WORDS)
-    tl.store(picked_ptr + n, picked, here)  # one slice holds the target, and it alone writes
+    tl.store(picked_ptr + n, picked, here)  # only the slice that contains the target writes
 
 
 @triton.jit(do_not_specialize=["first_t", "last_t", "T", "G", "slice_tiles"])
@@ -97,7 +97,7 @@ def divergence_kernel(
     FORM: tl.constexpr, UNIFORM: tl.constexpr, ROWS: tl.constexpr,
     WORDS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, EVEN_D: tl.constexpr,
 ):  # fmt: skip
-    """Eqs. 14, 15: one slice of the vocabulary of D_t for POSITIONS positions.
+    """Eqs. 14, 15: one vocabulary slice's part of D_t, for POSITIONS positions.
 
     Grid: position tiles x slices. Column j is row j // POSITIONS of position j % POSITIONS.
     """
@@ -111,7 +111,7 @@ def divergence_kernel(
     hidden_rows_ptr = hidden_ptr + n.to(tl.int64) * D
 
     t = first_t + tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
-    # Positions past the last one read token 0 as their only row: finite, and never stored.
+    # Positions past the last one read token 0 as their only row: finite and never stored.
     alive_count = tl.load(start_ptr + t + 1, t < last_t, other=1)
     alive_count -= tl.load(start_ptr + t, t < last_t, other=0)
     ended = (G - alive_count).to(tl.float32) if UNIFORM else tl.zeros([POSITIONS], tl.float32)
@@ -135,7 +135,7 @@ def divergence_kernel(
 def tile_for(hidden_ND: Tensor) -> dict[str, int]:
     """Constants of a matmul tile: words x tokens, in steps of DEPTH along D."""
     words, tokens, depth, stages = 64, 64, 32, 2
-    if hidden_ND.dtype != torch.float32:  # whose dots are exact, outside the tensor cores, and slow
+    if hidden_ND.dtype != torch.float32:  # float32 dots are exact but slow: no tensor cores
         major, _ = torch.cuda.get_device_capability(hidden_ND.device)
         (words, tokens), depth, stages = TILES.get(major, TILES[8]), 64, 3
     even = hidden_ND.shape[1] % depth == 0
@@ -144,22 +144,22 @@ def tile_for(hidden_ND: Tensor) -> dict[str, int]:
 
 
 def divergence_tile(tile: dict[str, int], rows: int, official: bool) -> dict[str, int]:
-    """The tile for groups of `rows` rows, changed until nothing spills.
+    """The tile for groups of `rows` rows, tuned so that nothing spills.
 
-    As many positions as `tile` would hold of eight rows, so that what a thread keeps for each
-    position stays the same; fewer for more rows. Half the words where there is more to keep.
+    Holds as many positions as `tile` would with eight rows, so that the per-position state of a
+    thread stays the same; fewer with more rows. Half the words where there is more state.
     """
     words, tokens = tile["WORDS"], tile["TOKENS"]
     tokens = rows * tokens // 8 if rows <= 8 else max(tokens, rows)
     words = words if official and rows <= 8 else words // 2
-    return tile | dict(WORDS=words, TOKENS=max(16, tokens))  # 16: the narrowest product
+    return tile | dict(WORDS=words, TOKENS=max(16, tokens))  # 16: the minimum of tl.dot
 
 
 def slices_of_words(V: int, words: int, token_tiles: int) -> tuple[int, int]:
-    """(slices, word tiles in each): the cut of the vocabulary that keeps all multiprocessors busy.
+    """(slices, word tiles per slice): splits the vocabulary to keep all multiprocessors busy.
 
-    Programs run in waves of one on each multiprocessor; a cut takes as long as its waves times its
-    tiles. No slice is empty.
+    Programs run in waves of one per multiprocessor, so a split takes as long as its waves times
+    its tiles. No slice is empty.
     """
     word_tiles = triton.cdiv(V, words)
 
@@ -179,7 +179,7 @@ def row_statistics(
     temperature: float,
     tile: dict[str, int],
 ) -> Tensor:
-    """(3, N) float32, as `logits.row_statistics`."""
+    """(3, N) float32: see `logits.row_statistics`."""
     (N, D), V = hidden_ND.shape, len(weight_VD)
     token_tiles = triton.cdiv(N, tile["TOKENS"])
     slices, slice_tiles = slices_of_words(V, tile["WORDS"], token_tiles)
@@ -202,16 +202,16 @@ def forward(
     options: LossOptions,
     *_,
 ) -> tuple[Tensor, Tensor]:
-    """(statistics_3N, divergence_T), as `chunked.forward`.
+    """(statistics_3N, divergence_T): see `chunked.forward`.
 
-    Fewer and fewer completions are alive as t grows. Positions with more than rows / 2 and at most
-    `rows` of them, a power of two, are a launch, so that never all are padded to G.
-    Memory beyond outputs: what the slices leave, slices (2 N + T) 4 bytes, 9 MB at N = 32,768.
+    Ever fewer completions are alive as t grows. So that not every position is padded to G, there
+    is one launch per power of two `rows`, for positions with rows / 2 < alive <= rows.
+    Memory beyond outputs: partial results, slices (2 N + T) 4 bytes, 9 MB at N = 32,768.
     """
     tile, V, D, T = tile_for(hidden_ND), *weight_VD.shape, len(layout.starts) - 1
     statistics_3N = row_statistics(hidden_ND, weight_VD, targets_N, options.temperature, tile)
     divergence_T, last = statistics_3N.new_zeros(T), 0
-    if layout.G == 1 and options.form != "entropy":  # one alone has no spread
+    if layout.G == 1 and options.form != "entropy":  # a single completion has no spread
         return statistics_3N, divergence_T
     alive = [end - start for start, end in itertools.pairwise(layout.starts)]
     for rows, positions in itertools.groupby(alive, key=triton.next_power_of_2):

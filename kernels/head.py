@@ -1,6 +1,6 @@
-"""The entry to the kernels: hidden states of one question's completions to the TW-GRPO loss.
+"""The entry point of the kernels: from one question's hidden states to its TW-GRPO loss.
 
-Triton is imported on first use, so that the reference works without it. Shape letters:
+Triton is imported on first use, so the reference works without it. Shape letters:
 `kernels/reference.py`.
 """
 
@@ -16,8 +16,8 @@ from kernels.chunked import lay_out
 from kernels.reference import HeadOutput, LossOptions
 
 IMPLS = ("auto", "chunked", "fused", "plain", "reference")
-COMPILES_FOR = ("cuda", "meta")  # meta: compiled and not run, see `kernels/compile_check.py`
-KERNEL_DTYPES = (torch.float32, torch.bfloat16)  # float16 would flush gradients of 1/N p to zero
+COMPILES_FOR = ("cuda", "meta")  # meta: compiled but not run, see `kernels/compile_check.py`
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)  # in float16, gradients of size p / N underflow
 
 
 def tw_grpo_head(
@@ -33,14 +33,14 @@ def tw_grpo_head(
     kept_share: float = 1.0,
     **options: float | str | bool,
 ) -> HeadOutput:
-    """The clipped, token-weighted loss of one question and everything measured on the way.
+    """The clipped, token-weighted loss of one question, with everything measured along the way.
 
-    hidden_ND     (N, D) float: the rows that *predict* the completion tokens, all of c_1, then
-                  c_2, ...
-    weight_VD     (V, D) same dtype: the lm_head. Without requires_grad no gradient of it is formed.
+    hidden_ND     (N, D) float: the hidden states that *predict* the completion tokens, all of c_1,
+                  then c_2, ...
+    weight_VD     (V, D) same dtype: the lm_head. No gradient is computed unless it requires one.
     targets_N     (N,) int64: the completion tokens themselves, in [0, V)
-    lengths_G     (G,) int64: tokens of each completion, EOS included; at least 1 each, summing to
-                  N. Read on the host: if it is on a GPU, the host waits for it.
+    lengths_G     (G,) int64: tokens of each completion, EOS included; each at least 1, summing to
+                  N. Read on the host, so keep it there: on a GPU, reading it synchronises.
     advantages_G  (G,) float
     old_logps_N   (N,) float: log-probs before the first update on these completions;
                   None: on-policy, ratio 1
@@ -48,19 +48,19 @@ def tw_grpo_head(
     impl          "reference"  plain PyTorch, any float dtype: the specification
                   "chunked"    Triton and cuBLAS, a chunk of positions at a time
                   "fused"      Triton only, logits in registers
-                  "plain"      chunked in plain torch; "chunked" is this where Triton cannot run
+                  "plain"      chunked in plain torch; the fallback of "chunked" without Triton
                   "auto"       chunked on CUDA if Triton is installed, else plain
-    kept_share    of the memory for rows of logits (`KEPT_BYTES`) that the forward keeps, as
-                  1[v=y] - p, and the backward need not compute again; 0: none. Questions whose
-                  losses are differentiated together share it.
+    kept_share    fraction of the `KEPT_BYTES` budget to use for caching rows of logits, as
+                  1[v=y] - p, which the backward then need not recompute; 0: none. Questions in the
+                  same backward pass share the budget.
     options       alpha, beta, temperature, loss_type, divergence, ...: `LossOptions`
 
     `chunked` and `fused` take float32 or bfloat16 on CUDA, or float32 on a CPU under
     TRITON_INTERPRET=1; `plain` also float64. A NaN in `hidden_ND` gives a NaN loss.
 
-    Raises ValueError or TypeError naming the argument that is wrong, and RuntimeError if `fused`
-    cannot run here, or for a target outside the vocabulary; on CUDA that is a device-side
-    assertion, so that nothing waits for the GPU.
+    Raises ValueError or TypeError naming the offending argument, and RuntimeError if `fused`
+    cannot run here or a target is outside the vocabulary (on CUDA a device-side assertion, to
+    avoid a synchronisation).
     """
     settings = LossOptions(**options)
     check_tensors(
@@ -81,7 +81,7 @@ def tw_grpo_head(
     if impl == "reference":
         return reference.tw_grpo(*inputs, *group, settings)
     if not (torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)):
-        kept_share = 0  # no backward will ask for them
+        kept_share = 0  # there will be no backward pass
     statistics = Statistics.apply(*inputs, layout, impl, settings, kept_share)
     return reference.weighted_loss(*statistics, *group, settings)
 
@@ -96,17 +96,17 @@ def token_logps(
 ) -> Tensor:
     """Log-probability of each target, nats: (N,) float32 or wider, without gradient.
 
-    For the old and the reference log-probs; arguments as in `tw_grpo_head`.
+    For old and reference log-probs; arguments as in `tw_grpo_head`.
     """
-    # As one completion: alone it has no divergence, which is then not computed.
+    # Passed as a group of one completion, for which the divergence is not computed.
     group = hidden_ND, weight_VD, targets_N, torch.tensor([len(hidden_ND)]), hidden_ND.new_zeros(1)
     return tw_grpo_head(*group, temperature=temperature, impl=impl).logps_N
 
 
 def check_tensors(**tensors: Tensor | None) -> None:
-    """Raises an error that names the tensor that is not what its name says.
+    """Checks each tensor against the shape suffix of its name; an error names the offending one.
 
-    The last letters of a name are its shape. Nothing here waits for a GPU.
+    Never synchronises with a GPU.
     """
     hidden_ND, sizes = tensors["hidden_ND"], {}
     for name, x in tensors.items():
@@ -127,13 +127,14 @@ def check_tensors(**tensors: Tensor | None) -> None:
         raise TypeError(f"weight_VD and hidden_ND ({hidden_ND.dtype}) must be of one dtype")
     targets_N, V = tensors["targets_N"], sizes["V"]
     in_range = (targets_N >= 0) & (targets_N < V)
-    # On CUDA the assertion fails when the GPU gets there.
+    # On CUDA the assertion fails asynchronously.
     torch._assert_async(in_range.all(), f"targets_N holds a word outside the vocabulary of {V}")
 
 
 def choose_impl(impl: str, hidden_ND: Tensor) -> str:
-    """What runs: "auto" and "chunked" are "plain" where the kernels cannot run, and "auto" is where
-    they would be interpreted. Raises RuntimeError for "fused" there, ValueError for any other."""
+    """Resolves `impl`: "auto" and "chunked" fall back to "plain" where the kernels cannot run, and
+    "auto" also avoids the interpreter. Raises RuntimeError if "fused" cannot run, ValueError for
+    an unknown name."""
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, not {impl!r}")
     device, dtype = hidden_ND.device.type, hidden_ND.dtype
@@ -141,8 +142,7 @@ def choose_impl(impl: str, hidden_ND: Tensor) -> str:
     has_kernels = dtype in KERNEL_DTYPES and find_spec("triton") is not None
     runs = has_kernels and (device in COMPILES_FOR or interpreted)
     if impl in ("auto", "chunked"):
-        # Which of the two designs is faster has not yet been measured; chunked does fewer
-        # multiplications.
+        # Chunked, which does fewer multiplications; which is faster has not been measured yet.
         return "chunked" if runs and not (impl == "auto" and interpreted) else "plain"
     # The bfloat16 dot of Triton's interpreter is wrong.
     if impl == "fused" and not (runs and (dtype == torch.float32 or not interpreted)):

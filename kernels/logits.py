@@ -1,6 +1,6 @@
-"""What Triton does with a chunk of logits in memory: rows, groups, gradients.
+"""Triton kernels on a chunk of logits in memory: row statistics, group divergence, gradients.
 
-The matmuls around it are in `kernels/chunked.py` and `kernels/backward.py`. Shape letters:
+The matmuls around them are in `kernels/chunked.py` and `kernels/backward.py`. Shape letters:
 `kernels/reference.py`.
 """
 
@@ -15,9 +15,9 @@ from kernels.reference import LossOptions
 from kernels.tiles import VIEWS, group_spread
 
 CHUNK_ELEMENTS = 2048 * 152064  # logits in memory at a time in the forward, 1.25 GB
-ROW_BLOCK = 4096  # words a row program reads at once
-GROUP_ELEMENTS = 4096  # words x rows a group program reads at once
-GRADIENT_BLOCK = 1024  # words of one backward program
+ROW_BLOCK = 4096  # words per load in `row_kernel`
+GROUP_ELEMENTS = 4096  # words x rows per load in `group_kernel`
+GRADIENT_BLOCK = 1024  # words per backward program
 
 
 @triton.jit(do_not_specialize_on_alignment=VIEWS)
@@ -27,9 +27,9 @@ def row_kernel(
 ):  # fmt: skip
     """Eqs. 8, 21: log-sum-exp and target log-prob of a row, `reference.vocab_logps` at the target.
 
-    The log-sum-exp is kept in two parts, the row's peak m and log Σ e^(x-m): their sum would be
-    rounded to the peak's last digit, 4e-6 at 60, and with it every probability of the row.
-    Grid: rows of the chunk.
+    The log-sum-exp is kept in two parts, the row's peak m and log Σ e^(x-m). Their sum would be
+    rounded to the precision of the peak, 4e-6 at 60, which would affect every probability in the
+    row. Grid: rows of the chunk.
     """
     r = tl.program_id(0)
     row_ptr = logits_ptr + r.to(tl.int64) * V  # 64 bits: rows x V may pass 2^31
@@ -53,10 +53,10 @@ def group_kernel(
     first_t, V, G, log_V, inverse_temperature, slice_words,
     FORM: tl.constexpr, UNIFORM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Eqs. 14, 15: one slice of the vocabulary of D_t, `reference.group_divergence`.
+    """Eqs. 14, 15: one vocabulary slice's part of D_t, `reference.group_divergence`.
 
-    Grid: positions of the chunk x slices. The alive rows of position t are neighbours, rows
-    start[t] to start[t+1] of the position-major order.
+    Grid: positions of the chunk x slices. The alive rows of position t are adjacent: rows start[t]
+    to start[t+1] in position-major order.
     """
     start_ptr += first_t + tl.program_id(0)
     start = tl.load(start_ptr)
@@ -87,9 +87,9 @@ def softmax_gradient_kernel(
     logits_ptr, gradient_ptr, target_ptr, peak_ptr, log_sum_ptr, coefficient_ptr,
     first_word, words, inverse_temperature, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Eq. 25: logits of a slice of the vocabulary to their gradients, in place if of one dtype.
+    """Eq. 25: from the logits of a vocabulary slice to their gradients, in place if dtypes match.
 
-    Grid: rows x blocks of words. Reference: what autograd derives from `reference.token_logps`.
+    Grid: rows x blocks of words. Reference: autograd of `reference.token_logps`.
     """
     n = tl.program_id(0).to(tl.int64)  # 64 bits: rows x words may pass 2^31
     v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -114,10 +114,10 @@ def row_statistics(logits_RV: Tensor, targets_R: Tensor, temperature: float) -> 
 def divergence(
     logits_RV: Tensor, statistics_3R: Tensor, layout: Layout, span: range, options: LossOptions
 ) -> Tensor:
-    """(len(span),): D_t of the positions of the span, whose rows these are."""
+    """(len(span),): D_t of the positions in the span, given their rows of logits."""
     V, T = logits_RV.shape[1], len(span)
-    # A position is a program; four slices of the vocabulary each fill the GPU also when few
-    # positions are in a chunk.
+    # One program per position and slice; four vocabulary slices fill the GPU even when a chunk has
+    # few positions.
     slices, rows = 4, triton.next_power_of_2(layout.G)
     block = max(GROUP_ELEMENTS // rows, 16)
     slice_words = triton.cdiv(triton.cdiv(V, block), slices) * block
@@ -126,8 +126,8 @@ def divergence(
         logits_RV, *statistics_3R[1:], layout.start_of_t, partial_TS,
         span.start, V, layout.G, math.log(V), 1 / options.temperature, slice_words,
         FORM=options.form, UNIFORM=options.ended_rows == "uniform", ROWS=rows, BLOCK=block,
-        # Four neighbouring words to each thread, and all the rows of a group: with more warps a
-        # group is spread over two of them, and each of its sums and maxima has to wait for both.
+        # Each thread holds four adjacent words and all rows of the group. With more warps, a group
+        # is split between two, and each sum and maximum over it needs a barrier.
         num_warps=min(max(block // 128, 1), 4),
     )  # fmt: skip
     return partial_TS.sum(1)
@@ -137,7 +137,7 @@ def softmax_gradient(
     logits_NS: Tensor, out_NS: Tensor, targets_N: Tensor, statistics_3N: Tensor,
     coefficients_N: Tensor, first_word: int, temperature: float,
 ) -> None:  # fmt: skip
-    """Writes the gradients of the words from first_word on; out_NS may be logits_NS."""
+    """Writes the gradients of the slice that starts at first_word; out_NS may alias logits_NS."""
     N, words = logits_NS.shape
     softmax_gradient_kernel[(N, triton.cdiv(words, GRADIENT_BLOCK))](
         logits_NS, out_NS, targets_N, *statistics_3N[1:], coefficients_N,

@@ -1,4 +1,4 @@
-"""The functions of `kernels/logits.py` in plain torch, for machines on which Triton cannot run.
+"""The functions of `kernels/logits.py` in plain torch, for machines that cannot run Triton.
 
 Shape letters: `kernels/reference.py`.
 """
@@ -11,11 +11,11 @@ from kernels import reference
 from kernels.chunked import Layout
 from kernels.reference import LossOptions
 
-CHUNK_ELEMENTS = 3 * 2**21  # logits: with what `reference.group_divergence` makes of them, 0.2 GB
+CHUNK_ELEMENTS = 3 * 2**21  # logits; 0.2 GB with the temporaries of `reference.group_divergence`
 
 
 def row_statistics(logits_RV: Tensor, targets_R: Tensor, temperature: float) -> Tensor:
-    """As `logits.row_statistics`."""
+    """See `logits.row_statistics`."""
     x_RV = logits_RV / temperature
     peak_R = x_RV.amax(1)
     logps_RV = F.log_softmax(x_RV, dim=-1)
@@ -26,12 +26,12 @@ def row_statistics(logits_RV: Tensor, targets_R: Tensor, temperature: float) -> 
 def divergence(
     logits_RV: Tensor, statistics_3R: Tensor, layout: Layout, span: range, options: LossOptions
 ) -> Tensor:
-    """As `logits.divergence`."""
+    """See `logits.divergence`."""
     _, peak_R1, log_sum_R1 = statistics_3R[..., None]
     logps_RV = logits_RV / options.temperature - peak_R1 - log_sum_R1
     lengths_G = layout.lengths_G - span.start
     alive_TG = torch.arange(len(span), device=logps_RV.device)[:, None] < lengths_G
-    # The terms of the textbook form cancel where rows are nearly equal: sum those in float64.
+    # In the textbook form, terms cancel where rows are nearly equal, so sum it in float64.
     wide = torch.float64 if options.form == "textbook" else logps_RV.dtype
     rows_GTV = logps_RV.new_zeros(layout.G, len(span), logits_RV.shape[1], dtype=wide)
     rows_GTV.transpose(0, 1)[alive_TG] = logps_RV.to(wide)  # the chunk is position-major
@@ -48,7 +48,7 @@ def softmax_gradient(
     first_word: int,
     temperature: float,
 ) -> None:
-    """As `logits.softmax_gradient`; overwrites the logits."""
+    """See `logits.softmax_gradient`; overwrites the logits."""
     _, peak_N1, log_sum_N1 = statistics_3N[..., None]
     scale_N = coefficients_N / temperature
     p_NS = logits_NS.div_(temperature).sub_(peak_N1).sub_(log_sum_N1).exp_()

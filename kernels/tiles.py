@@ -1,17 +1,17 @@
-"""Two equations on tiles of registers, called from inside the kernels: k3 and the group's spread.
+"""Two equations on register tiles, called from inside the kernels: k3 and the group's spread.
 
-Both are ordinary Triton functions without loads or stores, so that each equation is written once
-for the chunked kernels (tiles rows x words) and the fused ones (words x rows x positions). Shape
-letters: `kernels/reference.py`.
+Both are Triton functions without loads or stores, so each equation is written only once for the
+chunked kernels (tiles rows x words) and the fused ones (words x rows x positions). Shape letters:
+`kernels/reference.py`.
 """
 
 import triton
 import triton.language as tl
 
-# Triton compiles a kernel again whenever an integer becomes 1 or a multiple of 16, or a pointer is
-# aligned where it was not. Where that depends on the lengths of a group it would pause a step for
-# seconds and gain nothing. Such integers are named beside each kernel, such pointers here: rows of
-# larger tensors, and a caller's views.
+# Triton recompiles a kernel whenever an integer becomes 1 or a multiple of 16, or a pointer's
+# alignment changes. Where that depends on a group's lengths, it would stall a step for seconds and
+# gain nothing. Each kernel lists such integers; such pointers are listed here: rows of larger
+# tensors and views from the caller.
 VIEWS = ["target_ptr", "logp_ptr", "peak_ptr", "log_sum_ptr", "sum_ptr", "coefficient_ptr"]
 
 LOG_RATIO_CLAMP = tl.constexpr(11.0)  # nats, as in reference.py
@@ -19,7 +19,7 @@ LOG_RATIO_CLAMP = tl.constexpr(11.0)  # nats, as in reference.py
 
 @triton.jit
 def k3_series(d):
-    """Eq. 22: exp(d) - d - 1 for abs(d) < 1/2; what is left out is below 1e-6 of the result."""
+    """Eq. 22: exp(d) - d - 1 for abs(d) < 1/2; the truncation error is below 1e-6 of the result."""
     # e^d - d - 1 = d² (1/2! + d/3! + d²/4! + ...)
     series = 1 / 720 + d * (1 / 5040)
     series = 1 / 24 + d * (1 / 120 + d * series)
@@ -30,18 +30,18 @@ def k3_series(d):
 def k3(d):
     """exp(d) - d - 1 of the clamped d: the integrand of the group's divergence.
 
-    For small d the three terms cancel and leave no digit, so there the series is summed instead.
+    For small d the three terms cancel completely, so the series is used instead.
     """
-    # Triton's clamp drops a NaN unless asked; a loss must not hide one.
+    # Triton's clamp drops NaNs by default; a loss must not hide one.
     d = tl.clamp(d, -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP, propagate_nan=tl.PropagateNan.ALL)
     return tl.where(tl.abs(d) < 0.5, k3_series(d), tl.exp(d) - d - 1)
 
 
 @triton.jit
 def kl_integrand(p, q, d):
-    """Eq. 23: p log(p/q) + q - p for d = log q - log p; q - p adds nothing in the group's mean.
+    """Eq. 23: p log(p/q) + q - p for d = log q - log p; the q - p terms cancel in the group mean.
 
-    It equals p k3(d), is never negative, and keeps its digits where p and q are nearly equal.
+    It equals p k3(d), is never negative, and stays precise where p and q are nearly equal.
     """
     return tl.where(tl.abs(d) < 0.5, p * k3_series(d), q - p - p * d)
 
@@ -51,16 +51,16 @@ def group_spread(logp, alive, alive_count, ended, log_V, FORM: tl.constexpr, AXI
     """Eqs. 12 to 15 and 31, D_t at each word: the integrand of `reference.group_divergence`.
 
     logp         float32 tile of log-probs, the rows of a group along AXIS
-    alive        which of those rows exist; what the others hold is never read
-    alive_count  their number, float32
-    ended        how many uniform rows stand in for ended completions, float32; 0: none
+    alive        mask of the rows that exist; the others are never read
+    alive_count  number of alive rows, float32
+    ended        number of uniform rows that replace ended completions, float32; 0: none
     Returns the tile with length 1 along AXIS.
 
-    Ended rows are all the same, -log V at every word, so they are counted and never stored.
-    Everything is measured from the largest log-prob of the group at that word (`anchor`): identical
-    rows then differ by exactly 0, and the textbook form cannot underflow.
+    Ended rows are all equal, -log V at every word, so they are counted, not stored. Log-probs are
+    taken relative to the group's largest at that word (`anchor`): identical rows then differ by
+    exactly 0, and the textbook form cannot underflow.
     """
-    if FORM == "entropy":  # of alive rows alone
+    if FORM == "entropy":  # of alive rows only
         ended = 0.0
     share = 1 / (alive_count + ended)
     anchor = tl.max(tl.where(alive, logp, float("-inf")), axis=AXIS, keep_dims=True)

@@ -1,6 +1,6 @@
-"""A Qwen-VL checkpoint from a directory or the hub, refused in a sentence if it cannot be used.
+"""Loads a Qwen-VL checkpoint from a directory or the hub, with a clear error if it is unusable.
 
-Code that a checkpoint brings along is never run.
+Code shipped with a checkpoint is never run.
 """
 
 import os
@@ -17,7 +17,7 @@ from transformers import (
 
 from files import UserError
 
-FAMILIES = {  # by model_type: how a clip becomes tokens, where the config does not say it
+FAMILIES = {  # by model_type: how a clip becomes tokens, where the config does not say
     "qwen2_5_vl": {},
     "qwen2_vl": {},
     "qwen3_vl": dict(timestamps=True, mean=(0.5,) * 3, std=(0.5,) * 3),
@@ -25,8 +25,8 @@ FAMILIES = {  # by model_type: how a clip becomes tokens, where the config does 
 
 
 def read_config(name: str | os.PathLike) -> PreTrainedConfig:
-    """The config of a checkpoint directory or hub name. Code that a checkpoint brings along is
-    never run. Raises UserError if it is no Qwen-VL."""
+    """The config of a checkpoint directory or hub name. Code shipped with it is never run. Raises
+    UserError if it is not a Qwen-VL model."""
     try:
         kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
         if kind in FAMILIES:
@@ -41,8 +41,8 @@ def read_config(name: str | os.PathLike) -> PreTrainedConfig:
 def load_model(
     name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.dtype]:
-    """Model in `dtype`, tokenizer, and the dtype of the checkpoint. On the device "meta" the model
-    has no weights, and none are read. Raises UserError."""
+    """The model in `dtype`, its tokenizer, and the checkpoint's dtype. On the device "meta" the
+    model has no weights and none are read. Raises UserError."""
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not os.path.isdir(name):
         raise UserError(f"{name}: no such model directory; give one, or a hub name")
@@ -62,7 +62,7 @@ def load_model(
                 output_loading_info=True,
                 trust_remote_code=False,
             )
-    except Exception as error:  # of transformers, tokenizers, safetensors, each their own types
+    except Exception as error:  # transformers, tokenizers and safetensors raise their own types
         raise UserError(
             f"{name}: its weights or tokenizer cannot be loaded ({_first(error)})"
         ) from error
@@ -74,7 +74,7 @@ def load_model(
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids at which generation stops. Raises UserError on what is no id of the vocabulary."""
+    """The ids at which generation stops. Raises UserError if one is not in the vocabulary."""
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     for end in [tokenizer.eos_token_id, *ends]:

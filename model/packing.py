@@ -1,16 +1,16 @@
-"""One question with its G completions as one row [prompt | c_1 | c_2 | ... | c_G], and attention
-over it, so that the prompt is scored once instead of G times.
+"""Packs a question and its G completions into one row [prompt | c_1 | c_2 | ... | c_G], with
+attention to match, so that the prompt is scored once instead of G times.
 
-A token of c_i sees the prompt and its own earlier tokens, at the positions it would have alone.
-There are two ways to compute that, which give the same numbers; neither makes a mask of L x L:
+A token of c_i attends to the prompt and its own earlier tokens, at the positions it would have
+alone. Two implementations give the same numbers, neither with an L x L mask:
 
-    sdpa                torch's fused attention, once for the prompt and once for its completions,
-                        side by side: everywhere
-    flash_attention_2   flash-attn's variable-length call: the prompt is one sequence, each
-                        completion another, over [prompt, own]; no padding; CUDA, its own package
+    sdpa                torch's fused attention, once for the prompt and once for its completions
+                        as a batch; works everywhere
+    flash_attention_2   flash-attn's variable-length call: the prompt is one sequence and each
+                        completion another, over [prompt, own]; no padding; CUDA and flash-attn only
 
-Letters in shapes: B questions, G completions of each, T tokens of the longest, L tokens of the
-longest row, N completion tokens of a question, H query heads, d their size.
+Shape letters: B questions, G completions of each, T tokens of the longest completion, L tokens of
+the longest row, N completion tokens of a question, H query heads, d head size.
 """
 
 from dataclasses import dataclass, field
@@ -31,17 +31,17 @@ class Group:
     """One question and the G completions sampled for it."""
 
     question: Question
-    # G vectors of int64 token ids, the end token included where one came
+    # G vectors of int64 token ids, including the end token if there is one
     completions: list[Tensor] = field(default_factory=list)
     finished: list[bool] = field(default_factory=list)  # G; False: cut off at the length limit
     texts: list[str] = field(default_factory=list)  # G, decoded without special tokens
     sampled_logps_N: Tensor | None = None  # (N,) log-probs at the time of sampling
-    features: Tensor | None = None  # (video tokens, D), kept where the vision tower is frozen
-    rewards_GK: Tensor | None = None  # of K reward functions
+    features: Tensor | None = None  # (video tokens, D), kept if the vision tower is frozen
+    rewards_GK: Tensor | None = None  # from K reward functions
     advantages_G: Tensor | None = None
-    old_logps_N: Tensor | None = None  # of the weights that sampled; None before the first update
-    ref_logps_N: Tensor | None = None  # of the reference model; None without one
-    seed: tuple[int, ...] = ()  # of its sampling
+    old_logps_N: Tensor | None = None  # under the sampling weights; None before the first update
+    ref_logps_N: Tensor | None = None  # under the reference model; None without one
+    seed: tuple[int, ...] = ()  # that it was sampled with
 
     @property
     def lengths_G(self) -> Tensor:
@@ -55,11 +55,11 @@ class Group:
 def pack(groups: list[Group], pad_id: int) -> tuple[Tensor, Tensor, list[list[int]], list[Tensor]]:
     """Eq. 7: a row [prompt | c_1 | c_2 | ... | c_G] per question, right-padded to the longest.
 
-    Returns ids_BL, positions_3BL and, for each question, the tokens of each part of its row that
-    has any, and rows_N: the places in its row whose hidden states predict its completion tokens.
-    Every completion's positions go on from the prompt's end, as if it stood there alone. The last
-    token of a completion predicts nothing and is left out; the first is predicted by the prompt's
-    last row, which all G completions share.
+    Returns ids_BL, positions_3BL and, per question, the lengths of the non-empty parts of its row
+    and rows_N, the indices in its row whose hidden states predict its completion tokens. Every
+    completion's positions continue from the prompt's end, as if it were alone. The last token of a
+    completion predicts nothing and is left out; the first is predicted by the prompt's last hidden
+    state, which all G completions share.
     """
     rows_ids, rows_positions, sizes, rows_N = [], [], [], []
     for group in groups:
@@ -93,13 +93,13 @@ def packed_attention(
     **_,
 ) -> tuple[Tensor, None]:
     """Attention over packed rows, as transformers calls it: query (B, H, L, d), key and value with
-    fewer heads; returns (B, L, H, d). `packed` holds the sizes from `pack`; without them, as in a
-    prefill of prompts alone, this is transformers' own causal attention.
+    fewer heads; returns (B, L, H, d). `packed` holds the sizes from `pack`; without it, as when
+    prefilling prompts alone, this is transformers' own causal attention.
 
-    The prompt attends to itself; then its completions, as a batch of G, to [prompt, own]. They are
-    padded on the right, where causal attention does not look.
+    The prompt attends to itself; then its completions, as a batch of G, attend to [prompt, own].
+    They are right-padded, which causal attention never sees.
     """
-    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast they are float32
+    query, key = query.to(value.dtype), key.to(value.dtype)  # float32 under autocast
     if packed is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
     how = dict(scale=scaling, enable_gqa=True)
@@ -108,7 +108,7 @@ def packed_attention(
         parts = [x_HLd[:, : P + sum(own)].split([P, *own], dim=1) for x_HLd in qkv]
         q, k, v = prompt = [x[0][None] for x in parts]
         row = [F.scaled_dot_product_attention(q, k, v, is_causal=True, **how)[0]]
-        if own:  # else every completion has one token, which predicts nothing
+        if own:  # otherwise every completion has only one token, which predicts nothing
             G, T = len(own), max(own)
             q, k, v = (
                 torch.stack([F.pad(x, (0, 0, 0, T - x.shape[1])) for x in completions])
@@ -136,14 +136,14 @@ def flash_attend(
     packed: list[list[int]] | None = None,
     **_,
 ) -> tuple[Tensor, None]:
-    """As `packed_attention`: each part of a row is a sequence, and asks with its last query at the
-    last key. Padding asks nothing; it gets 0."""
+    """Same as `packed_attention`, with each part of a row as a sequence whose last query aligns
+    with its last key. The output for padding is 0."""
     from flash_attn import flash_attn_varlen_func
 
     if packed is None:
         return packed_attention(module, query, key, value, attention_mask, scaling=scaling)
     queries, seen = [], ([], [])  # seen: keys, values
-    lengths = [[P, *(P + n for n in own)] for P, *own in packed]  # of what each sequence sees
+    lengths = [[P, *(P + n for n in own)] for P, *own in packed]  # keys each sequence attends to
     for sizes, *qkv in zip(packed, query, key, value, strict=True):
         q_NHd, *kv = (x.transpose(0, 1)[: sum(sizes)].to(value.dtype) for x in qkv)
         queries.append(q_NHd)
@@ -169,8 +169,8 @@ def flash_attend(
     return pad_sequence(out.split([sum(sizes) for sizes in packed]), batch_first=True), None
 
 
-# --attn_implementation: the attention of the language model. (A name with "flash" in it would have
-# transformers look for a library of that name.)
+# --attn_implementation: the attention of the language model. (Given a name with "flash" in it,
+# transformers would look for a library of that name.)
 ATTENTION = {"sdpa": "packed_sdpa", "flash_attention_2": "packed_varlen"}
 AttentionInterface.register("packed_sdpa", packed_attention)
 AttentionInterface.register("packed_varlen", flash_attend)

@@ -1,18 +1,18 @@
-"""A Qwen-VL model as a policy: encode each video once, prefill each prompt once, score each prompt
-once.
+"""A Qwen-VL model as a policy that encodes each video, prefills each prompt and scores each prompt
+only once.
 
     Policy.encode_videos   patches -> video tokens: one pass of the vision tower for all questions
     Policy.rollout         prompts -> G sampled completions each: prefill once, decode B x G rows
-    Policy.hidden_states   completions -> the rows that predict them: one packed row per question
-    Policy.shard           spread weights, gradients and optimizer over the ranks (FSDP2)
-    Policy.gathered        whole weights on every rank for a while, to decode with
+    Policy.hidden_states   completions -> the states that predict them: one packed row per question
+    Policy.shard           shards weights, gradients and optimizer state over the ranks (FSDP2)
+    Policy.gathered        temporarily gathers the full weights on every rank, for decoding
 
 transformers supplies the network; everything that makes a group cheap is here and in rollout.py.
-Position ids come from `video.py` and are passed explicitly everywhere, because the rule inside
-transformers has changed from version to version.
+Position ids come from `video.py` and are always passed explicitly, because the rule inside
+transformers has changed between versions.
 
-Letters in shapes: B questions, G completions of each, P prompt tokens, L tokens of a packed row, N
-completion tokens of a question, R = B G rows that are decoded together, V vocabulary, D hidden.
+Shape letters: B questions, G completions of each, P prompt tokens, L tokens of a packed row, N
+completion tokens of a question, R = B G rows decoded together, V vocabulary, D hidden size.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ from video import Geometry, mrope_positions
 VISION_TOKENS = [
     f"<|{name}|>" for name in "vision_start vision_end vision_pad image_pad video_pad".split()
 ]
-PROCESSOR_FILES = (  # unused here; copied into saved checkpoints for other programs
+PROCESSOR_FILES = (  # not used here; copied into saved checkpoints for other programs
     "preprocessor_config.json",
     "video_preprocessor_config.json",
     "processor_config.json",
@@ -57,8 +57,8 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 
 class Root(nn.Module):
-    """The outermost FSDP unit. Work that runs inside its forward sees the embeddings and the
-    lm_head whole, gathered once."""
+    """The outermost FSDP unit. Inside its forward, the embeddings and the lm_head are gathered
+    (once) and can be used whole."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
@@ -69,7 +69,7 @@ class Root(nn.Module):
 
 
 class Policy:
-    """A Qwen-VL model with its tokenizer, and the passes a GRPO step makes through it."""
+    """A Qwen-VL model with its tokenizer and the passes that a GRPO step makes through it."""
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat_template: str
@@ -88,12 +88,12 @@ class Policy:
             getattr(vision, "tokens_per_second", None),
             **FAMILIES[config.model_type],
         )
-        # OFFICIAL: generation stops at either of <|im_end|> and <|endoftext|>, the mask ends at the
-        # first.  OURS: a completion ends where generation stops.
+        # OFFICIAL: generation stops at <|im_end|> or <|endoftext|>, but the loss mask looks only
+        # for the former.  OURS: a completion ends where generation stops.
         self.eos_ids = torch.tensor(end_ids(model, tokenizer))
         self.pad_id = tokenizer.eos_token_id
-        # Never sampled: vision ids, which would break the count of video tokens, and the ids that
-        # fill the embedding up beyond the tokenizer's.
+        # Never sampled: vision ids, which would break the count of video tokens, and ids beyond
+        # the tokenizer's that only pad the embedding.
         self.banned_V = torch.arange(config.text_config.vocab_size) >= len(tokenizer)
         self.banned_V[[tokenizer.convert_tokens_to_ids(token) for token in VISION_TOKENS]] = True
 
@@ -106,8 +106,8 @@ class Policy:
         attn_implementation: str = "sdpa",
         dtype: torch.dtype = torch.float32,
     ) -> "Policy":
-        """A checkpoint directory or hub name; on the device "meta" it has no weights. Raises
-        UserError if it is no Qwen-VL."""
+        """Loads a checkpoint directory or hub name; on the device "meta", without weights. Raises
+        UserError if it is not a Qwen-VL model."""
         name = os.fspath(model_name_or_path)
         model, tokenizer, save_dtype = load_model(name, device, dtype)
         policy = cls(model.eval(), tokenizer, load_chat_template(name, tokenizer))
@@ -125,14 +125,14 @@ class Policy:
         return self.model.lm_head.weight
 
     def longest_prompt(self, limit: int) -> int:
-        """The most tokens a prompt may have: `limit`, or the model's positions if fewer."""
+        """The maximum prompt length in tokens: `limit`, or the model's maximum if lower."""
         return min(limit, self.text.config.max_position_embeddings)
 
     # ------------------------------------------------------------------------ one rank or several
 
     def shard(self, device: torch.device) -> None:
-        """Spreads the parameters over all ranks: one FSDP2 unit per decoder layer and vision block,
-        one for the rest. float32 shards; on CUDA bf16 arithmetic and float32 reduction."""
+        """Shards the parameters over all ranks: one FSDP2 unit per decoder layer and vision block,
+        one for the rest. Shards are float32; on CUDA, compute is bf16 and reduction float32."""
         mesh = init_device_mesh(device.type, (ranks.world(),))
         half = torch.bfloat16 if device.type == "cuda" else None
         how = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(half, torch.float32))
@@ -142,18 +142,18 @@ class Policy:
         fully_shard(self.root, **how)
 
     def run(self, work: Callable, *args: object) -> object:
-        """work(*args), inside the sharded root's forward if there is one."""
+        """Returns work(*args), run inside the root's forward if the model is sharded."""
         if self.root is None:
             return work(*args)
         result = self.root(work, *args)
-        if not torch.is_grad_enabled():  # FSDP leaves the root's weights whole for a backward pass
+        if not torch.is_grad_enabled():  # FSDP keeps the root gathered, expecting a backward pass
             self.root.reshard()
         return result
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator["Policy"]:
-        """A policy with whole weights on this rank, in the dtype it computes in, to decode with:
-        itself, or else a copy, gathered now and freed when the block ends."""
+        """Yields a policy for decoding, with full weights on this rank in the compute dtype: this
+        one if it qualifies, or else a copy that is gathered now and freed when the block ends."""
         if self.root is None and self.model.dtype == self.compute_dtype:
             yield self
             return
@@ -166,7 +166,7 @@ class Policy:
                 module._parameters.clear()
 
     def _whole_copy(self) -> "Policy":
-        config = copy.deepcopy(self.model.config)  # its own: a config says how its model attends
+        config = copy.deepcopy(self.model.config)  # not shared: it sets the model's attention
         with torch.device("meta"):
             actor = type(self.model)(config)
         for name, x in (*self.model.named_parameters(), *self.model.named_buffers()):
@@ -176,7 +176,7 @@ class Policy:
                 x = nn.Parameter(whole, requires_grad=False)
             owner, _, leaf = name.rpartition(".")
             setattr(actor.get_submodule(owner), leaf, x)
-        actor.tie_weights()  # the lm_head of small models is their embedding
+        actor.tie_weights()  # small models share the lm_head with the embedding
         actor.generation_config = self.model.generation_config
         policy = Policy(actor.eval(), self.tokenizer, self.chat_template)
         policy.eos_ids = self.eos_ids
@@ -184,8 +184,8 @@ class Policy:
         return policy
 
     def save(self, directory: Path, processor_from: str | None = None) -> None:
-        """An ordinary Hugging Face checkpoint in the dtype the model came in, with the processor
-        files of `processor_from`. Called by all ranks, written by the first."""
+        """Saves a Hugging Face checkpoint in the model's original dtype, with the processor files
+        of `processor_from`. All ranks must call it; the first one writes."""
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state = get_model_state_dict(self.model, options=whole)
         if not ranks.is_main():
@@ -207,33 +207,33 @@ class Policy:
         return compute_dtype(self.device)
 
     def compute(self) -> contextlib.AbstractContextManager:
-        """bf16 arithmetic on CUDA, whatever the parameters; plain float32 elsewhere."""
+        """bf16 autocast on CUDA, whatever the parameters' dtype; plain float32 elsewhere."""
         on_cuda = self.device.type == "cuda"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=on_cuda)
 
     def encode_videos(self, questions: list[Question]) -> list[Tensor]:
         """Video tokens of each question, from one pass of the vision tower: B x (tokens, D).
 
-        Qwen3-VL's are (tokens, (1 + K) D): after each its K DeepStack features, which are added to
-        it behind the first K decoder layers.
+        For Qwen3-VL (tokens, (1 + K) D): each token is followed by its K DeepStack features, which
+        are added to it after the first K decoder layers.
         """
         patches = torch.cat([q.patches for q in questions]).to(self.device)
-        grids_B3 = torch.tensor([q.grid for q in questions])  # stays on the host, where it is read
+        grids_B3 = torch.tensor([q.grid for q in questions])  # kept on the host, where it is read
         layout = tower_layout(grids_B3, self.vision.config, self.device)
         config = self.vision.config
         before, config._attn_implementation = config._attn_implementation, "segments_flash"
         with self.compute():
             out = self.vision(patches, grid_thw=grids_B3, **layout)
-        config._attn_implementation = before  # what transformers' own forward pass is to use
+        config._attn_implementation = before  # for transformers' own forward pass
         features = torch.cat([out.pooler_output, *getattr(out, "deepstack_features", ())], dim=-1)
         return list(
             features.split([len(q.patches) // self.geometry.merge_size**2 for q in questions])
         )
 
     def _embed(self, ids_BL: Tensor, features: list[Tensor]) -> dict[str, Tensor]:
-        """Token embeddings, the video tokens in the places of their placeholders, as keywords of
-        the language model: inputs_embeds (B, L, D), and the DeepStack features if there are any.
-        The ids are on the host: counting the places on a GPU would wait for it."""
+        """Token embeddings with the video tokens in place of their placeholders, as keyword
+        arguments of the language model: inputs_embeds (B, L, D), plus any DeepStack features.
+        The ids must be on the host: counting placeholders on a GPU would synchronise."""
         embeds = self.text.embed_tokens(ids_BL.to(self.device))
         places = ids_BL == self.model.config.video_token_id
         videos, *deepstack = torch.cat(features).to(embeds.dtype).split(embeds.shape[-1], dim=-1)
@@ -256,16 +256,16 @@ class Policy:
         seeds: list[tuple[int, ...]],
         top_p: float = 1.0,
     ) -> list[Group]:
-        """G completions of each question, sampled together; `features` from `encode_videos`.
+        """Samples G completions per question, all together; `features` are from `encode_videos`.
 
-        Question b draws from a random stream of its own, seeds[b], so what else is in the batch
-        does not matter.
+        Question b has its own random stream, seeds[b], so its completions do not depend on the
+        rest of the batch.
         """
         shape = max_completion_length, num_generations
         uniform_RT = torch.from_numpy(
             np.concatenate([np.random.default_rng(seed).random(shape).T for seed in seeds])
         )
-        # Prefill: each prompt once, right-padded, where causal attention does not look.
+        # Prefill each prompt once, with right padding, which causal attention never sees.
         ids_BP, positions_3BP, *_ = pack([Group(q) for q in questions], self.pad_id)
         self.text.eval()
         with self.compute():
@@ -279,16 +279,16 @@ class Policy:
         return self._groups(questions, tokens_RT.cpu(), logps_RT.cpu())
 
     def attend_with(self, attn_implementation: str) -> None:
-        """Chooses how packed rows are scored: a key of packing.ATTENTION. Keep it until after the
-        backward pass, which recomputes checkpointed layers."""
+        """Sets the attention used for packed rows: a key of packing.ATTENTION. Do not change it
+        before the backward pass, which recomputes checkpointed layers."""
         self.attn_implementation = attn_implementation
         self.text.config._attn_implementation = ATTENTION[attn_implementation]
 
     def _groups(
         self, questions: list[Question], tokens_RT: Tensor, logps_RT: Tensor
     ) -> list[Group]:
-        """Eq. 6: cuts each row after its first end token. Raises UserError naming the
-        questions with a log-prob that is not finite."""
+        """Eq. 6: truncates each row after its first end token. Raises UserError naming the
+        questions with non-finite log-probs."""
         ends_RT = torch.isin(tokens_RT, self.eos_ids)
         is_kept_RT = ends_RT.cumsum(1) - ends_RT.int() == 0  # no end token before it
         G, groups = len(tokens_RT) // len(questions), []
@@ -314,11 +314,11 @@ class Policy:
     def hidden_states(
         self, groups: list[Group], features: list[Tensor] | None = None
     ) -> list[Tensor]:
-        """For each question the N hidden states that predict its completion tokens: B x (N, D).
+        """For each question, the N hidden states that predict its completion tokens: B x (N, D).
 
-        Every prompt is computed once for its G completions: see `pack`. Equal to G separate
-        sequences. `features` are the video tokens; None: those that the rollout kept, or, where
-        the vision tower is trained, new ones with gradient.
+        Each prompt is computed once for its G completions (see `pack`), with the same result as G
+        separate sequences. `features` are the video tokens; None: those that the rollout kept, or
+        new ones with gradient if the vision tower is trained.
         """
         if features is None and groups[0].features is None:
             features = self.encode_videos([group.question for group in groups])
@@ -346,14 +346,14 @@ class Policy:
         ]
 
     def checkpoint_activations(self) -> None:
-        """Keeps only each decoder layer's input for the backward pass, which computes the rest."""
+        """Stores only each decoder layer's input; the backward pass recomputes the rest."""
         self.text.gradient_checkpointing_enable({"use_reentrant": False})
         self.gradient_checkpointing = True
 
     def idle_group(self) -> Group:
-        """The smallest group there is: a blank video of one token, one completion of two. A rank
-        left without a question scores it, for the collectives the others wait in. Its advantage is
-        0, and so is its gradient."""
+        """The smallest possible group: a blank video of one token and one completion of two. A rank
+        left without a question scores it to take part in the collectives of the other ranks. Its
+        advantage is 0, and so is its gradient."""
         config, m = self.model.config, self.geometry.merge_size
         ids_P = torch.tensor([config.vision_start_token_id, config.video_token_id, self.pad_id])
         size = 3 * self.geometry.temporal_patch_size * self.geometry.patch_size**2

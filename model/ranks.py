@@ -1,7 +1,7 @@
-"""The processes of a run: one per GPU under torchrun, or one alone.
+"""The processes of a run: one per GPU under torchrun, or just one.
 
-Without torchrun every function here is the obvious thing for a single process, so that the loop
-reads the same. `gather` and everything below it that uses it must be called by all ranks or none.
+Without torchrun, every function here does the obvious thing for a single process, so the loop reads
+the same. `gather`, and everything below that uses it, must be called by all ranks or by none.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from files import UserError
 
-PATIENCE = timedelta(hours=1)  # with a rank that decodes slow clips, before it counts as hung
+PATIENCE = timedelta(hours=1)  # a rank may decode slow clips for this long before it counts as hung
 
 
 def start() -> torch.device:
@@ -39,10 +39,10 @@ def start() -> torch.device:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Runs a script's `main`; under torchrun it then ends the process, with the right exit code.
+    """Runs a script's `main`; under torchrun, then exits the process with the right exit code.
 
-    It ends without the interpreter's shutdown: meshes, FSDP and DTensors still refer to process
-    groups then, gloo's threads outlive the interpreter, and C++ aborts a run that had finished
+    It skips interpreter shutdown, when meshes, FSDP and DTensors still refer to process groups:
+    gloo's threads outlive the interpreter, and C++ aborts a run that had already finished
     (pytorch #190489, #179291).
     """
     if "RANK" not in os.environ:
@@ -51,7 +51,7 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
         if dist.is_initialized():
-            gather(None)  # nobody leaves while another still has something to send
+            gather(None)  # no rank leaves while another still has something to send
             dist.destroy_process_group()
         code = 0
     except SystemExit as ending:
@@ -59,7 +59,7 @@ def run_script(main: Callable[[], None]) -> None:
             print(ending.code, file=sys.stderr)
         else:
             code = ending.code or 0
-    except BaseException:  # as the interpreter does at its own end
+    except BaseException:  # as the interpreter would
         traceback.print_exc()
     finally:
         for stream in (sys.stdout, sys.stderr):
@@ -81,15 +81,15 @@ def is_main() -> bool:
 
 
 class Failed(Exception):
-    """Another rank failed where all of them could still agree on what to do."""
+    """Another rank failed at a point where all ranks can still agree on what to do."""
 
     agreed = True
 
 
 def gather(value: object) -> list:
-    """The value of every rank, in order of rank; any small object that can be pickled.
+    """All ranks' values, in rank order; any small picklable object.
 
-    Raises Failed if it met a rank that raised inside `alone`.
+    Raises Failed if another rank raised inside `alone`.
     """
     if not dist.is_initialized():
         return [value]
@@ -103,20 +103,20 @@ def gather(value: object) -> list:
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Work in which no rank waits for another except in `gather`. If it raises on one rank, that
-    rank still takes part in the next `gather` of the others, and all of them raise."""
+    """For work without collectives other than `gather`. If it raises on one rank, that rank still
+    joins the others' next `gather`, and all of them raise."""
     try:
         yield
     except Exception as error:
         if not isinstance(error, Failed):
-            with contextlib.suppress(Failed):  # several may fail at once
+            with contextlib.suppress(Failed):  # several ranks may fail at once
                 gather(Failed(f"rank {rank()} failed: {str(error) or type(error).__name__}"))
         error.agreed = True
         raise
 
 
 def on_first(action: Callable, *arguments: object) -> object:
-    """action(*arguments) on the first rank only; every rank returns its result, or raises its
+    """Runs action(*arguments) on the first rank only; every rank returns its result or raises its
     UserError or OSError."""
     answer = None
     if is_main():
@@ -141,14 +141,14 @@ def agree(flag: bool) -> bool:
 
 
 class StopSignal:
-    """Ctrl-C, SIGTERM or SIGHUP: finish the step, save and leave the loop. A second signal acts at
-    once."""
+    """On Ctrl-C, SIGTERM or SIGHUP, asks the loop to finish its step, save and stop. A second
+    signal acts at once."""
 
     def __enter__(self):
         self.requested = False
         numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
         if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-            numbers.remove(signal.SIGHUP)  # nohup: closing the terminal is no reason to stop
+            numbers.remove(signal.SIGHUP)  # under nohup, closing the terminal must not stop the run
         self.before = {n: signal.signal(n, self._receive) for n in numbers}
         return self
 

@@ -1,16 +1,16 @@
-"""Sampling G completions of each question: the attention over the cache, and one decode step.
+"""Samples G completions per question: attention over the KV cache, and the decode step.
 
-Keys and values of a prompt are kept once per question, those of a completion once per row. A cache
-repeated G times would hold the prompt, by far the longer part, G times, and every step would read
+A prompt's keys and values are cached once per question, a completion's once per row. Repeating the
+cache G times would store the prompt, by far the longer part, G times, and every step would read
 all of it.
 
-Every tensor of a decode step keeps its address and shape from step to step, so that on a GPU one
-step can be captured as a graph and replayed: launching the kernels of a 7B model one by one costs
-more than running them. Eagerly the same function gives the same tokens.
+All tensors of a decode step keep their address and shape from step to step, so on a GPU one step
+can be captured as a CUDA graph and replayed: launching the kernels of a 7B model one by one costs
+more than running them. Run eagerly, the same function gives the same tokens.
 
-Letters in shapes: B questions, G completions of each, R = B G rows decoded side by side, P prompt
-tokens, T tokens of a completion, t the position being sampled, H query heads, K key heads, d their
-size, V vocabulary, D hidden size.
+Shape letters: B questions, G completions of each, R = B G rows decoded together, P prompt tokens,
+T tokens of a completion, t the position being sampled, H query heads, K key heads, d head size,
+V vocabulary, D hidden size.
 """
 
 import importlib.util
@@ -27,12 +27,12 @@ from data import Question
 if TYPE_CHECKING:
     from model.policy import Policy
 
-CHECK_EVERY = 16  # steps on a GPU, between two looks at whether all rows have ended
-WORDS = 512  # of the vocabulary, in one block of `draw`
+CHECK_EVERY = 16  # steps on a GPU between checks whether all rows have ended
+WORDS = 512  # vocabulary words per block in `draw`
 
 
 def rotated(x_RHd: Tensor, cos_Rd: Tensor, sin_Rd: Tensor) -> Tensor:
-    """Rotary embedding: the features j and j + d / 2 turn as a pair."""
+    """Rotary embedding: features j and j + d / 2 rotate as a pair."""
     first, second = x_RHd.chunk(2, dim=-1)
     turned_RHd = torch.cat([-second, first], dim=-1)
     return x_RHd * cos_Rd[:, None] + turned_RHd * sin_Rd[:, None]
@@ -52,14 +52,14 @@ def group_attention(
     t: Tensor,
     scale: float,
 ) -> Tensor:
-    """Eq. 35: attention of one new token per row over [prompt of its question, its own completion].
+    """Eq. 35: attention of one new token per row over [its question's prompt, its own completion].
 
-    query, key, value and the cosines and sines of its position are the new token's, before rotary
-    embedding. The prompts' keys and values are (B, K, P, d), of which lengths_B are real; the own
-    ones (R, K, T, d), where the new ones are written at position t, (1,) int64. The G rows of a
-    question, and the H / K query heads that share a key head, are rows of one matrix product with
-    the prompt's keys. In float32, autocast or not. Returns (R, H, d) in the cache's dtype. Waits
-    for t; `kernels.decode` does not.
+    query, key and value are the new token's, before rotary embedding; cos and sin are those of its
+    position. The prompts' keys and values are (B, K, P, d), of which lengths_B are valid; the
+    completions' are (R, K, T, d), and the new ones are written at position t, (1,) int64. The G
+    rows of a question, and the H / K query heads that share a key head, form one matrix product
+    with the prompt's keys. Always in float32, even under autocast. Returns (R, H, d) in the cache's
+    dtype. Synchronises to read t; `kernels.decode` does not.
     """
     (R, H, d), (B, K, P, _), W = query_RHd.shape, prompt_key.shape, int(t) + 1
     wide = torch.promote_types(torch.float32, own_key.dtype)
@@ -87,7 +87,7 @@ def group_attention(
 
 
 def attention_on(device: torch.device) -> Callable[..., Tensor]:
-    """The kernel on CUDA where Triton is installed, else `group_attention`."""
+    """The kernel on CUDA if Triton is installed, else `group_attention`."""
     if device.type == "cuda" and importlib.util.find_spec("triton"):
         from kernels.decode import decode_attention
 
@@ -96,18 +96,18 @@ def attention_on(device: torch.device) -> Callable[..., Tensor]:
 
 
 def rms_norm(module: nn.Module, x: Tensor) -> Tensor:
-    """One kernel, in x's own dtype and float32 inside; the module's own forward launches eight."""
-    with torch.autocast(x.device.type, enabled=False):  # which would cast to float32 and back
+    """One kernel, in x's dtype with float32 inside; the module's own forward launches eight."""
+    with torch.autocast(x.device.type, enabled=False):  # it would cast to float32 and back
         return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
 
 
 def decode_layer(
     layer: nn.Module, hidden_RD: Tensor, attend: Callable[..., Tensor], context: tuple[Tensor, ...]
 ) -> Tensor:
-    """A decoder layer of transformers' models on one token of each row.
+    """Runs one of transformers' decoder layers on one token per row.
 
-    Its own forward rotates queries and keys, in ten kernels, before an attention function sees
-    them. `context`: what `attend` takes between the value and the scale.
+    Not by its own forward, which rotates queries and keys in ten kernels before calling attention.
+    `context` holds the arguments of `attend` between the value and the scale.
     """
     attention = layer.self_attn
     x_RD = rms_norm(layer.input_layernorm, hidden_RD)
@@ -127,22 +127,22 @@ def sample(
     banned_V: Tensor,
     top_p: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Eq. 5: one token per row and its log-prob, ((R,) int64, (R,) float32). Temperature 0 takes
-    the best.
+    """Eq. 5: one token per row and its log-prob, ((R,) int64, (R,) float32). Temperature 0 is
+    greedy.
 
-    Each row inverts its cumulative distribution at its own uniform number in [0, 1), so the draw
-    depends on nothing but that row. No top-k and no top-p: the gradient assumes that the whole
-    softmax was sampled. (Evaluation may set top_p: the likeliest words that together hold it.)
+    Each row inverts its cumulative distribution at its own uniform number in [0, 1), so a draw
+    depends only on its row. No top-k or top-p in training: the gradient assumes samples from the
+    full softmax. (Evaluation may set top_p, for nucleus sampling.)
     OFFICIAL: transformers' default top_k = 50 slips in.
     """
     logits_RV = logits_RV.float() / (temperature or 1.0)
     logps_RV = F.log_softmax(logits_RV, dim=-1)
-    # Banned words keep their (vanishing) share in the log-prob, as they do when it is scored.
+    # Banned words keep their (tiny) probability in the log-prob, to match scoring.
     allowed_RV = logits_RV.masked_fill(banned_V, -torch.inf)
     if top_p < 1:
         sorted_RV, order_RV = allowed_RV.sort(dim=-1, descending=True)
         share_RV = F.softmax(sorted_RV, dim=-1)
-        ahead_RV = share_RV.cumsum(-1) - share_RV  # what the likelier words hold
+        ahead_RV = share_RV.cumsum(-1) - share_RV  # total probability of the likelier words
         kept_RV = sorted_RV.masked_fill(ahead_RV >= top_p, -torch.inf)
         allowed_RV = allowed_RV.scatter(-1, order_RV, kept_RV)
     if temperature == 0:
@@ -153,11 +153,11 @@ def sample(
 
 
 def draw(share_RV: Tensor, uniform_R: Tensor) -> Tensor:
-    """The first word whose cumulative share passes uniform times the total, (R,) int64.
+    """The first word whose cumulative probability exceeds uniform times the total, (R,) int64.
 
-    In two levels, because a GPU is slow to scan a row of 152,064 words: first the block of words in
-    which the sum passes, then the word. Sums are float64; within rounding (1e-15) of the border
-    between two words, either may be taken.
+    In two levels, because a GPU is slow to scan a row of 152,064 words: first the block of words
+    where the sum is exceeded, then the word. Sums are float64; within rounding (1e-15) of the
+    boundary between two words, either may be drawn.
     """
     R, V = share_RV.shape
     share_RNW = F.pad(share_RV, (0, -V % WORDS)).view(R, -1, WORDS)
@@ -167,19 +167,19 @@ def draw(share_RV: Tensor, uniform_R: Tensor) -> Tensor:
     before_R1 = F.pad(upto_RN, (1, 0)).gather(1, block_R1)
     share_RW = share_RNW.gather(1, block_R1[..., None].expand(-1, -1, WORDS))[:, 0]
     word_R1 = first_above(share_RW.cumsum(-1, dtype=torch.float64), at_R1 - before_R1)
-    # Only NaN can lie beyond. The log-prob is NaN too, and ends the rollout.
+    # Only a NaN can be out of range; its log-prob is NaN too and makes the rollout fail.
     return (block_R1 * WORDS + word_R1)[:, 0].clamp(max=V - 1)
 
 
 def first_above(upto_RN: Tensor, at_R1: Tensor) -> Tensor:
-    """The first place at which a row's cumulative sum is above `at`, (R, 1): so never a share of 0.
-    Where rounding has taken `at` to the end of the row, its last share that is not 0."""
+    """The first index at which a row's cumulative sum exceeds `at`, (R, 1); never an entry of 0.
+    If rounding takes `at` to the row's total, this is its last nonzero entry."""
     at_R1 = torch.minimum(at_R1, upto_RN[:, -1:] * (1 - 2**-52))
     return torch.searchsorted(upto_RN, at_R1, right=True).clamp(max=upto_RN.shape[1] - 1)
 
 
 def head_logits(hidden_RD: Tensor, weight_VD: Tensor) -> Tensor:
-    """Float32 logits, also from bf16 factors: rounded to bf16 they would sample another softmax."""
+    """Float32 logits, even from bf16 inputs: rounding them to bf16 would change the softmax."""
     with torch.autocast(hidden_RD.device.type, enabled=False):
         hidden_RD = hidden_RD.to(weight_VD.dtype)
         if weight_VD.dtype == torch.float32:
@@ -188,9 +188,9 @@ def head_logits(hidden_RD: Tensor, weight_VD: Tensor) -> Tensor:
 
 
 class Decoder:
-    """The state of a rollout after its prefill, and the step that moves all R rows on by one token.
+    """The state of a rollout after prefill, and the step that advances all R rows by one token.
 
-    Row r belongs to question r // G and draws with uniform_RT[r].
+    Row r belongs to question r // G and samples with uniform_RT[r].
     """
 
     def __init__(
@@ -224,7 +224,7 @@ class Decoder:
         self._sample(hidden_BD.repeat_interleave(R // B, dim=0))
 
     def _sample(self, hidden_RD: Tensor) -> None:
-        """Writes column t of tokens and log-probs from the hidden states that predict it."""
+        """Samples column t of tokens and log-probs from the hidden states that predict it."""
         uniform_R = self.uniform_RT.index_select(1, self.t)[:, 0]
         logits_RV = head_logits(hidden_RD, self.lm_head.weight)
         tokens_R, logps_R = sample(
@@ -235,7 +235,7 @@ class Decoder:
         self.ended_R |= torch.isin(tokens_R, self.eos_ids)
 
     def step(self) -> None:
-        """Feeds column t, and samples column t + 1."""
+        """Feeds in column t and samples column t + 1."""
         hidden_RD = self.text.embed_tokens(self.tokens_RT.index_select(1, self.t)[:, 0])
         positions_3R1 = (self.following_R + self.t).expand(3, -1)[..., None]
         rotation = [x_R1d[:, 0] for x_R1d in self.text.rotary_emb(hidden_RD, positions_3R1)]
@@ -246,8 +246,8 @@ class Decoder:
         self._sample(rms_norm(self.text.norm, hidden_RD))
 
     def run(self) -> tuple[Tensor, Tensor]:
-        """Decodes until every row has ended: the tokens, and their log-probs, (R, steps). On CUDA
-        each step is a replayed graph."""
+        """Decodes until every row has ended. Returns tokens and log-probs, (R, steps). On CUDA,
+        each step replays a graph."""
         T, step, on_cuda = self.uniform_RT.shape[1], self.step, self.t.is_cuda
         for t in range(T - 1):
             if t % (CHECK_EVERY if on_cuda else 1) == 0 and self.ended_R.all():  # waits for the GPU
@@ -260,8 +260,8 @@ class Decoder:
     def _captured_step(self) -> Callable[[], None]:
         """One step as a CUDA graph.
 
-        Capturing runs nothing, but the warm-up before it does: the state it moves is put back. What
-        it writes beyond column t is written again by the replays.
+        Capture runs nothing, but the warm-up before it does, so the state it changes is restored.
+        Whatever it writes beyond column t, the replays overwrite.
         """
         state = (self.t, self.ended_R)
         before = [x.clone() for x in state]

@@ -1,6 +1,6 @@
-"""The vision tower: attention within frames and windows, in few calls that never wait for a GPU.
+"""The vision tower's attention within frames and windows, in few calls and without GPU syncs.
 
-Letters in shapes: N patches of all clips, B clips, H heads, d their size.
+Shape letters: N patches of all clips, B clips, H heads, d head size.
 """
 
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ from transformers.vision_utils import (
 
 @dataclass
 class Segments:
-    """A sequence of N tokens cut into segments that attend only within themselves."""
+    """A sequence of N tokens split into segments that attend only within themselves."""
 
-    places: list[Tensor]  # int64, of each length: (segments of it, length), where their tokens are
-    back_N: Tensor  # the inverse of all places, one after another
+    places: list[Tensor]  # int64, per length: (segments of that length, length), token indices
+    back_N: Tensor  # inverse permutation of all places, concatenated
 
 
 def segments(starts: Tensor, device: torch.device) -> Segments:
-    """Of segments that begin at starts[:-1] and end at starts[1:]."""
+    """Builds Segments that begin at starts[:-1] and end at starts[1:]."""
     lengths = starts.diff()
     places = [starts[:-1][lengths == n, None] + torch.arange(n) for n in lengths.unique()]
     order_N = torch.cat([x.flatten() for x in places])
@@ -34,13 +34,13 @@ def segments(starts: Tensor, device: torch.device) -> Segments:
 
 
 def tower_layout(grids_B3: Tensor, config: PreTrainedConfig, device: torch.device) -> dict:
-    """What the vision tower works out from the grids of its clips, as keywords that hand it over.
+    """Precomputes what the vision tower derives from its clips' grids, as keyword arguments.
 
-    Left to itself it reads the window lengths from the GPU in every layer, and calls attention once
-    per window: 2,120 calls for a clip of the recipe. Lengths given as 0 are not asked for either.
+    By itself, it reads window lengths back from the GPU in every layer and calls attention once per
+    window: 2,120 calls for a clip of the recipe. A max length of 0 avoids one more such read.
     """
     merge = config.spatial_merge_size
-    frames = get_vision_cu_seqlens(grids_B3)  # full attention is within one
+    frames = get_vision_cu_seqlens(grids_B3)  # full attention stays within a frame
     layout = dict(cu_seqlens=segments(frames, device), max_seqlen=0)
     layout["position_ids"] = get_vision_position_ids(grids_B3, merge).to(device)
     if hasattr(config, "num_position_embeddings"):  # Qwen3-VL: learned positions, interpolated
@@ -74,7 +74,7 @@ def attend_within(
     cu_seq_lens_q: Segments,
     **_,
 ) -> tuple[Tensor, None]:
-    """Attention of each token over its own segment, all segments of one length as one batch.
+    """Attention of each token over its own segment; segments of equal length form one batch.
 
     query, key, value (1, H, N, d); `cu_seq_lens_q` is the Segments from `tower_layout`. Returns
     (1, N, H, d).
@@ -87,5 +87,5 @@ def attend_within(
     return torch.cat(parts)[cu_seq_lens_q.back_N][None], None
 
 
-# Only a function with "flash" in its name gets a layer's windows in one call, not one by one.
+# The name needs "flash" in it to get all windows of a layer in one call instead of one by one.
 AttentionInterface.register("segments_flash", attend_within)

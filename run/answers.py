@@ -1,10 +1,10 @@
-"""A policy's answers to questions: the one loop behind benchmarks and held-out evaluation.
+"""Answers questions with a policy: the loop shared by benchmarks and held-out evaluation.
 
-    answer       samples G completions of every question, a batch at a time
-    ahead        draws from an iterator before its items are needed
-    in_batches   a batch at a time, halved when it does not fit in memory
+    answer       samples G completions per question, a batch at a time
+    ahead        prefetches from an iterator
+    in_batches   runs batches, halving them when out of memory
 
-Letters in shapes: G completions of a question.
+Shape letters: G completions of a question.
 """
 
 import itertools
@@ -38,9 +38,9 @@ def answer(
 ) -> Iterator[Group]:
     """Yields the group of each question, in order.
 
-    `asked` holds (record, record whose clip is shown, seed of its sampling). G completions of each
-    are sampled as cfg says; temperature 0 is greedy. One thread decodes the clips ahead. Questions
-    whose clip cannot be read are skipped and reported on stderr.
+    `asked` holds (record, record whose clip is shown, sampling seed). Samples G completions of each
+    with the settings in cfg; temperature 0 is greedy. One thread prefetches clips. Questions with
+    unreadable clips are skipped and reported on stderr.
     """
     bar = tqdm(total=len(asked), desc=label, leave=False, disable=not ranks.is_main())
 
@@ -64,13 +64,13 @@ def answer(
         for group in in_batches(readable, sample, batch_size):
             yield group
             bar.update()
-    finally:  # an error must not wait for clips that nobody needs any more
+    finally:  # after an error, do not wait for clips that are no longer needed
         thread.shutdown(cancel_futures=True)
         bar.close()
 
 
 def ahead(items: Iterable, depth: int) -> Iterator:
-    """The items, in order, each drawn from its source `depth` items before it is needed."""
+    """The items in order, each drawn from its source `depth` items before it is needed."""
     drawn = deque()
     for item in items:
         drawn.append(item)
@@ -82,10 +82,10 @@ def ahead(items: Iterable, depth: int) -> Iterator:
 def in_batches(
     items: Iterable, work: Callable[[list], list[Group]], batch_size: int
 ) -> Iterator[Group]:
-    """The groups that `work` makes of all items, `batch_size` at a time, in order.
+    """Applies `work` to all items, `batch_size` at a time, and yields the groups in order.
 
-    A batch that does not fit in memory is halved, and those after it stay as small. Raises
-    UserError if one item alone does not fit.
+    If a batch does not fit in memory, it and all later batches are halved. Raises UserError if a
+    single item does not fit.
     """
     source, waiting = iter(items), []
     while waiting := waiting + list(itertools.islice(source, max(0, batch_size - len(waiting)))):
@@ -103,7 +103,7 @@ def in_batches(
                 "one question alone does not fit in memory; lower --max_pixels, --max_frames or "
                 "--max_completion_length"
             )
-        else:  # not inside `except`, where the failed batch's tensors are still alive
+        else:  # not inside `except`, which keeps the failed batch's tensors alive
             batch_size = len(batch) // 2
             tqdm.write(f"out of memory: {batch_size} questions at a time from here", sys.stderr)
             torch.cuda.empty_cache()

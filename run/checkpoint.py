@@ -1,12 +1,12 @@
 """Saving checkpoints of a run, and resuming from one.
 
     run/checkpoint-N/                an ordinary Hugging Face checkpoint
-    run/checkpoint-N/trainer_state/  float32 parameters, optimizer, counters; of the newest only
+    run/checkpoint-N/trainer_state/  float32 parameters, optimizer, counters; newest only
 
-A checkpoint is written under another name and renamed when it is complete, so a kill at any moment
-leaves the older one. The trainer state is a torch.distributed.checkpoint, which another number of
-ranks can load. Loading unpickles its .metadata, which can run code: resume only from checkpoints
-that you trust.
+A checkpoint is written under a temporary name and renamed when complete, so a kill at any moment
+leaves the older one intact. The trainer state is a torch.distributed.checkpoint, which can be
+loaded with a different number of ranks. Loading unpickles its .metadata, which can run code: resume
+only from checkpoints that you trust.
 """
 
 import contextlib
@@ -39,10 +39,10 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 
 class Saver:
-    """Saves a run: when the loop asks for it, and before an error ends it.
+    """Saves a run when the loop asks for it, and before an error ends it.
 
-    If a step raises before it has changed a weight, the steps before it are saved first. Saving
-    takes all ranks, so several do that only if all of them know of the error (ranks.alone).
+    If a step raises before it has changed any weights, the steps before it are saved first. Saving
+    involves all ranks, so with several this happens only if all know of the error (ranks.alone).
     """
 
     def __init__(
@@ -63,20 +63,20 @@ class Saver:
         self.between_steps = False
 
     def finished(self, step: int) -> None:
-        """The weights and counters are those after `step`, until the optimizer steps again."""
+        """Notes that weights and counters are those after `step`, until the next optimizer step."""
         self.step, self.counters, self.between_steps = step, dict(self.log.counts), True
 
     def save(self) -> None:
-        """Writes the checkpoint of the step that is finished. Called by all ranks. Raises UserError
-        on all of them, after the stage that failed on one: none waits for it in the next."""
-        self.saved_step = self.step  # even if it fails: once is enough
+        """Writes the checkpoint of the finished step. All ranks must call it. If a stage fails on
+        one rank, all raise UserError after that stage, so none waits for it in the next."""
+        self.saved_step = self.step  # even if it fails, to try only once
         final = self.log.dir / f"checkpoint-{self.step}"
         partial = final.with_name(f".{final.name}.partial")
         for stage in (self._write_model, self._write_state, self._finish):
             reason = None
             try:
                 stage(partial, final)
-            except (Exception, CheckpointException) as error:  # of safetensors, torch or the disk
+            except (Exception, CheckpointException) as error:  # from safetensors, torch or the disk
                 free = shutil.disk_usage(final.parent).free / 1e9
                 reason = f"{_sentence(error)}; {free:.2f} GB free there"
             if failed := [r for r in ranks.gather(reason) if r is not None]:
@@ -105,14 +105,14 @@ class Saver:
             (partial / "trainer_state" / "counters.json").write_text(counters, encoding="utf-8")
         for path in [*partial.rglob("*"), partial]:
             files.flush(path)  # fsync before the rename
-        os.rename(partial, final)  # which fails if something has that name
+        os.rename(partial, final)  # fails if the name is taken
         for older in [] if self.cfg.save_only_model else checkpoints(final.parent).values():
             if older != final:
                 shutil.rmtree(older / "trainer_state", ignore_errors=True)
 
     @contextlib.contextmanager
     def rescuing(self) -> Iterator[None]:
-        """The loop runs in here. Called by all ranks."""
+        """Wraps the training loop. All ranks must enter it."""
         try:
             yield
         except Exception as error:
@@ -122,7 +122,7 @@ class Saver:
             try:
                 if agreed and unsaved and weights_are_finite(self.policy):
                     self.save()
-            except UserError as another:  # the first error is the one to be raised
+            except UserError as another:  # raise the first error, not this one
                 kept = str(another)
             if self.saved:
                 kept = f"{self.saved} holds the run so far"
@@ -132,7 +132,7 @@ class Saver:
 
 
 def weights_are_finite(policy: Policy) -> bool:
-    """On all ranks. Saving NaNs would replace the last state that can be resumed."""
+    """Checks all ranks. Saving NaNs would overwrite the last state that can be resumed."""
     shards = [getattr(p, "to_local", lambda p=p: p)() for p in policy.model.parameters()]
     return not ranks.agree(not all(shard.isfinite().all() for shard in shards))
 
@@ -153,7 +153,7 @@ def _state(policy: Policy, optimizer: optim.Optimizer) -> dict:
 
 
 def checkpoints(run: Path) -> dict[int, Path]:
-    """{step: checkpoint-STEP} of a run; links and other names are not ours."""
+    """{step: checkpoint-STEP} of a run; ignores symlinks and other names."""
     found = {}
     for path in run.iterdir() if run.is_dir() else ():
         name = re.fullmatch("checkpoint-(0|[1-9][0-9]{0,15})", path.name)
@@ -163,8 +163,8 @@ def checkpoints(run: Path) -> dict[int, Path]:
 
 
 def to_resume(cfg: Config, run: Path) -> tuple[Path, dict] | None:
-    """The checkpoint to resume from, and its counters; None if the run has not saved yet. Prints
-    what has changed since. Raises UserError; nothing is written."""
+    """The checkpoint to resume from and its counters; None if the run has not saved yet. Prints
+    what has changed since. Raises UserError. Writes nothing."""
     path = find(run, cfg.resume_from_checkpoint) if cfg.resume_from_checkpoint else None
     if path is None:
         return None
@@ -184,10 +184,10 @@ def to_resume(cfg: Config, run: Path) -> tuple[Path, dict] | None:
 
 
 def find(run: Path, which: str) -> Path | None:
-    """The checkpoint to resume from: `which` is a path, or "auto" for the newest of the run.
+    """The checkpoint to resume from: `which` is a path, or "auto" for the run's newest.
 
-    None if "auto" finds no checkpoint, so that a new run can be started with "auto" too, and one
-    that was killed before its first.
+    None if "auto" finds no checkpoint, so that "auto" also works for a new run, or for one that
+    was killed before its first checkpoint.
     """
     saved = checkpoints(run)
     if which == "auto" and not saved:
@@ -204,7 +204,7 @@ def find(run: Path, which: str) -> Path | None:
 
 
 def load(path: Path, policy: Policy, optimizer: optim.Optimizer) -> None:
-    """Restores parameters and optimizer, in place. Called by all ranks. Raises UserError."""
+    """Restores parameters and optimizer in place. All ranks must call it. Raises UserError."""
     state = _state(policy, optimizer)
     try:
         dcp.load(state, checkpoint_id=path / "trainer_state", no_dist=ranks.world() == 1)

@@ -1,4 +1,4 @@
-"""The questions of each step, their clips decoded while earlier steps still run."""
+"""Prefetches the questions of each step: clips are decoded while earlier steps still run."""
 
 import dataclasses
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,11 +14,11 @@ from video import Clip, VideoError
 
 
 class QuestionsAhead:
-    """This rank's questions of each step, made a few steps ahead of the loop.
+    """This rank's questions for each step, prepared a few steps ahead of the loop.
 
-    A question whose clip cannot be read is skipped, reported and counted; nothing is substituted
-    for it. (seed, step) determine a step's questions, and the place in the step the seed of a
-    question's sampling, so the other questions are sampled as if nothing were missing.
+    Questions with unreadable clips are skipped, reported and counted, never replaced. A step's
+    questions depend only on (seed, step), and each question's sampling seed also on its slot in the
+    step, so a skipped question does not affect the others.
     """
 
     STEPS_AHEAD = 2
@@ -36,8 +36,8 @@ class QuestionsAhead:
         self.submitted = ahead(steps, self.STEPS_AHEAD if cfg.dataloader_num_workers else 0)
 
     def _load_clip(self, *arguments) -> Clip:
-        """Kept from an earlier epoch, or decoded now and kept if there is room. Nothing makes place
-        for another: in shuffled epochs no clip is likelier to come next than the rest."""
+        """A cached clip, or one decoded now and cached if there is room. There is no eviction: in
+        shuffled epochs, no clip is more likely to come next than any other."""
         clip = self.kept.get(arguments) or self.reader.load_clip(*arguments)
         size = clip.frames.nbytes
         if size <= self.room and arguments not in self.kept:
@@ -46,7 +46,7 @@ class QuestionsAhead:
         return clip
 
     def _submit(self, step: int) -> list[tuple[int, Record, Future]]:
-        """The places of this rank's questions in the step, their records and the questions."""
+        """Slot, record and question (a future) of each of this rank's questions in the step."""
         mine = self.cfg.per_device_train_batch_size * self.cfg.gradient_accumulation_steps
         chosen = step_records(self.records, step - 1, mine * ranks.world(), self.cfg.seed)
         first = ranks.rank() * mine
@@ -54,12 +54,12 @@ class QuestionsAhead:
         return [(k, chosen[k], self.threads.submit(self.prompter, chosen[k])) for k in slots]
 
     def take(self, step: int) -> tuple[list[Question], list[tuple[int, ...]]]:
-        """The questions of `step`, the next one, and the seeds of their sampling."""
+        """The questions of `step`, which must be the next one, and their sampling seeds."""
         questions, seeds, asked = [], [], next(self.submitted)
         for slot, record, question in asked:
             try:
                 questions.append(question.result())
-                seeds.append((self.cfg.seed, step, slot, 1))  # 1: the stream of training
+                seeds.append((self.cfg.seed, step, slot, 1))  # 1: the training stream
             except VideoError as error:
                 self.log.note(str(record.video), f"skipped question {record.id}: {error}")
         mine = (len(asked), len(asked) - len(questions))

@@ -1,6 +1,6 @@
-"""The settings of a run: every flag of twgrpo.py and its validation, and the files it names.
+"""The settings of a run: every flag of twgrpo.py with its validation, and the files they name.
 
-A run without a model is an embedded toy, whose defaults take the place of the recipe's.
+A run without a model trains a built-in toy, whose defaults replace the recipe's.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from model import ranks
 from records import Record, load_records, printable
 from rewards import REWARDS
 
-# With another of these it would be another run. Batches are compared by their product.
+# Changing any of these makes it a different run. Batches are compared by their product.
 IDENTITY = (
     "seed toy model_name_or_path jsonl_path video_root question_type train_samples num_generations"
 ).split()
@@ -30,18 +30,18 @@ BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 COMMAND = ("output_dir", "resume_from_checkpoint", "allow_changes", "dry_run")  # may change
 
 
-# Where the numbers lie; those that are not named, in the intervals of their type.
+# Valid ranges of numbers; flags not listed here use the range of their type.
 INTERVALS = {
     "[0, 1)": "epsilon adam_beta1 adam_beta2",
     "[0, 1]": "max_skip_fraction",
     "[1, 1e9]": "alpha",
     "[0, 1e9]": "epsilon_high beta weight_decay clip_cache_gb",
-    "[0.001, 1e9]": "temperature",  # below, all completions are the same
+    "[0.001, 1e9]": "temperature",  # any lower, and all completions are the same
     "(0, 86400]": "clip_timeout",  # a day
-    "[2, 2e9]": "num_generations max_frames",  # to compare; one temporal patch
+    "[2, 2e9]": "num_generations max_frames",  # a group to compare; one temporal patch
     "[0, 2e9]": "seed warmup_steps dataloader_num_workers",
 }
-BY_TYPE = {int: "[1, 2e9]", float: "(0, 1e9]"}  # float32 must hold the square
+BY_TYPE = {int: "[1, 2e9]", float: "(0, 1e9]"}  # the square must fit in float32
 
 
 def flag(default: object, text: str, **options: object) -> object:
@@ -52,7 +52,7 @@ def flag(default: object, text: str, **options: object) -> object:
 
 
 def is_in(value: float, interval: str) -> bool:
-    """Whether a number lies in an interval such as "[0, 1)"; a NaN lies in none."""
+    """Whether a number is in an interval such as "[0, 1)"; a NaN never is."""
     low, high = map(float, interval[1:-1].split(","))
     above = low <= value if interval[0] == "[" else low < value
     return above and (value <= high if interval[-1] == "]" else value < high)
@@ -60,72 +60,72 @@ def is_in(value: float, interval: str) -> bool:
 
 @dataclass
 class Data:
-    _argument_group_name = "what to train, on what"
+    _argument_group_name = "model and data"
     model_name_or_path: str | None = flag(None, "Qwen2.5-VL, Qwen2-VL or Qwen3-VL; none: the toy")
     jsonl_path: str | None = flag(None, "training questions, a JSON list or JSONL")
     video_root: str = flag("", "directory that video paths are relative to")
     eval_jsonl_path: str | None = flag(None, "questions to evaluate on, before and after training")
     eval_on_start: bool = flag(True, "also evaluate before training")
-    output_dir: str | None = flag(None, "where the run is written; none: a new one under runs/")
+    output_dir: str | None = flag(None, "output directory; none: a new one under runs/")
     toy: Literal["colours", "events"] | None = flag(
-        None, "the toy to train without a model: colours, if it is left out, or events"
+        None, "the toy to train when no model is given: colours (the default) or events"
     )
     question_type: Literal["mixed", "single", "multiple"] = flag(
-        "mixed", "which questions, and their prompt"
+        "mixed", "which questions to use, and their prompt"
     )
-    train_samples: int = flag(2000, "use at most this many questions, chosen by --seed")
+    train_samples: int = flag(2000, "use at most this many questions, drawn with --seed")
 
 
 @dataclass
 class Clips:
-    _argument_group_name = "how a clip is shown to the model"
+    _argument_group_name = "clips"
     fps: float = flag(video.FPS, "frames sampled per second")
-    max_frames: int = flag(video.MAX_FRAMES, "frames, at most")
-    min_pixels: int = flag(video.MIN_PIXELS, "pixels per frame after resizing, at least")
-    max_pixels: int = flag(video.MAX_PIXELS, "pixels per frame after resizing, at most")
+    max_frames: int = flag(video.MAX_FRAMES, "maximum number of frames")
+    min_pixels: int = flag(video.MIN_PIXELS, "minimum pixels per frame after resizing")
+    max_pixels: int = flag(video.MAX_PIXELS, "maximum pixels per frame after resizing")
     max_prompt_length: int = flag(
-        MAX_PROMPT_LENGTH, "tokens of a prompt with its video; longer ones are skipped"
+        MAX_PROMPT_LENGTH, "maximum prompt tokens including video; longer ones are skipped"
     )
 
 
 @dataclass
 class Objective:
-    _argument_group_name = "the objective"
+    _argument_group_name = "objective"
     loss_type: Literal["tw_grpo", "grpo"] = flag(
-        "tw_grpo", "tw_grpo: weighted mean over tokens; grpo: mean over sequences of their means"
+        "tw_grpo", "tw_grpo: weighted mean over tokens; grpo: mean over sequences of token means"
     )
     alpha: float = flag(1.7, "upper bound of the token weights; 1: all weights are 1")
     token_weights: Literal["divergence", "entropy", "position", "shuffled", "none"] = flag(
-        "divergence", "the paper's weights, or controls: docs/equations.md, eqs. 31 to 33"
+        "divergence", "the paper's weights, or a control: docs/equations.md, eqs. 31 to 33"
     )
     normalize_token_weights: bool = flag(False, "divide the weights by their mean over the tokens")
     divergence: Literal["official", "textbook"] = flag(
-        "official", "divergence that sets the weights"
+        "official", "the divergence behind the weights"
     )
     ended_rows: Literal["uniform", "exclude"] = flag(
-        "uniform", "how completions that have ended count"
+        "uniform", "how to treat completions that have ended"
     )
     epsilon: float = flag(0.2, "ratios are clipped below 1 - epsilon")
     epsilon_high: float = flag(0.28, "ratios are clipped above 1 + epsilon_high")
-    beta: float = flag(0.0, "weight of the KL to the initial model; 0: no reference model")
+    beta: float = flag(0.0, "KL coefficient, to the initial model; 0: no reference model")
     reward_funcs: list[str] = flag(["accuracy", "format"], "rewards, summed", choices=list(REWARDS))
     num_generations: int = flag(8, "G, completions per question")
-    max_completion_length: int = flag(1024, "tokens per completion, at most")
-    temperature: float = flag(1.0, "of sampling, and of the log-probs in the loss")
+    max_completion_length: int = flag(1024, "maximum tokens per completion")
+    temperature: float = flag(1.0, "for sampling and for the log-probs in the loss")
     num_iterations: int = flag(1, "optimizer steps on the same completions")
 
 
 @dataclass
 class Optimization:
     _argument_group_name = "optimization"
-    learning_rate: float = flag(1e-6, "peak; decays linearly to 0 at max_steps")
+    learning_rate: float = flag(1e-6, "peak value; decays linearly to 0 at max_steps")
     warmup_steps: int = flag(0, "steps of linear warm-up")
-    adam_beta1: float = flag(0.9, "of AdamW")
-    adam_beta2: float = flag(0.999, "of AdamW")
-    weight_decay: float = flag(0.0, "of AdamW")
+    adam_beta1: float = flag(0.9, "AdamW beta1")
+    adam_beta2: float = flag(0.999, "AdamW beta2")
+    weight_decay: float = flag(0.0, "AdamW weight decay")
     max_grad_norm: float = flag(20.0, "clip the gradient to this norm")
     max_steps: int = flag(1000, "training steps")
-    per_device_train_batch_size: int = flag(1, "B, questions scored at once on each rank")
+    per_device_train_batch_size: int = flag(1, "B, questions scored together on each rank")
     gradient_accumulation_steps: int = flag(1, "micro-batches of B per optimizer step")
     freeze_vision_modules: bool = flag(True, "do not train the vision tower")
     gradient_checkpointing: bool = flag(True, "recompute decoder layers to save memory")
@@ -137,19 +137,19 @@ class Optimization:
 @dataclass
 class Bookkeeping:
     _argument_group_name = "bookkeeping"
-    seed: int = flag(42, "seeds data order, sampling and the toy")
+    seed: int = flag(42, "seed for data order, sampling and the toy")
     save_steps: int = flag(100, "steps between checkpoints")
     save_only_model: bool = flag(False, "save weights only; the run cannot be resumed")
     resume_from_checkpoint: str | None = flag(None, "a checkpoint, or auto: the run's newest")
-    allow_changes: bool = flag(False, "resume even with another seed, data, model or batch")
-    dataloader_num_workers: int = flag(4, "processes that decode clips ahead; 0: one, not ahead")
-    clip_cache_gb: float = flag(1.0, "decoded clips kept for later epochs, 1e9 bytes on each rank")
+    allow_changes: bool = flag(False, "allow resuming with another seed, data, model or batch")
+    dataloader_num_workers: int = flag(4, "processes that prefetch clips; 0: one, no prefetch")
+    clip_cache_gb: float = flag(1.0, "decoded clips cached for later epochs, in 1e9 bytes per rank")
     clip_timeout: float = flag(60.0, "seconds after which a clip counts as unreadable")
-    max_skip_fraction: float = flag(0.05, "end the run if more clips are unreadable")
+    max_skip_fraction: float = flag(0.05, "stop if a larger fraction of clips is unreadable")
     dry_run: bool = flag(False, "show prompts, clips, memory and schedule, then exit")
 
 
-GROUPS = (Data, Clips, Objective, Optimization, Bookkeeping)  # as --help shows them
+GROUPS = (Data, Clips, Objective, Optimization, Bookkeeping)  # in the order of --help
 
 
 @dataclass
@@ -157,7 +157,7 @@ class Config(*reversed(GROUPS)):
     """Every setting of a run. The defaults are the paper's recipe (official scripts/tw-grpo.sh)."""
 
     def check(self) -> None:
-        """Raises UserError on a setting that makes no sense."""
+        """Raises UserError for an invalid setting."""
         named = {name: key for key, names in INTERVALS.items() for name in names.split()}
         for name, value in dataclasses.asdict(self).items():
             interval = named.get(name, BY_TYPE.get(type(value)))
@@ -193,8 +193,8 @@ class Config(*reversed(GROUPS)):
 
 
 def parse_config(arguments: list[str] | None = None) -> Config:
-    """Flags to a checked Config. Without a model, a toy's defaults replace the recipe's; given
-    flags win."""
+    """Parses and checks the flags. Without a model, a toy's defaults replace the recipe's; flags
+    given explicitly take precedence."""
     parser = HfArgumentParser(GROUPS, description="Train a video-language model with TW-GRPO.")
     flags, unknown = parser.parse_known_args(arguments)
     if unknown:
@@ -210,7 +210,7 @@ def parse_config(arguments: list[str] | None = None) -> Config:
 
 def make_output_dir(cfg: Config) -> Path:
     """A new directory for this run, or that of the run to resume, locked until this process ends.
-    Raises UserError, having changed nothing in it, if it is in use or cannot be written."""
+    If it is in use or not writable, raises UserError and leaves its contents untouched."""
     name = Path(cfg.model_name_or_path or "toy").name
     if cfg.loss_type != "tw_grpo":
         name += f"-{cfg.loss_type}"
@@ -222,15 +222,15 @@ def make_output_dir(cfg: Config) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         if files.lock(directory / ".lock") is None:
             raise UserError(f"--output_dir {directory} is in use by another process")
-        check_contents(cfg, directory)  # a run may have come and gone before the lock
+        check_contents(cfg, directory)  # again: a run may have come and gone before the lock
     except OSError as error:
         raise UserError(f"--output_dir {directory} cannot be written: {error.strerror}") from None
     return directory
 
 
 def check_contents(cfg: Config, directory: Path) -> None:
-    """Raises UserError unless the directory is empty, or holds a run to resume."""
-    begun = {".lock", toy.beside(directory / "toy").name}  # left by a start that was killed
+    """Raises UserError unless the directory is empty or holds a run to resume."""
+    begun = {".lock", toy.beside(directory / "toy").name}  # left over from a killed start
     if toy.is_world(directory / "toy", cfg.toy, cfg.seed):
         begun.add("toy")
     names = {path.name for path in directory.iterdir()} - begun if directory.is_dir() else ()
@@ -242,18 +242,18 @@ def check_contents(cfg: Config, directory: Path) -> None:
 
 
 def settings_of(cfg: Config) -> dict:
-    """What config.json holds of a run, apart from the history."""
+    """The contents of a run's config.json, apart from the history."""
     return dataclasses.asdict(cfg) | {"world_size": ranks.world()}
 
 
 def read_settings(directory: Path) -> dict:
-    """config.json of a run. Raises UserError if it is damaged or not that of a run."""
+    """A run's config.json. Raises UserError if it is damaged or not from a run."""
     remedy = "choose another --output_dir"
     return files.read_json(directory / "config.json", remedy, ("world_size", *BATCH))
 
 
 def changed_settings(cfg: Config, old: dict) -> dict:
-    """The old value of every setting that has changed since the run with the settings `old`."""
+    """The old values of all settings that differ from those in `old`."""
     new = settings_of(cfg)
     return {
         name: old[name]
@@ -263,7 +263,7 @@ def changed_settings(cfg: Config, old: dict) -> dict:
 
 
 def same(old: object, new: object) -> bool:
-    """Whether two values of a flag are equal, or name one file."""
+    """Whether two values of a flag are equal or name the same file."""
     try:
         return old == new or os.path.samefile(old, new)
     except (OSError, TypeError, ValueError):
@@ -271,8 +271,8 @@ def same(old: object, new: object) -> bool:
 
 
 def check_changes(cfg: Config, old: dict, done: int) -> list[str]:
-    """A line for each setting that differs from `old`, those of the run that has done `done` steps.
-    Raises UserError if this would be another run."""
+    """A line for each setting that differs from `old`, the settings of a run with `done` steps.
+    Raises UserError if this would be a different run."""
     if cfg.max_steps < done:
         raise UserError(
             f"--max_steps {cfg.max_steps} is below the {done} steps that this run has done; give "
@@ -293,7 +293,7 @@ def check_changes(cfg: Config, old: dict, done: int) -> list[str]:
 
 
 def check_attention(cfg: Config, device: torch.device) -> None:
-    """Raises UserError, or flash_attn's ImportError, if this attention cannot train here."""
+    """Raises UserError, or flash_attn's ImportError, if this attention cannot be used here."""
     if (name := cfg.attn_implementation) == "flash_attention_2":
         if device.type != "cuda":
             raise UserError(f"--attn_implementation {name} needs CUDA; sdpa works everywhere")
@@ -316,8 +316,8 @@ def show_toy_flags(cfg: Config) -> None:
 
 
 def make_toy(cfg: Config, root: Path) -> None:
-    """Makes the toy world unless it is there. Raises OSError if something else is there, but
-    --allow_changes trains on the world of another seed."""
+    """Creates the toy world unless it exists. Raises OSError if something else is in its place,
+    except that --allow_changes accepts the world of another seed."""
     show_toy_flags(cfg)
     other = cfg.allow_changes and (root / "model").is_dir()
     if not other and not toy.is_world(root, cfg.toy, cfg.seed):

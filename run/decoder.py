@@ -1,8 +1,8 @@
-"""Clips decoded in processes that can be killed.
+"""Decodes clips in processes that can be killed.
 
-A decoder that hangs on a broken file cannot be timed out from inside its own Python. So clips are
-decoded in a process that does nothing else and imports little. At the time limit the kernel kills
-it, the clip counts as unreadable, and a new process takes the next one.
+A decoder that hangs on a broken file cannot be timed out from Python in its own process. So clips
+are decoded in a separate process that imports little. At the time limit the kernel kills it, the
+clip counts as unreadable, and a new process takes the next one.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ SERVER = [sys.executable, "-c", CODE]
 
 
 class ClipReader:
-    """`video.load_clip` with a time limit. Several threads may call it at once: each call takes an
-    idle process, or else starts one."""
+    """`video.load_clip` with a time limit. Thread-safe: each call takes an idle process or starts
+    a new one."""
 
     def __init__(self, timeout: float = 60.0):
         self.timeout = timeout  # seconds for one clip, once its process has started
@@ -46,8 +46,8 @@ class ClipReader:
             process.wait()
 
     def load_clip(self, path: str | os.PathLike, *settings) -> Clip:
-        """As `video.load_clip`. A clip that takes too long, or crashes the decoder, is a
-        VideoError too."""
+        """Like `video.load_clip`. A clip that takes too long or crashes the decoder also raises
+        VideoError."""
         path = video.check_file(path)
         process, pipe = self._idle_or_new()
         try:
@@ -64,15 +64,15 @@ class ClipReader:
         return dataclasses.replace(answer, frames=torch.from_numpy(answer.frames))
 
     def _idle_or_new(self) -> tuple[subprocess.Popen, Connection]:
-        """A process that waits for a clip, and our end of the pipe to it."""
+        """An idle process, and our end of the pipe to it."""
         with contextlib.suppress(IndexError):  # none is idle
             while True:
                 process, pipe = self.idle.pop()
                 if process.poll() is None:  # it may have died while idle
                     return process, pipe
         ours, its_own = Pipe()
-        # In a session of its own, because Ctrl-C, a hangup and torchrun's SIGTERM go to the whole
-        # process group, and the run still needs its clips to finish the step.
+        # In its own session, because Ctrl-C, a hangup and torchrun's SIGTERM go to the whole
+        # process group, and the run still needs clips to finish the step.
         process = subprocess.Popen(
             [*SERVER, str(its_own.fileno())],
             stdout=subprocess.DEVNULL,
@@ -85,15 +85,15 @@ class ClipReader:
 
 
 def serve() -> None:
-    """The other end of ClipReader's pipe, given by its descriptor."""
+    """Serves the other end of ClipReader's pipe, given by its file descriptor."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # a cluster may send them to each process; see above
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # an ignored signal would be inherited
+        signal.signal(number, signal.SIG_IGN)  # a cluster may signal each process; see above
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # SIG_IGN would be inherited
     pipe = Connection(int(sys.argv[1]))
     with contextlib.suppress(EOFError, OSError):  # the run has ended
         while True:
             limit, *arguments = pipe.recv()
-            signal.setitimer(signal.ITIMER_REAL, limit)  # then SIGALRM, also if the run was killed
+            signal.setitimer(signal.ITIMER_REAL, limit)  # SIGALRM comes even if the run was killed
             try:
                 clip = video.load_clip(*arguments)
                 answer = dataclasses.replace(clip, frames=clip.frames.contiguous().numpy())

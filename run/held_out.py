@@ -1,8 +1,8 @@
-"""Accuracy on held-out questions, before and after training, with two controls.
+"""Accuracy on held-out questions before and after training, with two controls.
 
-evaluate   mean rewards of a policy's answers to some questions
+evaluate   mean rewards of a policy's answers
 measure    the four rows of eval.json
-Measures   eval.json of a run
+Measures   a run's eval.json
 """
 
 import dataclasses
@@ -36,17 +36,17 @@ def evaluate(
     variant: str = "sampled",
     batch_size: int = 32,
 ) -> dict[str, float]:
-    """Mean over all completions of the soft accuracy, the exact accuracy and the format reward,
-    each in [0, 1], and the number of questions skipped because their clip cannot be read.
+    """Soft accuracy, exact accuracy and format reward, each in [0, 1] and averaged over all
+    completions, and the number of questions skipped because their clips are unreadable.
 
-    G completions of each question are sampled as in training, or one if `variant` is "greedy".
-    With "wrong video" every question is shown the clip of another one: what is left of the accuracy
-    can be guessed from the text. With "shuffled frames" its own clip is shown out of order: what is
-    left does not need the order. Under torchrun every rank takes its share of the questions, and
-    all return the mean over all of them.
+    Samples G completions per question as in training, or one if `variant` is "greedy". With "wrong
+    video" each question gets another question's clip: the accuracy that remains can be guessed from
+    the text. With "shuffled frames" it gets its own clip out of order: the accuracy that remains
+    does not depend on the order. Under torchrun each rank takes its share of the questions, and all
+    return the overall mean.
     """
     clip_of = np.arange(len(records))
-    if variant == "wrong video":  # the next one of a random cycle: never the record itself
+    if variant == "wrong video":  # the next one in a random cycle, so never the record itself
         others = np.random.default_rng([cfg.seed, 0, 0, 3]).permutation(len(records))
         clip_of[others] = np.roll(others, 1)
     elif variant == "shuffled frames":
@@ -54,7 +54,7 @@ def evaluate(
     elif variant == "greedy":
         cfg = dataclasses.replace(cfg, temperature=0.0, num_generations=1)
     asked = [
-        (records[k], records[clip_of[k]], (cfg.seed, k, 0, 2))  # 2: no other stream ends so
+        (records[k], records[clip_of[k]], (cfg.seed, k, 0, 2))  # 2: no other stream uses it
         for k in range(ranks.rank(), len(records), ranks.world())
     ]
     scores, skipped = [], len(asked)
@@ -71,8 +71,8 @@ def evaluate(
 
 
 def shuffled(prompter: Prompter, seed: int) -> Prompter:
-    """A prompter whose clips have their temporal patches, two frames each, in another order, drawn
-    from the seed and the name of the file. Each patch stays whole, and of several none keeps its
+    """A prompter that shuffles the temporal patches (two frames each) of its clips, seeded by
+    `seed` and the file name. Each patch stays whole, and if there are several, none keeps its
     place."""
 
     def load(path: str | os.PathLike, *settings) -> Clip:
@@ -87,9 +87,9 @@ def shuffled(prompter: Prompter, seed: int) -> Prompter:
 
 
 def measure(cfg: Config, policy: Policy, prompter: Prompter, records: list[Record]) -> dict:
-    """Sampled and greedy accuracy, and sampled with the wrong video and with shuffled frames."""
+    """Accuracy sampled, greedy, and sampled with the wrong video or with shuffled frames."""
     variants = ["sampled", "greedy", "wrong video", "shuffled frames"]
-    if len(records) == 1:  # there is no other video to show
+    if len(records) == 1:  # no other video to show
         variants.remove("wrong video")
     with policy.gathered() as actor, ClipReader(cfg.clip_timeout) as reader:
         prompter = dataclasses.replace(prompter, load_clip=reader.load_clip)
@@ -97,8 +97,8 @@ def measure(cfg: Config, policy: Policy, prompter: Prompter, records: list[Recor
 
 
 class Measures:
-    """eval.json of a run: what was measured before and after training. Raises UserError if a
-    resumed run's is damaged."""
+    """A run's eval.json: measurements before and after training. Raises UserError if that of a
+    resumed run is damaged."""
 
     def __init__(self, directory: Path, resumed: bool):
         self.path = directory / "eval.json"
@@ -107,7 +107,7 @@ class Measures:
         self.rows = ranks.on_first(files.read_json, self.path, remedy) if is_there else {}
 
     def before(self, *measured) -> None:
-        """Measures the untrained policy, unless that is done; arguments as for `measure`."""
+        """Measures the untrained policy unless already done; arguments as for `measure`."""
         if "before" not in self.rows:
             self.rows["before"] = measure(*measured)
             ranks.on_first(self._write)
@@ -122,7 +122,7 @@ class Measures:
             beside.write_text(json.dumps(self.rows, indent=2) + "\n", encoding="utf-8")
 
     def print(self, count: int) -> None:
-        """The table at the end of a run, with a dash for what was not measured before it."""
+        """Prints the table at the end of a run, with a dash for what was not measured before."""
         print(f"\n{count} held-out questions    soft accuracy     exact accuracy    format")
         print(f"{'':20}" + "    before   after" * 3)
         for name, after in self.rows["after"].items():

@@ -1,10 +1,10 @@
-"""The files a run leaves behind, apart from its checkpoints.
+"""The files that a run writes, apart from its checkpoints.
 
-    config.json         the flags, and what they were before the run was resumed with others
-    metrics.jsonl       one line a step: means over its questions
-    completions.jsonl   one group a step, with rewards, advantages and token weights
+    config.json         the flags, and their earlier values if the run was resumed with others
+    metrics.jsonl       one line per step: means over its questions
+    completions.jsonl   one group per step, with rewards, advantages and token weights
 
-Metric names follow TRL where it has one. Letters as in twgrpo.py: B questions, G completions, K
+Metric names follow TRL where it has them. Letters as in twgrpo.py: B questions, G completions, K
 reward functions.
 """
 
@@ -32,13 +32,13 @@ from records import printable
 from run.config import Config, changed_settings, read_settings, settings_of
 
 COUNTERS = ("asked", "skipped", "nonfinite")  # questions and updates since the start, all ranks
-SHOWN = ("reward", "reward_std", "completion_length")  # beside the progress bar
-SECONDS: dict[str, float] = defaultdict(float)  # spent in each phase of this step
+SHOWN = ("reward", "reward_std", "completion_length")  # next to the progress bar
+SECONDS: dict[str, float] = defaultdict(float)  # per phase of this step
 
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Counts the time spent inside as time/<name>, seconds. Also decorates a function."""
+    """Adds the time spent inside to time/<name>, in seconds. Also works as a decorator."""
     start = time.perf_counter()
     yield
     if torch.cuda.is_available():
@@ -47,17 +47,17 @@ def phase(name: str) -> Iterator[None]:
 
 
 class RunLog:
-    """Collects the measurements of a run on every rank; the first rank writes them.
+    """Collects a run's measurements on every rank; the first rank writes them.
 
-    `counters` are those of the checkpoint from which a run is resumed. Means are over questions, so
-    a rank that was left with fewer of them does not distort them.
+    `counters` come from the checkpoint that the run is resumed from. Means are over questions, so
+    a rank with fewer of them does not distort them.
     """
 
     def __init__(self, cfg: Config, directory: Path, counters: dict[str, int] | None = None):
         self.cfg, self.dir = cfg, directory
         self.counts = {name: (counters or {}).get(name, 0) for name in COUNTERS}
-        self.failures = 0  # updates in a row that were not finite
-        self.values: dict[str, list[float]] = defaultdict(list)  # of each metric, in this step
+        self.failures = 0  # consecutive non-finite updates
+        self.values: dict[str, list[float]] = defaultdict(list)  # per metric, in this step
         SECONDS.clear()
         self.named: set[str] = set()
         if ranks.is_main():
@@ -73,13 +73,13 @@ class RunLog:
             self.values[name].append(float(value))
 
     def note(self, key: str, message: str) -> None:
-        """A line on the terminal, once per key."""
+        """Prints a line on the terminal, once per key."""
         if key not in self.named:
             self.named.add(key)
             tqdm.write(printable(message), file=sys.stderr)
 
     def not_finite(self, step: int, groups: list[Group], loss: float) -> None:
-        """Names the questions of a step whose loss or gradient is not finite. Called by all."""
+        """Reports the questions behind a non-finite loss or gradient. All ranks must call it."""
         bad = [g.question.record.id for g in groups if not g.old_logps_N.isfinite().all()]
         bad = bad or [g.question.record.id for g in groups]
         everyones = [name for names in ranks.gather(bad) for name in names]
@@ -88,12 +88,12 @@ class RunLog:
             self.note(f"step {step}", f"{text} (questions {', '.join(everyones)})")
 
     def reason_to_end(self, step: int) -> str | None:
-        """Why the run cannot go on, in words, or None. The same on every rank."""
+        """Why the run cannot continue, or None. The same on every rank."""
         asked, skipped = self.counts["asked"], self.counts["skipped"]
         if self.failures >= 3:
             return f"{self.failures} updates in a row were not finite"
         allowed = self.cfg.max_skip_fraction
-        too_many = skipped > allowed * max(asked, 100)  # one bad clip in ten is no trend
+        too_many = skipped > allowed * max(asked, 100)  # one bad clip in the first ten is no trend
         if too_many or (step == self.cfg.max_steps and skipped == asked):
             return (
                 f"{skipped} of {asked} clips could not be read, more than "
@@ -114,7 +114,7 @@ class RunLog:
         rate: float,
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
-        """What a training step measured; `updates` are twgrpo.Update's. Called by all ranks."""
+        """Logs a training step; `updates` are twgrpo.Update objects. All ranks must call it."""
         for k, update in enumerate(updates):
             if k == 0:
                 for group, output in zip(groups, update.outputs, strict=True):
@@ -137,7 +137,7 @@ class RunLog:
         self.write(step)
 
     def scored(self, group: Group, output: HeadOutput) -> None:
-        """What the completions of a question measured when they were first scored."""
+        """Adds the metrics of a question's completions, from when they were first scored."""
         reward_G, lengths_G = group.rewards_GK.sum(-1), group.lengths_G
         names = [f"rewards/{name}" for name in self.cfg.reward_funcs]
         drift_N = (group.sampled_logps_N - output.logps_N.cpu()).abs()
@@ -151,10 +151,10 @@ class RunLog:
             divergence_mean=output.divergence_T.mean(),
             weight_mean=output.weights_T.mean(),
             weight_mean_all_alive=output.weights_T[: int(lengths_G.min())].mean(),
-            # How unequal the weights are. Their range would say nothing: whatever the model does,
-            # the official rule stretches it to 1..alpha within every group.
+            # How unequal the weights are. Their range would say nothing: the official rule always
+            # stretches it to 1..alpha within each group.
             weight_std=output.weights_T.std(correction=0),
-            # The rollout's opinion of its tokens against the scoring's: numerics only.
+            # Log-probs from the rollout against those from scoring: only numerical error.
             sampling_logp_difference=drift_N.mean(),
             sampling_logp_difference_p99=drift_N.quantile(0.99),
             sampling_logp_difference_max=drift_N.max(),
@@ -163,10 +163,10 @@ class RunLog:
     def completions_row(
         self, step: int, group: Group, output: HeadOutput, tokenizer: PreTrainedTokenizerBase
     ) -> dict:
-        """One group for completions.jsonl. D_t and w_t belong to positions, logps to tokens.
+        """One group for completions.jsonl. D_t and w_t are per position, logps per token.
 
-        `tokens` are decoded one by one, special ones included, so that each can be shown with its
-        numbers; a character that several tokens share the bytes of shows as U+FFFD in each of them.
+        `tokens` are decoded one by one, including special ones, so that each can be shown with its
+        numbers; a character whose bytes are split over several tokens becomes U+FFFD in each.
         """
         record = group.question.record
         logps = output.logps_N.cpu().split(group.lengths_G.tolist())
@@ -195,7 +195,7 @@ class RunLog:
         )
 
     def write(self, step: int) -> None:
-        """The line of metrics.jsonl. Called by all ranks."""
+        """Writes a line of metrics.jsonl. All ranks must call it."""
         mine = (self.values, SECONDS, peak_memory_gb())
         values, seconds, memory = zip(*ranks.gather(mine), strict=True)
         if ranks.is_main():
@@ -218,7 +218,7 @@ class RunLog:
 
 
 def write_settings(cfg: Config, directory: Path, done: int) -> None:
-    """config.json. Its "history" keeps the settings that a resumed run had until step `done`."""
+    """Writes config.json. Its "history" keeps the settings a resumed run had until step `done`."""
     history, path = [], directory / "config.json"
     if done and path.exists():
         old = read_settings(directory)
@@ -231,9 +231,9 @@ def write_settings(cfg: Config, directory: Path, done: int) -> None:
 
 
 def move_aside_later_rows(run: Path, step: int) -> None:
-    """Log lines written after `step` go to NAME.after-STEP, and a line cut off by a kill with them.
+    """Moves log lines written after `step`, and any line cut off by a kill, to NAME.after-STEP.
 
-    The lines that stay are then those of the run that was never interrupted.
+    What stays are the lines that an uninterrupted run would have.
     """
     for path in (run / "metrics.jsonl", run / "completions.jsonl"):
         kept, later = [], []
@@ -252,7 +252,7 @@ def rounded(values: Tensor) -> list[float]:
 
 
 def peak_memory_gb() -> float:
-    """Peak memory of this process so far, 1e9 bytes: on the GPU if there is one, or resident."""
+    """Peak memory of this process so far, in 1e9 bytes: on the GPU if there is one, else RSS."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,7 +1,7 @@
-"""--dry_run: what a run would do, from its data and its config.json alone; no weights are touched.
+"""--dry_run: shows what a run would do, from its data and the model's config.json, without weights.
 
-It decodes the first questions and prints the prompt as the model gets it, the size of each clip,
-what each GPU will hold, and the schedule.
+It decodes the clips of the first questions and prints the exact prompt, the size of each clip, the
+memory needed on each GPU, and the schedule.
 """
 
 import video
@@ -68,13 +68,13 @@ def show(cfg: Config) -> None:
 
 
 def memory(cfg: Config, policy: Policy, prompt: int) -> dict[str, dict[str, float]]:
-    """What a GPU holds in each phase at completions of full length, part by part, in bytes; what it
-    holds "always" comes on top.
+    """The memory on a GPU in each phase with completions of full length, by part, in bytes; the
+    parts in "always" come on top.
 
-    Each phase counts what is alive together at its peak. tests/test_fake_gpu.py compares it with
-    every tensor of a run on one GPU; what FSDP gathers is worked out, not measured. Activations are
-    counted in bytes per token of a decoder layer of D hidden and F intermediate features. Not
-    counted: the activations of a vision tower that is trained.
+    Each phase lists what is alive at its peak. tests/test_fake_gpu.py compares this with every
+    tensor of a run on one GPU; what FSDP gathers is calculated, not measured. Activations are
+    counted in bytes per token of a decoder layer with D hidden and F intermediate features. Not
+    counted: the activations of a trained vision tower.
     """
     model, text = policy.model, policy.model.config.text_config
     D, F, V = text.hidden_size, text.intermediate_size, text.vocab_size
@@ -85,7 +85,7 @@ def memory(cfg: Config, policy: Policy, prompt: int) -> dict[str, dict[str, floa
     B, G, T = cfg.per_device_train_batch_size, cfg.num_generations, cfg.max_completion_length
     tokens = B * (prompt + G * T)
     head_dim = getattr(text, "head_dim", D // text.num_attention_heads)
-    cached = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * 2  # bytes a token
+    cached = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * 2  # bytes per token
 
     if cfg.gradient_checkpointing:  # the input of each layer, in the dtype of the embeddings
         kept = text.num_hidden_layers * tokens * D * (2 if world > 1 else 4)
@@ -93,18 +93,18 @@ def memory(cfg: Config, policy: Policy, prompt: int) -> dict[str, dict[str, floa
     else:
         kept = text.num_hidden_layers * tokens * (8 * F + 34 * D)
         forward = 0
-    if world > 1:  # gathered: embedding and head for the whole phase, and two layers in turn
+    if world > 1:  # gathered: embedding and head for the whole phase, and two layers at a time
         tables = 2 * V * D * (1 if model.config.tie_word_embeddings else 2)
         in_bf16, in_backward = tables + 4 * layer, 2 * tables + 4 * layer
-    else:  # autocast's copies; they last until the forward ends, or without checkpoints longer
+    else:  # autocast's copies, which last for the forward pass, or longer without checkpointing
         in_bf16 = 2 * (layers + B * V * D)  # the head is cast for each question
         in_backward = 2 * layer
     gradients = 4 * trained / world
     earlier = gradients if cfg.gradient_accumulation_steps > 1 else 0  # of other micro-batches
-    freed = 2 * layers if world == 1 and cfg.gradient_checkpointing else 0  # before the head works
-    # A chunk of logits in float32, what is kept of them in bf16, and hidden states.
+    freed = 2 * layers if world == 1 and cfg.gradient_checkpointing else 0  # before the head runs
+    # A chunk of logits in float32, the rows kept in bf16, and hidden states.
     head = 4 * V * min(2048, G * T) + min(1.25e9, 2 * V * B * G * T) + 4 * D * B * G * T
-    # The backward frees activations as it makes gradients: its peak is at one of its ends.
+    # The backward frees activations as it creates gradients, so it peaks at its start or its end.
     first = {
         "kept activations": kept,
         "weights in bf16": in_bf16 if not cfg.gradient_checkpointing else in_backward,

@@ -1,4 +1,4 @@
-"""What a run is made of before its first step: directory, policy, prompts, optimizer, schedule."""
+"""Sets up a run before its first step: directory, policy, prompts, optimizer, schedule."""
 
 import dataclasses
 import math
@@ -15,8 +15,8 @@ from run.log import phase
 
 
 def prepare(cfg: Config) -> tuple[Config, Path, tuple[Path, dict] | None]:
-    """The output directory, and the checkpoint to resume with its counters. Without a model, the
-    toy world is made there, and the settings name it. Called by all ranks. Raises UserError."""
+    """The output directory, and the checkpoint to resume with its counters. Without a model,
+    creates the toy world there and points cfg to it. All ranks must call it. Raises UserError."""
     directory = ranks.on_first(make_output_dir, cfg)
     root = directory / "toy"
     if is_toy := cfg.model_name_or_path is None:
@@ -27,8 +27,8 @@ def prepare(cfg: Config) -> tuple[Config, Path, tuple[Path, dict] | None]:
             eval_jsonl_path=str(root / "test.jsonl"),
             video_root=str(root),
         )
-        # So that its numbers do not depend on the cores, and because OpenMP's threads wait for
-        # each other: with another process on one of two cores, two take 10 times as long as one.
+        # So that the numbers do not depend on the core count, and because OpenMP threads wait for
+        # each other: with another process on one of two cores, two threads are 10 times slower.
         torch.set_num_threads(1)
     resume = ranks.on_first(checkpoint.to_resume, cfg, directory)
     if is_toy:
@@ -37,7 +37,7 @@ def prepare(cfg: Config) -> tuple[Config, Path, tuple[Path, dict] | None]:
 
 
 def load_policy(cfg: Config, freeze_all: bool = False) -> Policy:
-    """The model of --model_name_or_path on this rank's device, or its share of it."""
+    """The model of --model_name_or_path on this rank's device, or this rank's shard of it."""
     device, several = ranks.start(), ranks.world() > 1
     place = "cpu" if several else device
     policy = Policy.load(
@@ -53,7 +53,7 @@ def load_policy(cfg: Config, freeze_all: bool = False) -> Policy:
 
 
 def make_prompter(cfg: Config, policy: Policy, **options) -> Prompter:
-    """Questions as this model reads them, their clips shown as the flags say."""
+    """Builds the prompter for this model, with the clip settings from the flags."""
     return Prompter(
         policy.tokenizer,
         policy.chat_template,
@@ -74,12 +74,12 @@ def make_optimizer(cfg: Config, policy: Policy) -> torch.optim.Optimizer:
         lr=cfg.learning_rate,
         betas=(cfg.adam_beta1, cfg.adam_beta2),
         weight_decay=cfg.weight_decay,
-        fused=True,  # or AdamW makes copies as large as its states
+        fused=True,  # otherwise AdamW makes copies as large as its states
     )
 
 
 def rate(cfg: Config, step: int) -> float:
-    """The learning rate of a step (from 1): linear warm-up, then linear to 0 after max_steps."""
+    """The learning rate of a step (from 1): linear warm-up, then linear decay to 0 at the end."""
     warm = min(1.0, step / (cfg.warmup_steps + 1))
     return cfg.learning_rate * warm * (1 - (step - 1) / cfg.max_steps)
 
@@ -88,11 +88,11 @@ def rate(cfg: Config, step: int) -> float:
 def optimizer_step(
     cfg: Config, policy: Policy, optimizer: torch.optim.Optimizer, loss: float, learning_rate: float
 ) -> tuple[float, bool]:
-    """One optimizer step from the accumulated gradients: their norm, and whether it and the loss
-    are finite. If not, the weights stay as they are. The same on every rank."""
+    """One optimizer step on the accumulated gradients. Returns their norm, and whether it and the
+    loss are finite; if not, the update is skipped. The same on every rank."""
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
     for parameter in parameters:
-        if parameter.grad is None:  # no group taught anything; momentum still moves the weights
+        if parameter.grad is None:  # no group had a gradient; momentum still moves the weights
             parameter.grad = torch.zeros_like(parameter)
     norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
     norm = norm.full_tensor().item() if hasattr(norm, "full_tensor") else norm.item()

@@ -77,7 +77,7 @@ def test_results_of_another_machine_or_code_are_not_mixed_or_lost(tmp_path, key,
     results.about[key] = value
     results.add(dict(name="a"), {})
     before = path.read_bytes()
-    with pytest.raises(SystemExit, match=f"is of another {key}"):
+    with pytest.raises(SystemExit, match=f"is from another {key}"):
         Results(path)
     assert path.read_bytes() == before
 

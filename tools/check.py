@@ -1,8 +1,8 @@
-"""Lists every fault of a question file: rows that cannot be read, and clips.
+"""Lists every fault in a question file: bad rows and unreadable clips.
 
     python -m tools.check FILE --video_root DIR [--decode]
 
-Exits with 1 if there is a fault. The formats of the files are in records.py.
+Exits with 1 if there is a fault. File formats are in records.py.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from video import VideoError, check_file
 
 
 def check(path: str, video_root: str, decode: bool) -> bool:
-    """Prints what a file holds and every fault of it, rows and clips; True if there is none."""
+    """Prints a summary of a file and every fault in its rows and clips; True if there are none."""
     records, errors = read_records(path, video_root)
     print(f"{path}: {len(records)} records, {len(errors)} bad row(s)")
     clips, bad_rows = dict.fromkeys(str(r.video) for r in records), len(errors)
@@ -37,7 +37,7 @@ def check(path: str, video_root: str, decode: bool) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("file", help="a JSON list or JSONL")
-    parser.add_argument("--video_root", default="", help="directory the video paths start from")
+    parser.add_argument("--video_root", default="", help="directory of the relative video paths")
     parser.add_argument("--decode", action="store_true", help="also decode every clip")
     args = parser.parse_args()
     try:

@@ -1,20 +1,20 @@
-"""From a dataset's own files to training records: CLEVRER's scenes, and question-answer inversion.
+"""Makes training records from dataset files: CLEVRER's scenes, and question-answer inversion.
 
-    clevrer_rows    scenes with choices -> rows with lettered options; no right choice: left out
-    negate          a question -> its negation, or the reason why it cannot be negated
-    invert          a single-choice question -> a multi-answer one with its negation
-    qai_rows        rows of NExT-GQA or STAR -> rows, a share p of them inverted
+    clevrer_rows    scenes with choices -> rows with lettered options; drops those with none right
+    negate          a question -> its negation, or None if it cannot be negated
+    invert          a single-answer question -> its negation, with several right answers
+    qai_rows        rows of NExT-GQA or STAR -> rows, a fraction p of them inverted
 
     python -m tools.convert clevrer RAW.json OUT.json
     python -m tools.convert qai IN OUT --seed S [--p 0.5]
 
 Question-answer inversion (paper, "QAI"): "What did she take?" with one right option becomes "What
-didn't she take?", where every wrong option is right and the right one wrong. Only 1 to k of the now
-right options are kept, drawn anew for each question, so that "all but one" is no strategy.
+didn't she take?", where every wrong option is right and the right one wrong. A random number of the
+now right options is kept, so that always answering "all but one" does not work.
 
 OFFICIAL (data/question_answer_inverse/*.py): a question that cannot be negated stays, but its
-answers are inverted (22 of 1,668 NExT-GQA rows); no seed; everything is lower-cased; STAR rows get
-paths of NExT-QA.
+answers are inverted (22 of 1,668 NExT-GQA rows); no seed; negated questions are lower-cased; STAR
+rows get NExT-QA's paths.
 OURS: such a row is kept unchanged and counted; one seed, one result; case and paths stay.
 """
 
@@ -34,10 +34,10 @@ from rewards import answer_set
 
 
 def clevrer_rows(path: str) -> tuple[list[dict], Counter]:
-    """Counterfactual questions of CLEVRER's own file as training rows, and what was left out.
+    """Counterfactual questions from CLEVRER's own file as training rows, and counts of the rest.
 
-    A question may have several right choices; one with none is left out, as in the official file
-    (9,238 remain in validation). Raises UserError naming the scenes that are not of this form.
+    A question may have several right choices; those with none are dropped, as in the official file
+    (9,238 remain in validation). Raises UserError naming scenes in the wrong format.
     """
     rows, counts, errors = [], Counter(written=0), []
     for k, (_, scene) in enumerate(read_rows(Path(path), errors), 1):
@@ -48,7 +48,7 @@ def clevrer_rows(path: str) -> tuple[list[dict], Counter]:
                 elif (row := clevrer_row(scene, question))["solution"] == "<answer></answer>":
                     counts["left out, without a correct choice"] += 1
                 else:
-                    rows.append(as_record(row, "", Path()).row)  # which checks it
+                    rows.append(as_record(row, "", Path()).row)  # as_record checks it
         except (KeyError, TypeError, ValueError) as error:
             reason = f"needs {error}" if isinstance(error, KeyError) else str(error)
             errors.append(f"scene {k}: {reason[:200]}")
@@ -72,7 +72,7 @@ def clevrer_row(scene: dict, question: dict) -> dict:
 
 # --------------------------------------------------------------------------------------------- QAI
 
-# The auxiliary that is negated: right after the question word ("why did", NExT-GQA), or after
+# The auxiliary to negate comes right after the question word ("why did", NExT-GQA), or after
 # "which object", "which other object", "what else" (STAR's templates).
 _QUESTION = re.compile(
     r"(?P<start>\s*(?:what|which|who|whom|why|how|where|when)(?:\s+(?:other\s+)?object|\s+else)?\s+)"
@@ -84,13 +84,13 @@ _NEGATION = re.compile(r"\b(?:not|never|cannot|unable|no|nobody|nothing|none)\b|
 
 
 def negate(question: str) -> str | None:
-    """The question with its first auxiliary negated, every other letter as it was; None if the
-    result would not mean the opposite.
+    """The question with its first auxiliary negated and all else unchanged; None if the result
+    would not mean the opposite.
 
     "what did" -> "what didn't", "What will" -> "What won't", "What happened" -> "What didn't
-    happen", "is the person able to" -> "is the person unable to". None for yes/no questions, for
-    questions without one of these words in place ("why the man bend down"), and for questions with
-    a negation ("why did the boy not jump").
+    happen", "is the person able to" -> "is the person unable to". None for yes/no questions,
+    questions without one of these words in place ("why the man bend down"), and questions that
+    are already negated ("why did the boy not jump").
     """
     found = _QUESTION.match(question)
     if not found or _NEGATION.search(question):
@@ -110,9 +110,9 @@ def invert(
 ) -> tuple[str, list[str], list[str]]:
     """(negated question, kept options, letters of the right ones among them).
 
-    The formerly right option stays and is wrong; of the others, which are right now, a random
-    number of at least one stays; their order is random. An option that occurs twice is kept once.
-    Raises ValueError with the reason if there is nothing to invert.
+    The formerly right option stays, now wrong. A random number (at least one) of the others, now
+    right, is kept. The order is random and duplicate options are kept once. Raises ValueError with
+    the reason if the question cannot be inverted.
     """
     offered = LETTERS[: len(options)]
     if len(right) != 1 or not right <= set(offered):
@@ -133,12 +133,12 @@ def invert(
 
 
 def qai_rows(rows: list[dict], seed: int, p: float = 0.5) -> tuple[list[dict], Counter]:
-    """Eq. 30: NExT-GQA or STAR rows, a share p inverted, in the official converter's form: problem
-    with lines "A unwrap it", solution, is_negated, options "(A) unwrap it", and answer "(A),(C)"
-    where the row had one.
+    """Eq. 30: NExT-GQA or STAR rows, a fraction p of them inverted, in the official converter's
+    format: problem with lines "A unwrap it", solution, is_negated, options "(A) unwrap it", and
+    answer "(A),(C)" if the row had one.
 
-    Each row draws from (seed, its place), so none depends on another. A row that was drawn but
-    cannot be inverted is kept as it was and counted by reason.
+    Each row's random stream is (seed, index), so rows are independent. A row that was drawn but
+    cannot be inverted is kept unchanged and counted by reason.
     """
     out, counts = [], Counter(rows=len(rows), inverted=0)
     for k, row in enumerate(rows):
@@ -174,9 +174,9 @@ def main(arguments: list[str] | None = None) -> None:
     qai = commands.add_parser("qai", help="question-answer inversion of NExT-GQA or STAR rows")
     for command in (clevrer, qai):
         command.add_argument("file")
-        command.add_argument("out", help="is written as a JSON list")
+        command.add_argument("out", help="output file, a JSON list")
     qai.add_argument("--seed", type=int, default=42, help="the same seed gives the same bytes")
-    qai.add_argument("--p", type=float, default=0.5, help="share of the questions to invert")
+    qai.add_argument("--p", type=float, default=0.5, help="fraction of the questions to invert")
     args = parser.parse_args(arguments)
     try:
         if args.command == "clevrer":

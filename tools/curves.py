@@ -1,9 +1,9 @@
-"""Learning curves of one or several runs, from their metrics.jsonl.
+"""Plots learning curves of one or more runs, from their metrics.jsonl.
 
     python -m tools.curves RUN [RUN ...] -o curves.png
 
-A RUN is an --output_dir of twgrpo.py. A run draws its own curves, and its page of token weights,
-when it ends.
+A RUN is an --output_dir of twgrpo.py. At its end, every run plots its own curves and writes its
+page of token weights.
 """
 
 import argparse
@@ -24,9 +24,9 @@ PANELS = {
     "weight_std": "spread of the weights (std of w_t)",
     **{f"time/{name}": f"{name} (s/step)" for name in ("data", "rollout", "score", "update")},
 }
-# The Okabe-Ito palette, which colour-blind readers can tell apart.
+# The Okabe-Ito palette, safe for colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
-GROUPS_AT_THE_END = 20  # on the page a run writes by itself: decoding a clip takes about 0.2 s
+GROUPS_AT_THE_END = 20  # on the page written at the end of a run; each clip takes about 0.2 s
 
 
 def read_metrics(run: Path) -> list[dict]:
@@ -43,8 +43,8 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def draw(runs: list[Path], out: Path) -> None:
-    """One panel per metric, one colour per run: faint as measured, bold smoothed. The suffix of
-    `out` is the format. Raises UserError, OSError, or ValueError for a format that is unknown."""
+    """One panel per metric, one colour per run: thin as logged, bold smoothed. The suffix of `out`
+    sets the format. Raises UserError, OSError, or ValueError for an unknown format."""
     from matplotlib.figure import Figure  # no pyplot: no display, no global state
 
     metrics = [read_metrics(run) for run in runs]
@@ -54,7 +54,7 @@ def draw(runs: list[Path], out: Path) -> None:
         axis.set_title(title, fontsize=9)
     note = "thin: as logged; bold: moving mean over 1/20 of the run"
     figure.supxlabel(note, x=0.99, ha="right", fontsize=8)
-    names = [str(run).replace("$", r"\$") for run in runs]  # because $...$ would be a formula
+    names = [str(run).replace("$", r"\$") for run in runs]  # $...$ would be a formula
     columns = max(1, min(4, 120 // max(map(len, names))))
     figure.legend(lines, names, loc="outside upper center", ncols=columns, fontsize=9)
     figure.savefig(out, format=out.suffix[1:] or "png", dpi=150)
@@ -66,7 +66,7 @@ def draw_panel(axis, name: str, metrics: list[list[dict]]) -> list:
     for k, rows in enumerate(metrics):
         colour = COLOURS[k % len(COLOURS)]
         steps = [row["step"] for row in rows]
-        values = np.array([row.get(name) for row in rows], dtype=float)  # NaN where there is none
+        values = np.array([row.get(name) for row in rows], dtype=float)  # NaN where missing
         bold = smooth(values, max(1, len(values) // 20))
         dots = "o" if len(values) < 10 else None  # a single point makes no line
         axis.plot(steps, values, color=colour, alpha=min(0.3, 0.6 / len(metrics)), linewidth=0.7)
@@ -78,7 +78,7 @@ def draw_panel(axis, name: str, metrics: list[list[dict]]) -> list:
 
 
 def pictures(run: Path) -> list[Path]:
-    """Draws the pictures of a run that ends; a run too short for one of them goes without it."""
+    """Draws the plots at the end of a run; if it is too short for one, that one is omitted."""
     drawn = []
     for name, make in (
         ("curves.png", lambda out: draw([run], out)),
@@ -99,7 +99,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         draw(args.runs, args.out)
-    except (UserError, OSError, ValueError) as error:  # ValueError: a format unknown to matplotlib
+    except (UserError, OSError, ValueError) as error:  # ValueError: format unknown to matplotlib
         raise SystemExit(f"error: {error}") from None
     print(args.out)
 

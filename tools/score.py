@@ -1,20 +1,20 @@
-"""Evaluation logs, this project's and the official ones: written a row at a time, and scored.
+"""Writes evaluation logs row by row, and scores them: this project's and the official ones.
 
-    append       a row to the log of a run, which its ranks share
-    resume       what a killed run has answered
+    append       adds a row to a log, which the ranks of a run share
+    resume       the questions that a killed run has answered
     read_log     JSONL of answered questions -> Log: one Answer per question, duplicates set aside
     accuracy     mean of some scores, with its 95 % interval
     table        several logs side by side, for a terminal or a Markdown document
 
 A row is {"question": {the dataset's row}, "ground_truth", "model_output", ...}. Its accuracy is
-recomputed from model_output, and compared with the logged one if there is one. Soft accuracy is
+recomputed from model_output and compared with the logged one, if any. Soft accuracy is
 `rewards.compare_answers`; strict accuracy counts only fully right answers.
 
-OFFICIAL (src/eval/*.py): "overall" of the CLEVRER evaluator covers its last batch only; a resumed
+OFFICIAL (src/eval/*.py): the CLEVRER evaluator's "overall" covers only its last batch; a resumed
 run repeats rows (the Video-MME zero-shot log has 2,748 for 2,700 questions).
-OURS: all rows, but only the first row of each question.
+OURS: all questions, but only the first row of each.
 
-Letters in shapes: Q questions, R resamples.
+Shape letters: Q questions, R resamples.
 """
 
 import fcntl
@@ -43,20 +43,20 @@ class Answer:
     soft: float
     form: float  # 1 if the output is in the strict format, else 0
     is_multi: bool  # several right answers: a comma in the truth, as in the official code
-    fits: bool  # the text has a form that could be right
-    agrees: bool  # the logged accuracy is the same, or there is none
+    fits: bool  # the text has a valid form
+    agrees: bool  # the logged accuracy is the same, or missing
 
 
 @dataclass
 class Log:
     path: Path
     answers: list[Answer] = field(default_factory=list)
-    duplicates: list[str] = field(default_factory=list)  # the place of every repeated row
-    errors: list[str] = field(default_factory=list)  # a sentence for every bad row
+    duplicates: list[str] = field(default_factory=list)  # the location of every repeated row
+    errors: list[str] = field(default_factory=list)  # one sentence per bad row
 
 
 def question_key(row: object) -> str:
-    """What makes two rows the same question: the dataset's whole row."""
+    """Identifies a question: the dataset's whole row."""
     return json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
 
 
@@ -105,7 +105,7 @@ def score_row(row: object, where: str) -> Answer:
 
 
 def answer_of(row: dict) -> str:
-    """The answer by the rule of the evaluator that wrote the row.
+    """The answer according to the evaluator that wrote the row.
 
     The general zero-shot evaluator compares the whole output, and then logs it as the
     "extracted_answer"; all others compare `rewards.extract_answer` of it.
@@ -120,24 +120,24 @@ def answer_of(row: dict) -> str:
 
 def append(path: str, row: dict) -> None:
     """Appends a row to a log that several ranks may write to; kill -9 loses at most this row.
-    Raises OSError if it cannot be written; the log is then as before."""
+    Raises OSError if it cannot be written, leaving the log as it was."""
     line = (json.dumps(row) + "\n").encode()
     with open(path, "ab", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed; other ranks wait
         size = os.path.getsize(path)
         try:
-            while line:  # the kernel may write a part, and says why only the next time
+            while line:  # write may be partial, and reports the reason only on the next call
                 line = line[file.write(line) :]
         except OSError:
-            os.truncate(path, size)  # or the next row would be glued to this one
+            os.truncate(path, size)  # or the next row would continue this one
             raise
 
 
 def resume(path: str, settings: dict) -> set[str]:
-    """Cuts off a log's unfinished last row, and returns the keys of the answered questions.
+    """Removes a log's unfinished last row and returns the keys of the answered questions.
 
-    Raises UserError or OSError, and leaves the file as it is, if it cannot be read or is not the
-    log of a run with these settings, which each row holds as its "run".
+    Raises UserError or OSError, leaving the file unchanged, if it cannot be read or is not the log
+    of a run with these settings, which each row holds under "run".
     """
     with open(path, "a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -161,11 +161,11 @@ def resume(path: str, settings: dict) -> set[str]:
 
 
 def accuracy(scores_Q: np.ndarray, resamples: int = 1000) -> tuple[float, float, float]:
-    """The mean, and its 95 % percentile bootstrap interval, in percent: Q questions drawn anew, R
+    """The mean and its 95 % percentile bootstrap interval, in percent: Q questions resampled R
     times.
 
-    Only how often each value occurs matters, so a resample is one multinomial draw over the
-    distinct values: the same distribution, thousands of times faster than drawing questions.
+    Only the counts of distinct values matter, so a resample is one multinomial draw over them: the
+    same distribution, thousands of times faster than drawing questions.
     """
     values, counts = np.unique(scores_Q, return_counts=True)
     total = len(scores_Q)
@@ -189,8 +189,7 @@ def parts(log: Log) -> dict[str, np.ndarray]:
 
 
 def table(logs: list[Log]) -> str:
-    """A Markdown table, a line for each part of each log, and under it what else is known of the
-    logs."""
+    """A Markdown table with a line for each part of each log, followed by notes on the logs."""
     rows = [("log", "part", "questions", "strict", "95 % interval", "soft", "95 % interval")]
     rows.append(("---",) * 7)
     scored = [(log, parts(log)) for log in logs]
@@ -209,7 +208,7 @@ def table(logs: list[Log]) -> str:
 
 
 def notes(log: Log) -> str:
-    """Format rate, and how many rows are odd, with the first five of each kind."""
+    """Format rate, and counts of odd rows with the first five of each kind."""
     form = 100 * np.mean([a.form for a in log.answers])
     lines = [f"\n{printable(log.path.name)}: format rate {form:.2f}"]
     for what, odd in {

@@ -1,10 +1,10 @@
-"""A page that shows the completions of a run, every token shaded by its weight w_t.
+"""Writes a page that shows a run's completions, with every token shaded by its weight w_t.
 
     python -m tools.weights_page RUN -o weights.html
 
-It puts the groups of completions.jsonl, and the frames the model was shown, into the template
-weights_page.html. The page is one file that loads nothing else. The logs and clips may come from
-anyone: their text is only ever shown as text.
+It fills the template weights_page.html with the groups of completions.jsonl and the frames that the
+model saw. The page is a single file that loads nothing else. Logs and clips are not trusted: their
+text is only ever shown as text.
 """
 
 import argparse
@@ -30,10 +30,10 @@ def read_log(
     path: Path, columns: Iterable[str], limit: int = sys.maxsize
 ) -> tuple[list[dict], int]:
     """(rows, count): at most `limit` lines of a run's JSONL file, evenly spaced and including the
-    first and the last, and the number of lines. Also used by the curves.
+    first and last, and the number of lines. Also used by the curves.
 
-    Ignores a last line without its end, because the run goes on or was killed. Other lines without
-    these columns are left out with a note. Raises UserError if no line is left.
+    Ignores an incomplete last line, since the run may still be going or was killed. Other lines
+    without these columns are left out with a note. Raises UserError if no lines are left.
     """
     remedy = f"is {path.parent} the --output_dir of a run that has finished a step?"
     try:
@@ -52,8 +52,8 @@ def read_log(
 
 
 def frame_factor(run: Path, model: str) -> int:
-    """What the sides of a frame are multiples of, in pixels: 32 for Qwen3-VL. Read from a
-    checkpoint of the run, or from the model's directory."""
+    """The pixel multiple of a frame's sides (32 for Qwen3-VL), read from a checkpoint of the run or
+    the model's directory."""
     for path in (*run.glob("checkpoint-*/config.json"), Path(model) / "config.json"):
         if path.exists():
             vision = read_json(path, "remove it")["vision_config"]
@@ -62,8 +62,8 @@ def frame_factor(run: Path, model: str) -> int:
 
 
 def shown_clip(path: str, settings: list, load_clip: Callable) -> dict:
-    """The frames that the model was shown, as small JPEGs in base64; or a sentence that says why
-    there are none."""
+    """The frames that the model saw, as small base64 JPEGs, or a sentence that says why there are
+    none."""
     from PIL import Image
 
     frames = []
@@ -74,15 +74,15 @@ def shown_clip(path: str, settings: list, load_clip: Callable) -> dict:
             image.thumbnail((FRAME_PIXELS, FRAME_PIXELS))
             image.save(jpeg, "JPEG", quality=85)
             frames.append(base64.b64encode(jpeg.getvalue()).decode())
-    except Exception as error:  # say, no memory: a picture must not fail a run that is done
+    except Exception as error:  # say, out of memory: a picture must not fail a finished run
         return dict(error=f"clip cannot be shown: {str(error) or type(error).__name__}")
     height, width = clip.frames.shape[-2:]
     return dict(frames=frames, seconds=clip.seconds, width=width, height=height)
 
 
 def page_data(run: Path, max_groups: int) -> dict:
-    """What the page shows: at most `max_groups` groups, evenly spaced over the run, and every clip
-    once. Raises UserError if there is no group."""
+    """The page's data: at most `max_groups` groups, evenly spaced over the run, and each clip once.
+    Raises UserError if there are no groups."""
     from run.decoder import ClipReader  # imports torch, which the curves do not need
 
     config = read_json(run / "config.json", f"is {run} the --output_dir of a run?")
@@ -97,9 +97,9 @@ def page_data(run: Path, max_groups: int) -> dict:
 
 
 def write_page(run: Path, out: Path, max_groups: int) -> None:
-    """Writes the page, one file that needs nothing else. Raises UserError or OSError."""
+    """Writes the page, a self-contained file. Raises UserError or OSError."""
     before, after = TEMPLATE.read_text(encoding="utf-8").split("<!-- DATA -->")
-    # No text can end the block or begin another: "<" is escaped, and all beyond ASCII.
+    # No text can end the block or start another: "<" and everything beyond ASCII are escaped.
     data = json.dumps(page_data(run, max_groups)).replace("<", "\\u003c")
     block = f'<script type="application/json" id="data">{data}</script>'
     out.write_text(before + block + after, encoding="utf-8")
