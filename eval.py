@@ -21,18 +21,17 @@ from pathlib import Path
 from transformers.utils import logging as transformers_logging
 
 from data import STYLES, check_prompts
-from files import UserError
+from files import UserError, one_sentence, printable
 from model import ranks
 from model.packing import Group
 from model.policy import Policy, compute_dtype
-from records import LETTERS, Record, load_records, printable
+from records import LETTERS, Record, load_records
 from rewards import compare_answers, extract_answer, strict_format_reward, tagged_answer
 from run import setup
 from run.answers import answer
 from run.config import Config, is_in
 from run.decoder import ClipReader
 from tools import score
-from video import VideoError
 
 # The prompt style that the paper uses to evaluate its model.
 BENCHMARKS = {"clevrer": "r1_system", "dvd": "count"}
@@ -203,15 +202,11 @@ def config(args: argparse.Namespace) -> Config:
 
 def main() -> None:
     args = parser().parse_args()
-    try:
+    with one_sentence("interrupted; the same command resumes a run"):
         if args.command == "score":
             print(score.table([score.read_log(path) for path in args.logs]))
         else:
             (run if args.command == "run" else ask)(args, config(args))
-    except (UserError, VideoError, OSError, ranks.Failed) as error:
-        raise SystemExit(f"error: {printable(str(error))}") from None
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted; the same command resumes a run") from None
 
 
 if __name__ == "__main__":

@@ -5,11 +5,13 @@
     new_directory   a fresh directory that no other process can get as well
     read_json       a JSON object, or a sentence that says why not
     json_lines      the values of JSONL, line by line
+    one_sentence    ends a command on an error that the user can fix
 
-Here and everywhere else, errors that the user can fix are raised as UserError.
+Here and everywhere else, such errors are raised as UserError.
 """
 
 import contextlib
+import errno
 import fcntl
 import itertools
 import json
@@ -20,6 +22,24 @@ from pathlib import Path
 
 class UserError(Exception):
     """A command that cannot be carried out. The message says why and what to do instead."""
+
+
+def printable(text: str) -> str:
+    """Text from a file, safe to print: control characters, which a terminal would obey, become
+    spaces. Line breaks stay."""
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+
+
+@contextlib.contextmanager
+def one_sentence(interrupted: str = "interrupted") -> Iterator[None]:
+    """Runs a command. An error that the user can fix, or Ctrl-C, ends it with a sentence on stderr
+    and exit code 1."""
+    try:
+        yield
+    except (UserError, OSError, ImportError) as error:
+        raise SystemExit(f"error: {printable(str(error))}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(interrupted) from None
 
 
 def flush(path: Path) -> None:
@@ -39,11 +59,15 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises OSError if it cannot be written; `path` is then unchanged.
     """
     path = Path(os.path.realpath(path))  # a symlink stays; its target is replaced
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "is not a regular file, and would be replaced", str(path))
     beside = path.with_name(f".{path.name}.partial")
     try:
         yield beside
         flush(beside)
         os.replace(beside, path)
+    except OSError as error:  # names the file that was asked for
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
     finally:
         beside.unlink(missing_ok=True)
 
@@ -85,12 +109,17 @@ def read_json(path: Path, remedy: str, numbers: Iterable[str] = ()) -> dict:
     return value
 
 
+def parse_json(text: str | bytes) -> object:
+    """The value of JSON text. NaN and infinities, which JSON does not have, become None."""
+    return json.loads(text, parse_constant=lambda name: None)
+
+
 def json_lines(data: bytes) -> Iterator[tuple[int, object]]:
     """(line number from 1, value) of each non-blank line of JSONL. If a line is not JSON, its value
-    is the exception that says why. NaN and infinities, which JSON does not have, become None."""
+    is the exception that says why."""
     for number, line in enumerate(data.split(b"\n"), 1):
         if line.strip():
             try:
-                yield number, json.loads(line, parse_constant=lambda name: None)
+                yield number, parse_json(line)
             except (ValueError, RecursionError) as error:  # also: not UTF-8, or nested too deeply
                 yield number, error

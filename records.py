@@ -15,14 +15,13 @@ The formats, recognised by their keys (listed: where the text, the answer and th
 Nothing in a file is trusted: a bad row is reported in a sentence, never with a traceback.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from files import UserError, json_lines
+from files import UserError, json_lines, parse_json
 from rewards import answer_set, number, tagged_answer
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -68,7 +67,7 @@ def read_rows(path: Path, errors: list[str]) -> Iterator[tuple[str, object]]:
         raise UserError(f"{path}: cannot be read ({reason})") from None
     if text.lstrip().startswith("["):
         try:
-            rows = json.loads(text)
+            rows = parse_json(text)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: is not valid JSON ({str(error)[:200]})") from None
         yield from ((f"row {k}", row) for k, row in enumerate(rows, 1))
@@ -227,12 +226,6 @@ def join_video(root: Path, name: str) -> Path:
             "link; give a directory that holds all clips"
         )
     return path
-
-
-def printable(text: str) -> str:
-    """Makes text from a file safe to print: control characters, which a terminal would obey, become
-    spaces. Line breaks are kept."""
-    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
 
 
 def short(value: object, length: int = 80) -> str:

@@ -19,12 +19,12 @@ from torch.optim import Optimizer
 from transformers.utils import logging as transformers_logging
 
 from data import Prompter, Question, check_prompts
-from files import UserError
+from files import UserError, one_sentence
 from kernels import HeadOutput, LossOptions, tw_grpo_head
 from model import ranks
 from model.packing import Group
 from model.policy import Policy
-from records import Record, printable
+from records import Record
 from rewards import REWARDS
 from run import checkpoint, plan
 from run.clips import QuestionsAhead
@@ -33,7 +33,6 @@ from run.held_out import Measures
 from run.log import RunLog, phase
 from run.setup import load_policy, make_optimizer, make_prompter, optimizer_step, prepare, rate
 from tools import curves
-from video import VideoError
 
 # ------------------------------------------------------------------------------------ the algorithm
 
@@ -279,12 +278,8 @@ def train_and_evaluate(cfg: Config) -> Path | None:
 
 
 def main() -> None:
-    try:
+    with one_sentence("interrupted; no file is left half-written"):
         train_and_evaluate(parse_config())
-    except (UserError, VideoError, ranks.Failed, ImportError, OSError) as error:
-        raise SystemExit(f"error: {printable(str(error))}") from None
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted; no file is left half-written") from None
 
 
 if __name__ == "__main__":

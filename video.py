@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from files import UserError
+
 FPS = 2.0  # frames sampled per second of video
 MIN_FRAMES, MAX_FRAMES = 4, 16
 MIN_PIXELS, MAX_PIXELS = 128 * 28 * 28, 196 * 28 * 28  # per frame, after resizing
@@ -37,7 +39,7 @@ IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-class VideoError(Exception):
+class VideoError(UserError):
     """A clip cannot be used; the message says why. `read_clip` adds the file name."""
 
 

@@ -128,7 +128,8 @@ def measure(way: str, size: str, prompt: int, repeats: int, **flags) -> dict:
     decode = seconds.pop("decode", None)
     row = {f"{name}_s": value for name, value in seconds.items()}
     row |= dict(step_s=sum(row.values()), tokens=len(ask().ids_P))
-    row["peak_gb"] = peak_memory_gb()
+    if DEVICE == "cuda":  # on a CPU it would be the peak of all measurements so far
+        row["peak_gb"] = peak_memory_gb()
     if decode:
         token_s = decode / (cfg.max_completion_length - 1)
         # Decoding a token reads the language model except its embedding. The KV cache of 8 x 400

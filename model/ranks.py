@@ -80,7 +80,7 @@ def is_main() -> bool:
     return rank() == 0
 
 
-class Failed(Exception):
+class Failed(UserError):
     """Another rank failed at a point where all ranks can still agree on what to do."""
 
     agreed = True

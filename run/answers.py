@@ -17,11 +17,11 @@ import torch
 from tqdm import tqdm
 
 from data import Prompter, Question
-from files import UserError
+from files import UserError, printable
 from model import ranks
 from model.packing import Group
 from model.policy import Policy
-from records import Record, printable
+from records import Record
 from run.config import Config
 from video import VideoError
 

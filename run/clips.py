@@ -38,11 +38,13 @@ class QuestionsAhead:
     def _load_clip(self, *arguments) -> Clip:
         """A cached clip, or one decoded now and cached if there is room. There is no eviction: in
         shuffled epochs, no clip is more likely to come next than any other."""
-        clip = self.kept.get(arguments) or self.reader.load_clip(*arguments)
-        size = clip.frames.nbytes
-        if size <= self.room and arguments not in self.kept:
-            self.room -= size
-            self.kept[arguments] = clip
+        clip = self.kept.get(arguments)
+        if clip is None:
+            clip = self.reader.load_clip(*arguments)
+            size = clip.frames.nbytes
+            # Two threads may decode one clip at once.
+            if size <= self.room and self.kept.setdefault(arguments, clip) is clip:
+                self.room -= size
         return clip
 
     def _submit(self, step: int) -> list[tuple[int, Record, Future]]:

@@ -17,9 +17,9 @@ import files
 import toy
 import video
 from data import MAX_PROMPT_LENGTH, select_records
-from files import UserError
+from files import UserError, printable
 from model import ranks
-from records import Record, load_records, printable
+from records import Record, load_records
 from rewards import REWARDS
 
 # Changing any of these makes it a different run. Batches are compared by their product.

@@ -41,6 +41,7 @@ class ClipReader:
 
     def close(self) -> None:
         """Ends the processes, whatever they are doing."""
+        self.timeout = 0.001  # for a clip that another thread is about to start
         for process in self.started:
             process.kill()
             process.wait()
@@ -88,7 +89,9 @@ def serve() -> None:
     """Serves the other end of ClipReader's pipe, given by its file descriptor."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # a cluster may signal each process; see above
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # SIG_IGN would be inherited
+    # A parent may have it ignored or blocked, which is inherited.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
     pipe = Connection(int(sys.argv[1]))
     with contextlib.suppress(EOFError, OSError):  # the run has ended
         while True:

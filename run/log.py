@@ -25,10 +25,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 import files
+from files import printable
 from kernels import HeadOutput
 from model import ranks
 from model.packing import Group
-from records import printable
 from run.config import Config, changed_settings, read_settings, settings_of
 
 COUNTERS = ("asked", "skipped", "nonfinite")  # questions and updates since the start, all ranks
@@ -94,11 +94,13 @@ class RunLog:
             return f"{self.failures} updates in a row were not finite"
         allowed = self.cfg.max_skip_fraction
         too_many = skipped > allowed * max(asked, 100)  # one bad clip in the first ten is no trend
-        if too_many or (step == self.cfg.max_steps and skipped == asked):
+        if too_many:
             return (
                 f"{skipped} of {asked} clips could not be read, more than "
                 f"--max_skip_fraction {allowed} allows"
             )
+        if step == self.cfg.max_steps and skipped == asked:
+            return f"none of {asked} clips could be read"
         return None
 
     def progress(self, steps: range) -> tqdm:

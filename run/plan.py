@@ -6,10 +6,9 @@ memory needed on each GPU, and the schedule.
 
 import video
 from data import check_prompts, step_records
-from files import UserError
+from files import UserError, printable
 from model import ranks
 from model.policy import Policy
-from records import printable
 from run.config import Config, show_toy_flags, training_records
 from run.decoder import ClipReader
 from run.setup import make_prompter

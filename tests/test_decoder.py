@@ -142,6 +142,8 @@ from run import decoder
 decoder.SERVER = [sys.executable, {script!r}]
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, lambda *_: None)  # as a run that first finishes its step
+signal.signal(signal.SIGALRM, signal.SIG_IGN)  # as some launchers leave it
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
 clip = decoder.ClipReader({timeout}).load_clip(sys.argv[1])
 print(len(clip.frames))
 """

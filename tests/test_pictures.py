@@ -95,7 +95,7 @@ def test_lines_that_are_no_groups_are_left_out_and_counted(tmp_path, capsys):
     [
         (curves, "c.png", CONFIG, None, "metrics.jsonl cannot be read (No such file"),
         (curves, "c.png", CONFIG, GARBAGE, "metrics.jsonl holds nothing to show yet"),
-        (curves, "c.xyz", CONFIG, [metric_row(1)], "'xyz' is not supported"),
+        (curves, "c.xyz", CONFIG, [metric_row(1)], "c.xyz must end in one of .png"),
         (curves, "no/such.png", CONFIG, [metric_row(1)], "no/such.png"),
         (weights_page, "w.html", "[", [GROUP], "config.json cannot be read"),
         (weights_page, "w.html", CONFIG, None, "completions.jsonl cannot be read"),

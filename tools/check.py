@@ -9,8 +9,8 @@ import argparse
 
 from tqdm import tqdm
 
-from files import UserError
-from records import printable, read_records
+from files import one_sentence, printable
+from records import read_records
 from run.decoder import ClipReader
 from video import VideoError, check_file
 
@@ -40,11 +40,8 @@ def main() -> None:
     parser.add_argument("--video_root", default="", help="directory of the relative video paths")
     parser.add_argument("--decode", action="store_true", help="also decode every clip")
     args = parser.parse_args()
-    try:
-        is_good = check(args.file, args.video_root, args.decode)
-    except UserError as error:
-        raise SystemExit(f"error: {printable(str(error))}") from None
-    raise SystemExit(0 if is_good else 1)
+    with one_sentence():
+        raise SystemExit(0 if check(args.file, args.video_root, args.decode) else 1)
 
 
 if __name__ == "__main__":

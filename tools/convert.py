@@ -26,8 +26,8 @@ from pathlib import Path
 
 import numpy as np
 
-from files import UserError, replacing
-from records import LETTERS, as_record, load_records, option_texts, printable, read_rows, refuse
+from files import UserError, one_sentence, replacing
+from records import LETTERS, as_record, load_records, option_texts, read_rows, refuse
 from rewards import answer_set
 
 # ------------------------------------------------------------------------------------------ clevrer
@@ -178,7 +178,7 @@ def main(arguments: list[str] | None = None) -> None:
     qai.add_argument("--seed", type=int, default=42, help="the same seed gives the same bytes")
     qai.add_argument("--p", type=float, default=0.5, help="fraction of the questions to invert")
     args = parser.parse_args(arguments)
-    try:
+    with one_sentence():
         if args.command == "clevrer":
             rows, counts = clevrer_rows(args.file)
         elif 0 <= args.p <= 1 and args.seed >= 0:
@@ -188,8 +188,6 @@ def main(arguments: list[str] | None = None) -> None:
             raise UserError("--p is a share of the questions, 0 to 1; --seed is 0 or more")
         with replacing(Path(args.out)) as beside:
             beside.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
-    except (UserError, OSError) as error:
-        raise SystemExit(f"error: {printable(str(error))}") from None
     print(f"{args.out}: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from files import UserError
+from files import UserError, one_sentence, replacing
 from tools.weights_page import read_log, write_page
 
 PANELS = {
@@ -24,6 +24,7 @@ PANELS = {
     "weight_std": "spread of the weights (std of w_t)",
     **{f"time/{name}": f"{name} (s/step)" for name in ("data", "rollout", "score", "update")},
 }
+FORMATS = (".png", ".svg", ".pdf")
 # The Okabe-Ito palette, safe for colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 GROUPS_AT_THE_END = 20  # on the page written at the end of a run; each clip takes about 0.2 s
@@ -44,9 +45,11 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 def draw(runs: list[Path], out: Path) -> None:
     """One panel per metric, one colour per run: thin as logged, bold smoothed. The suffix of `out`
-    sets the format. Raises UserError, OSError, or ValueError for an unknown format."""
+    sets the format. Raises UserError or OSError."""
     from matplotlib.figure import Figure  # no pyplot: no display, no global state
 
+    if out.suffix not in FORMATS:
+        raise UserError(f"{out} must end in one of {', '.join(FORMATS)}")
     metrics = [read_metrics(run) for run in runs]
     figure = Figure(figsize=(15, 6), layout="constrained")
     for axis, (name, title) in zip(figure.subplots(2, 5).flat, PANELS.items(), strict=True):
@@ -57,7 +60,8 @@ def draw(runs: list[Path], out: Path) -> None:
     names = [str(run).replace("$", r"\$") for run in runs]  # $...$ would be a formula
     columns = max(1, min(4, 120 // max(map(len, names))))
     figure.legend(lines, names, loc="outside upper center", ncols=columns, fontsize=9)
-    figure.savefig(out, format=out.suffix[1:] or "png", dpi=150)
+    with replacing(out) as beside:
+        figure.savefig(beside, format=out.suffix[1:], dpi=150)
 
 
 def draw_panel(axis, name: str, metrics: list[list[dict]]) -> list:
@@ -97,10 +101,8 @@ def main() -> None:
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="an --output_dir")
     parser.add_argument("-o", "--out", type=Path, default=Path("curves.png"))
     args = parser.parse_args()
-    try:
+    with one_sentence():
         draw(args.runs, args.out)
-    except (UserError, OSError, ValueError) as error:  # ValueError: format unknown to matplotlib
-        raise SystemExit(f"error: {error}") from None
     print(args.out)
 
 

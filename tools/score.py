@@ -27,8 +27,8 @@ from pathlib import Path
 import numpy as np
 
 import files
-from files import UserError
-from records import printable, read_rows
+from files import UserError, printable
+from records import read_rows
 from rewards import compare_answers, extract_answer, number, strict_format_reward, tagged_answer
 
 _LETTERS = re.compile(r"[A-Z](?:\s*,\s*[A-Z])*,?")
@@ -128,9 +128,9 @@ def append(path: str, row: dict) -> None:
         try:
             while line:  # write may be partial, and reports the reason only on the next call
                 line = line[file.write(line) :]
-        except OSError:
+        except OSError as error:
             os.truncate(path, size)  # or the next row would continue this one
-            raise
+            raise OSError(error.errno, error.strerror, path) from None
 
 
 def resume(path: str, settings: dict) -> set[str]:

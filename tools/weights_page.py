@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from files import UserError, json_lines, read_json
+from files import UserError, json_lines, one_sentence, read_json, replacing
 
 TEMPLATE = Path(__file__).resolve().parent / "weights_page.html"
 FRAME_PIXELS = 168  # the longer side of a frame on the page, at most
@@ -56,8 +56,8 @@ def frame_factor(run: Path, model: str) -> int:
     the model's directory."""
     for path in (*run.glob("checkpoint-*/config.json"), Path(model) / "config.json"):
         if path.exists():
-            vision = read_json(path, "remove it")["vision_config"]
-            return vision["patch_size"] * vision["spatial_merge_size"]
+            vision = read_json(path, "choose another run").get("vision_config", {})
+            return vision.get("patch_size", 14) * vision.get("spatial_merge_size", 2)
     return 28  # of Qwen2-VL and Qwen2.5-VL
 
 
@@ -87,8 +87,8 @@ def page_data(run: Path, max_groups: int) -> dict:
 
     config = read_json(run / "config.json", f"is {run} the --output_dir of a run?")
     groups, total = read_log(run / "completions.jsonl", GROUP, max_groups)
-    settings = [config[name] for name in CLIP_SETTINGS]
-    settings.append(frame_factor(run, config["model_name_or_path"]))
+    settings = [config.get(name) for name in CLIP_SETTINGS]
+    settings.append(frame_factor(run, str(config.get("model_name_or_path"))))
     names = dict.fromkeys(str(group["video"]) for group in groups)
     with ClipReader() as reader:
         clips = {name: shown_clip(name, settings, reader.load_clip) for name in names}
@@ -102,7 +102,8 @@ def write_page(run: Path, out: Path, max_groups: int) -> None:
     # No text can end the block or start another: "<" and everything beyond ASCII are escaped.
     data = json.dumps(page_data(run, max_groups)).replace("<", "\\u003c")
     block = f'<script type="application/json" id="data">{data}</script>'
-    out.write_text(before + block + after, encoding="utf-8")
+    with replacing(out) as beside:
+        beside.write_text(before + block + after, encoding="utf-8")
 
 
 def main() -> None:
@@ -114,10 +115,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.max_groups < 1:
         parser.error("--max_groups must be at least 1")
-    try:
+    with one_sentence():
         write_page(args.run, args.out, args.max_groups)
-    except (UserError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
     print(args.out)
 
 
