@@ -211,7 +211,7 @@ def main() -> None:
     except (UserError, VideoError, OSError, ranks.Failed) as error:
         raise SystemExit(f"error: {printable(str(error))}") from None
     except KeyboardInterrupt:
-        raise SystemExit("interrupted; the same command resumes a run") from None
+        raise SystemExit("interrupted; rerun the command to resume") from None
 
 
 if __name__ == "__main__":

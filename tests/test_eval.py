@@ -375,7 +375,7 @@ def test_code_that_a_checkpoint_brings_along_never_runs(name, checkpoint, tmp_pa
 
 @pytest.mark.parametrize("end", ["<|im_end|>", ["<|im_end|>"], [0, 10**9], -1])
 def test_end_tokens_that_are_no_ids_are_named(end, checkpoint):
-    with pytest.raises(UserError, match="its end token .* is no id of its vocabulary"):
+    with pytest.raises(UserError, match="its end token .* is not in its vocabulary"):
         Policy.load(checkpoint("generation_config.json", eos_token_id=end))
     policy = Policy.load(checkpoint("generation_config.json", eos_token_id=None))
     assert policy.eos_ids.tolist() == [policy.tokenizer.eos_token_id]

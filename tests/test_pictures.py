@@ -40,7 +40,7 @@ def test_curves_draw_what_there_is_and_count_what_is_left_out(tmp_path, capsys):
     for run, (lines, rows) in zip(runs, logs.values(), strict=True):
         write_lines(run / "metrics.jsonl", lines)
         assert len(curves.read_metrics(run)) == rows
-    note = f"note: {tmp_path}/garbage between/metrics.jsonl: 8 line(s) that make no sense"
+    note = f"note: {tmp_path}/garbage between/metrics.jsonl: 8 malformed line(s)"
     assert capsys.readouterr().err == f"{note} are left out\n"
     curves.draw(runs, tmp_path / "c.png")
     pixels = Image.open(tmp_path / "c.png").convert("RGB").getcolors(1 << 24)
