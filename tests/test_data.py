@@ -121,7 +121,7 @@ def test_letters_of_options_count_only_if_they_run_a_b_c():
         ({"video": 7}, "needs 'video'"),
         ({"questions": []}, "first run: python -m tools.convert clevrer"),
         ({"options": "A. x"}, "'options' that are not a list"),
-        ({"options": ["A. x", 5]}, "needs 'options', a text"),
+        ({"options": ["A. x", 5]}, "needs 'options', a string"),
         ({"problem": "x" * (MAX_TEXT + 1)}, "needs 'problem', a string of 1 to 100,000 characters"),
         ({"problem": "half \ud800"}, "lone surrogate"),
         ({"problem_type": "riddle"}, "problem_type 'riddle'; known are multiple choice"),

@@ -87,7 +87,7 @@ def test_lines_that_are_no_groups_are_left_out_and_counted(tmp_path, capsys):
     run = write_run(tmp_path / "run", [*GARBAGE, GROUP, json.dumps(GROUP)[:80]])
     data = weights_page.page_data(run, 200)
     assert data["groups"] == [GROUP] and data["total"] == 5
-    assert "completions.jsonl: 4 line(s)" in capsys.readouterr().err
+    assert "completions.jsonl: 4 malformed line(s)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
