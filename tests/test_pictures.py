@@ -41,7 +41,7 @@ def test_curves_draw_what_there_is_and_count_what_is_left_out(tmp_path, capsys):
         write_lines(run / "metrics.jsonl", lines)
         assert len(curves.read_metrics(run)) == rows
     note = f"note: {tmp_path}/garbage between/metrics.jsonl: 8 malformed line(s)"
-    assert capsys.readouterr().err == f"{note} are left out\n"
+    assert capsys.readouterr().err == f"{note} left out\n"
     curves.draw(runs, tmp_path / "c.png")
     pixels = Image.open(tmp_path / "c.png").convert("RGB").getcolors(1 << 24)
     shown = {"#{:02X}{:02X}{:02X}".format(*colour) for count, colour in pixels if count > 20}
