@@ -192,7 +192,7 @@ class Prompter:
         text = question_text(record, self.style, self.question_type)
         for token in self.tokenizer.added_tokens_decoder.values():
             if token.special and token.content in text:
-                raise UserError(f"its text holds the model's special token {token.content}")
+                raise UserError(f"its text contains the model's special token {token.content}")
         prompt = self.render(text)
         if prompt.count(VIDEO_TOKEN) != 1:
             raise UserError(f"the chat template shows {prompt.count(VIDEO_TOKEN)} videos, not one")
@@ -289,7 +289,7 @@ def load_chat_template(model_name_or_path: str, tokenizer: PreTrainedTokenizerBa
     tokenizer's. Raises UserError if there is neither."""
     template = tokenizer.chat_template
     if file := checkpoint_file(model_name_or_path, "chat_template.json"):
-        template = read_json(Path(file), "it has to hold a chat template").get("chat_template")
+        template = read_json(Path(file), "it must contain a chat template").get("chat_template")
     if not template or not isinstance(template, str):
         raise UserError(
             f"{model_name_or_path}: has no chat template; a Qwen-VL instruct checkpoint is needed"

@@ -202,7 +202,7 @@ def config(args: argparse.Namespace) -> Config:
 
 def main() -> None:
     args = parser().parse_args()
-    with one_sentence("interrupted; the same command resumes a run"):
+    with one_sentence("interrupted; rerun the command to resume"):
         if args.command == "score":
             print(score.table([score.read_log(path) for path in args.logs]))
         else:

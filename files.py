@@ -105,7 +105,7 @@ def read_json(path: Path, remedy: str, numbers: Iterable[str] = ()) -> dict:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}); {remedy}") from None
     if not isinstance(value, dict) or not all(type(value.get(n)) is int for n in numbers):
-        raise UserError(f"{path} does not hold what it should; {remedy}")
+        raise UserError(f"{path} has the wrong contents; {remedy}")
     return value
 
 

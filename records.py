@@ -108,7 +108,7 @@ def load_records(path: str | Path, video_root: str | Path = "") -> list[Record]:
     records, errors = read_records(path, video_root)
     refuse(path, "bad row(s)", errors)
     if not records:
-        raise UserError(f"{path}: holds no records")
+        raise UserError(f"{path}: contains no records")
     return records
 
 
@@ -135,7 +135,7 @@ def as_record(row: object, where: str, root: Path) -> Record:
     letters = set(LETTERS[: len(options)]) or in_problem
     if kind == "multiple choice" and letters and not answer_set(solution) <= letters:
         raise ValueError(
-            f"the answer {short(tagged_answer(solution))} names no option; "
+            f"the answer {short(tagged_answer(solution))} matches no option; "
             f"the options are {', '.join(sorted(letters))}"
         )
     ids = (str(row[k])[:200] for k in ("id", "question_id", "problem_id") if k in row)
@@ -148,11 +148,11 @@ def _text(row: dict, *keys: str) -> str:
     key = next((k for k in keys if row.get(k) is not None), keys[0])
     value = row.get(key)
     if not isinstance(value, str) or not value.strip() or len(value) > MAX_TEXT:
-        raise ValueError(f"needs {key!r}, a text of 1 to {MAX_TEXT:,} characters")
+        raise ValueError(f"needs {key!r}, a string of 1 to {MAX_TEXT:,} characters")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"has half a character (a lone surrogate) in {key!r}") from None
+        raise ValueError(f"has a lone surrogate (half a character) in {key!r}") from None
     return value
 
 
@@ -175,7 +175,7 @@ def option_texts(options: object) -> list[str]:
     if options is None:
         return []
     if not isinstance(options, list) or len(options) > len(LETTERS):
-        raise ValueError("has 'options' that are not a list of at most 26 texts")
+        raise ValueError("has 'options' that are not a list of at most 26 strings")
     for option in options:
         _text({"options": option}, "options")
     lettered = [re.match(r"\s*(?:\(([A-Z])\)|([A-Z])[.):])(?:\s+|$)", o) for o in options]

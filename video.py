@@ -152,7 +152,7 @@ def choose_frames(
         seconds = (indices[-1] - indices[0]) / (len(indices) - 1) / rate
         return indices, seconds, [k / rate for k in indices]
     if not increasing:
-        raise VideoError("has neither a frame rate nor times of its frames")
+        raise VideoError("has neither a frame rate nor frame times")
     count = len(frame_indices(total, (total - 1) / elapsed[-1], fps, max_frames))
     shown = np.linspace(0, elapsed[-1], count)
     indices = (np.searchsorted(elapsed, shown, "right") - 1).tolist()
@@ -199,7 +199,7 @@ def _decode(path: str, indices: list[int], pts: list[int | None], keyframes: lis
             while number < k:
                 frame = next(frames, None)
                 if frame is None:
-                    raise VideoError(f"is cut short: ends before frame {k} of {len(pts)}")
+                    raise VideoError(f"is truncated: it ends before frame {k} of {len(pts)}")
                 number = numbers.get(frame.pts, number + 1)
             if number > k:  # a seek overshot, or a frame's time differs from its packet's
                 return _decode(path, indices, pts, [])

@@ -244,7 +244,7 @@ def main() -> None:
     try:
         make_all(args.work_dir, keys, results, args.jobs)
     except KeyboardInterrupt:
-        raise SystemExit("interrupted; the same command makes what is missing") from None
+        raise SystemExit("interrupted; rerun the command to make what is missing") from None
     rows = [row for row in results.rows if row["max_steps"] == args.max_steps]
     if BASE not in by_setting(rows):
         raise SystemExit(f"no run of {BASE} to compare with; add it to --settings")

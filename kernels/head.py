@@ -124,7 +124,7 @@ def check_tensors(**tensors: Tensor | None) -> None:
         if x.device != hidden_ND.device and name != "lengths_G":
             raise ValueError(f"{name} is on {x.device} and hidden_ND on {hidden_ND.device}")
     if tensors["weight_VD"].dtype != hidden_ND.dtype:
-        raise TypeError(f"weight_VD and hidden_ND ({hidden_ND.dtype}) must be of one dtype")
+        raise TypeError(f"weight_VD and hidden_ND ({hidden_ND.dtype}) must have the same dtype")
     targets_N, V = tensors["targets_N"], sizes["V"]
     in_range = (targets_N >= 0) & (targets_N < V)
     # On CUDA the assertion fails asynchronously.

@@ -81,7 +81,7 @@ def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
         if type(end) is not int or not 0 <= end < model.config.text_config.vocab_size:
             raise UserError(
                 f"{model.name_or_path}: its end token {end!r} (generation_config.json, or the "
-                "tokenizer's eos_token) is no id of its vocabulary"
+                "tokenizer's eos_token) is not in its vocabulary"
             )
     return sorted({tokenizer.eos_token_id, *ends})
 

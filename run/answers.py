@@ -100,7 +100,7 @@ def in_batches(
             yield from groups
         elif len(batch) == 1:
             raise UserError(
-                "one question alone does not fit in memory; lower --max_pixels, --max_frames or "
+                "a single question does not fit in memory; lower --max_pixels, --max_frames or "
                 "--max_completion_length"
             )
         else:  # not inside `except`, which keeps the failed batch's tensors alive

@@ -83,7 +83,7 @@ class Saver:
                 if ranks.is_main():
                     shutil.rmtree(partial, ignore_errors=True)
                 raise UserError(
-                    f"{final} could not be written ({failed[0]}); earlier checkpoints are whole"
+                    f"{final} could not be written ({failed[0]}); earlier checkpoints are intact"
                 )
         self.saved = final
 

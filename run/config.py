@@ -284,7 +284,7 @@ def check_changes(cfg: Config, old: dict, done: int) -> list[str]:
     another = [n for n in lines if n in IDENTITY or (n in BATCH and before != now)]
     if another and not cfg.allow_changes:
         raise UserError(
-            f"{'; '.join(lines[name] for name in another)}: that would be another run; give the "
+            f"{'; '.join(lines[name] for name in another)}: this would be a new run; give the "
             "old values, or --allow_changes true"
         )
     if "max_steps" in lines:

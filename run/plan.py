@@ -35,7 +35,7 @@ def show(cfg: Config) -> None:
                 print(printable(f"question {record.id}: would be skipped: {error}"))
     if not questions:
         raise UserError(f"none of the first {QUESTIONS} clips can be read")
-    print("The first prompt, to the letter:\n" + printable(questions[0].prompt) + "\n")
+    print("The first prompt, verbatim:\n" + printable(questions[0].prompt) + "\n")
     for question in questions:
         (t, h, w), p = question.grid, policy.geometry.patch_size
         frames = t * policy.geometry.temporal_patch_size

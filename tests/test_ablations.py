@@ -107,7 +107,7 @@ def ablation(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_same_command_makes_only_what_is_missing(ablation):
-    assert ablation["first"] == (1, "interrupted; the same command makes what is missing\n")
+    assert ablation["first"] == (1, "interrupted; rerun the command to make what is missing\n")
     (kept,), rows = ablation["kept"], rows_of(ablation["work"])
     assert rows[0] == kept and kept["seed"] == 3
     assert {row["seed"] for row in rows[1:]} == {3, 4} and len(rows) == 4

@@ -107,5 +107,5 @@ def test_a_toy_brings_its_flags_and_an_unknown_one_names_the_choices(capsys):
 
 def test_another_toy_is_another_run():
     old = settings_of(parse_config("--toy events".split()))
-    with pytest.raises(UserError, match="toy was events, is now colours.*another run"):
+    with pytest.raises(UserError, match="toy was events, is now colours.*a new run"):
         check_changes(parse_config(["--max_steps", "90"]), old, done=3)

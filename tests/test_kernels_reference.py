@@ -218,7 +218,7 @@ def test_the_order_of_completions_and_of_words_changes_nothing():
 BAD_INPUT = [
     ("hidden_ND", lambda x: x[0], r"must be float \(N, D\)"),
     ("weight_VD", lambda x: x[:, 1:], r"must be float \(V, D\) with {'N': 9, 'D': 5, 'V': 11}"),
-    ("weight_VD", lambda x: x.float(), "must be of one dtype"),
+    ("weight_VD", lambda x: x.float(), "must have the same dtype"),
     ("targets_N", lambda x: x.int(), "must be int64"),
     ("targets_N", lambda x: x + 11, "outside the vocabulary of 11"),
     ("targets_N", lambda x: x - 11, "outside the vocabulary of 11"),

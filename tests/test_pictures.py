@@ -40,8 +40,8 @@ def test_curves_draw_what_there_is_and_count_what_is_left_out(tmp_path, capsys):
     for run, (lines, rows) in zip(runs, logs.values(), strict=True):
         write_lines(run / "metrics.jsonl", lines)
         assert len(curves.read_metrics(run)) == rows
-    note = f"note: {tmp_path}/garbage between/metrics.jsonl: 8 line(s) that make no sense"
-    assert capsys.readouterr().err == f"{note} are left out\n"
+    note = f"note: {tmp_path}/garbage between/metrics.jsonl: 8 malformed line(s)"
+    assert capsys.readouterr().err == f"{note} left out\n"
     curves.draw(runs, tmp_path / "c.png")
     pixels = Image.open(tmp_path / "c.png").convert("RGB").getcolors(1 << 24)
     shown = {"#{:02X}{:02X}{:02X}".format(*colour) for count, colour in pixels if count > 20}
@@ -87,7 +87,7 @@ def test_lines_that_are_no_groups_are_left_out_and_counted(tmp_path, capsys):
     run = write_run(tmp_path / "run", [*GARBAGE, GROUP, json.dumps(GROUP)[:80]])
     data = weights_page.page_data(run, 200)
     assert data["groups"] == [GROUP] and data["total"] == 5
-    assert "completions.jsonl: 4 line(s)" in capsys.readouterr().err
+    assert "completions.jsonl: 4 malformed line(s)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

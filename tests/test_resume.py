@@ -112,7 +112,7 @@ def test_changed_settings_are_said(world, copy, capsys):
 @pytest.mark.parametrize(
     "flags, said",
     [
-        ("--seed 9", "seed was 42, is now 9: that would be another run"),
+        ("--seed 9", "seed was 42, is now 9: this would be a new run"),
         ("--per_device_train_batch_size 1", "per_device_train_batch_size was 2, is now 1"),
         ("--model_name_or_path {copy}/checkpoint-2", "model_name_or_path was"),
         ("--jsonl_path {world}/test.jsonl", "jsonl_path was"),

@@ -85,7 +85,7 @@ def score_row(row: object, where: str) -> Answer:
     row = row if isinstance(row, dict) else {}
     output, truth = row.get("model_output"), row.get("ground_truth")
     if not isinstance(output, str) or not isinstance(truth, str) or not truth.strip():
-        raise ValueError("needs 'model_output' and 'ground_truth', two texts")
+        raise ValueError("needs 'model_output' and 'ground_truth', two strings")
     question, truth, text = row.get("question"), tagged_answer(truth), answer_of(row)
     soft, logged = compare_answers(text, truth), row.get("accuracy_score")
     is_choice, fits = _LETTERS.fullmatch(truth) is not None, text != ""

@@ -46,7 +46,7 @@ def read_log(
     if not rows:
         raise UserError(f"{path} holds nothing to show yet; {remedy}")
     if len(rows) < len(chosen):
-        left_out = f"{len(chosen) - len(rows)} line(s) that make no sense are left out"
+        left_out = f"{len(chosen) - len(rows)} malformed line(s) left out"
         print(f"note: {path}: {left_out}", file=sys.stderr)
     return rows, len(lines)
 
