@@ -210,7 +210,8 @@ def score_groups(
     """
     scored, dtype = groups or [policy.idle_group()], policy.compute_dtype
     hidden = policy.hidden_states(scored)
-    options = {f.name: getattr(cfg, f.name) for f in fields(LossOptions) if hasattr(cfg, f.name)}
+    names = {field.name for field in fields(LossOptions)} - {"shuffle_seed"}
+    options = {name: getattr(cfg, name) for name in names}
     if not groups:
         options["beta"] = 0.0  # no reference model has scored the idle group
     outputs = [

@@ -23,8 +23,9 @@ from kernels.reference import LossOptions
 # logits in memory.
 KEPT_BYTES = dict(chunked=1.25e9, plain=0.05e9, fused=0)
 # Logits in memory at once in the backward, 6 bytes each in bf16: 805 MB and 101 MB. With dH in
-# float32 (N D 4), chunked needs 0.92 GB at N = 8,192 and 1.28 GB at 32,768, its forward 1.26 GB
-# (2,048 rows of logits and of hidden); fused needs 0.22 and 0.67 GB, its forward 9 MB.
+# float32 (N D 4) and, beside kept rows, copies of hidden states and dH, chunked needs 1.04 GB at
+# N = 8,192 and 1.75 GB at 32,768, its forward 1.26 GB (2,048 rows of logits and of hidden); fused
+# needs 0.22 and 0.67 GB, its forward 9 MB.
 SLICE_ELEMENTS = dict(chunked=2**27, plain=2**24, fused=2**24)
 
 
@@ -68,8 +69,9 @@ class Statistics(torch.autograd.Function):
 
         Memory beyond outputs, in bytes: N D 4 for dH in float32, a slice of N words 4 for logits +
         N words 2 for bf16 gradients (float32 gradients overwrite the logits), and with kept rows
-        N D 2 for the reordered hidden states. A bf16 gradient could share the logits' memory too,
-        but threads would overwrite logits that others in the same program have yet to read.
+        N D 2 each for the reordered hidden states, dH rounded, and dH back in its order. A bf16
+        gradient could share the logits' memory too, but threads would overwrite logits that others
+        in the same program have yet to read.
         """
         hidden_ND, weight_VD, targets_N, statistics_3N, order_N, kept_KV = ctx.saved_tensors
         (N, D), V, K, wide = hidden_ND.shape, len(weight_VD), len(kept_KV), statistics_3N.dtype

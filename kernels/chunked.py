@@ -2,7 +2,7 @@
 and Triton or plain torch does the rest while the chunk is in memory.
 
 Recomputing a logit costs D = 3584 multiplications, reading it back one access. So on a GPU a chunk
-of about 2,048 rows is written once in float32 and read twice: by rows for the log-sum-exp, by
+of at most 2,048 rows is written once in float32 and read twice: by rows for the log-sum-exp, by
 groups for the divergence. Shape letters: `kernels/reference.py`.
 """
 

@@ -80,8 +80,8 @@ def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
     for end in [tokenizer.eos_token_id, *ends]:
         if type(end) is not int or not 0 <= end < model.config.text_config.vocab_size:
             raise UserError(
-                f"{model.name_or_path}: its end token {end!r} (generation_config.json, or the "
-                "tokenizer's eos_token) is not in its vocabulary"
+                f"{model.name_or_path or 'the model'}: its end token {end!r} is not in its "
+                "vocabulary (generation_config.json, or the tokenizer's eos_token)"
             )
     return sorted({tokenizer.eos_token_id, *ends})
 

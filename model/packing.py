@@ -153,7 +153,7 @@ def flash_attend(
 
     def starts(parts: list[list[int]]) -> Tensor:
         ends = torch.tensor(sum(parts, [])).cumsum(0)
-        return F.pad(ends, (1, 0)).to(query.device, torch.int32)
+        return F.pad(ends, (1, 0)).to(query.device, torch.int32, non_blocking=True)
 
     out = flash_attn_varlen_func(
         torch.cat(queries),

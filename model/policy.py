@@ -222,9 +222,11 @@ class Policy:
         layout = tower_layout(grids_B3, self.vision.config, self.device)
         config = self.vision.config
         before, config._attn_implementation = config._attn_implementation, "segments_flash"
-        with self.compute():
-            out = self.vision(patches, grid_thw=grids_B3, **layout)
-        config._attn_implementation = before  # for transformers' own forward pass
+        try:
+            with self.compute():
+                out = self.vision(patches, grid_thw=grids_B3, **layout)
+        finally:
+            config._attn_implementation = before  # for transformers' own forward pass
         features = torch.cat([out.pooler_output, *getattr(out, "deepstack_features", ())], dim=-1)
         return list(
             features.split([len(q.patches) // self.geometry.merge_size**2 for q in questions])

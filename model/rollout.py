@@ -246,12 +246,12 @@ class Decoder:
         self._sample(rms_norm(self.text.norm, hidden_RD))
 
     def run(self) -> tuple[Tensor, Tensor]:
-        """Decodes until every row has ended. Returns tokens and log-probs, (R, steps). On CUDA,
-        each step replays a graph."""
+        """Decodes until every row has ended. Returns tokens and log-probs, (R, T), zeros where no
+        step was needed. On CUDA, each step replays a graph."""
         T, step, on_cuda = self.uniform_RT.shape[1], self.step, self.t.is_cuda
         for t in range(T - 1):
             if t % (CHECK_EVERY if on_cuda else 1) == 0 and self.ended_R.all():  # waits for the GPU
-                return self.tokens_RT[:, : t + 1], self.logps_RT[:, : t + 1]
+                break
             if t == 0 and on_cuda and self.attend is not group_attention:
                 step = self._captured_step()
             step()

@@ -89,7 +89,7 @@ def check_against_float64(group, impl, slack=1.0, cuts=small_cuts, **options):
     loss_type=st.sampled_from(["tw_grpo", "tw_grpo", "grpo"]),
     off_policy=st.booleans(),
     temperature=st.sampled_from([1.0, 1.0, 0.7]),
-    kept_share=st.sampled_from([0, 1e-6, 3e-6, 1]),  # no row, one, some, all
+    kept_share=st.sampled_from([0, 1e-6, 3e-6, 1]),  # no row, one, some, all (plain: none or all)
 )
 def test_kernels_agree_with_float64(impl, lengths, V, D, scale, seed, off_policy, **options):
     group = make_group(lengths, V, D, *scale, seed, off_policy)
@@ -146,6 +146,8 @@ def test_positions_without_disagreement_have_no_spread(impl, divergence, ended_r
     assert (output.divergence_T[1:3] > 0.1).all()
     assert ((output.divergence_T[3:] == 0) == (ended_rows == "exclude")).all()
     assert (single.divergence_T == 0).all() and (single.weights_T == 1).all()
+    unsure = forward_backward(alone, impl, token_weights="entropy")[0]
+    assert (unsure.divergence_T > 0).all()
 
 
 @KERNELS

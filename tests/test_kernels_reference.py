@@ -1,6 +1,7 @@
 """The equations by hand, each small enough to be worked out on paper; then bad input, and the
 controls of --token_weights in a step."""
 
+import dataclasses
 import math
 
 import pytest
@@ -229,6 +230,8 @@ BAD_INPUT = [
     ("ref_logps_N", lambda _: torch.zeros(9).long(), "must be float"),
     ("alpha", lambda _: 0.0, "at least 1"),
     ("beta", lambda _: 0.1, "needs ref_logps_N"),
+    ("beta", lambda _: -0.1, "at least 0"),
+    ("temperature", lambda _: 0.0, "at least"),
     ("loss_type", lambda _: "ppo", "must be one of tw_grpo, grpo"),
     ("impl", lambda _: "fast", "must be one of auto, chunked, fused, plain, reference"),
 ]
@@ -259,6 +262,27 @@ def test_each_form_reaches_the_loss_of_a_step(world, policy, questions):
     H_T = outputs["entropy"].divergence_T
     assert H_T[0] > 0 == outputs["divergence"].divergence_T[0].round(decimals=6)  # one prompt row
     assert_close(w["entropy"], reference.token_weights(H_T, 1.7))
+
+
+def test_every_flag_of_the_objective_reaches_the_loss(world, policy, questions, monkeypatch):
+    flags = dict(alpha=1.3, epsilon=0.1, epsilon_high=0.4, temperature=0.7, divergence="textbook")
+    flags |= dict(ended_rows="exclude", token_weights="shuffled", normalize_token_weights=True)
+    cfg = Config(str(world / "model"), "-", max_completion_length=6, num_generations=2, **flags)
+    groups = twgrpo.sample_groups(cfg, policy, questions[:2], [(1,), (2,)])
+    for group in groups:
+        group.advantages_G = torch.tensor([-1.0, 1.0])
+    seen = []
+
+    def spy(*tensors, **options):
+        seen.append(options)
+        return tw_grpo_head(*tensors, **options)
+
+    monkeypatch.setattr(twgrpo, "tw_grpo_head", spy)
+    twgrpo.score_groups(cfg, policy, groups)
+    for options in seen:
+        assert options | flags | dict(kept_share=0.5) == options
+        assert options.keys() >= {field.name for field in dataclasses.fields(LossOptions)}
+    assert len(seen) == 2
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,16 @@ video features in place, causal attention over the sequence, logits. Packing, th
 and padding must change nothing.
 """
 
+import json
 import math
+import re
 import types
 
 import numpy as np
 import pytest
 import torch
 from conftest import questions_of, random_completions
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import eval as evaluation
@@ -360,6 +363,27 @@ def test_what_cannot_be_a_policy_is_refused_by_name(config, reason, tmp_path):
         (tmp_path / "model" / "config.json").write_text(config)
     with pytest.raises(UserError, match=f"model: {reason}"):
         Policy.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "damage, reason",
+    [
+        (dict(layer_types=["sliding_attention", "full_attention"]), "has sliding-window layers"),
+        (dict(video_token_id=7), "does not have <|video_pad|>"),
+        ("lm_head.weight", "weights lack 1 tensors, such as lm_head.weight"),
+    ],
+)
+def test_a_checkpoint_that_would_train_wrongly_is_refused(damage, reason, policy, tmp_path):
+    policy.save(tmp_path)
+    if isinstance(damage, dict):
+        config = json.loads((tmp_path / "config.json").read_text())
+        config["text_config"] |= damage
+        (tmp_path / "config.json").write_text(json.dumps(config | damage))
+    else:
+        tensors = load_file(tmp_path / "model.safetensors")
+        save_file({k: v for k, v in tensors.items() if k != damage}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=re.escape(reason)):
+        Policy.load(tmp_path)
 
 
 @pytest.mark.slow

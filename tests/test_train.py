@@ -238,11 +238,13 @@ def test_kl_to_the_reference_starts_at_nothing_and_grows(world, tmp_path):
     [
         "--loss_type grpo --reward_funcs origin_accuracy format",
         "--divergence textbook --ended_rows exclude --question_type single",
-        "--train_samples 5 --temperature 0.7 --fps 1",
+        "--train_samples 5 --temperature 0.7 --fps 1 --beta 0.1",
     ],
 )
 def test_other_settings_run(flags, world, tmp_path):
-    assert len(metrics(train(world, tmp_path / "r", flags, "--max_steps 1"))) == 1
+    (row,) = metrics(train(world, tmp_path / "r", flags, "--max_steps 1"))
+    # Sampling, scoring and the reference model have one temperature.
+    assert row["sampling_logp_difference"] < 1e-5 and row["kl"] < 1e-9
 
 
 @pytest.mark.slow
