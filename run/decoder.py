@@ -92,6 +92,7 @@ def serve() -> None:
     # A parent may have it ignored or blocked, which is inherited.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+    torch.set_num_threads(1)  # several decoders share the cores, as DataLoader's workers do
     pipe = Connection(int(sys.argv[1]))
     with contextlib.suppress(EOFError, OSError):  # the run has ended
         while True:
