@@ -82,9 +82,9 @@ class FakeGPU(TorchDispatchMode):
 
     def caller(self) -> str:
         frame = sys._getframe(2)
-        while Path(frame.f_code.co_filename).parent not in HOME:
+        while frame and Path(frame.f_code.co_filename).parent not in HOME:
             frame = frame.f_back
-        return frame.f_code.co_name
+        return frame.f_code.co_name if frame else "a test"
 
     def count(self, storage):
         name, size = storage._cdata, storage.nbytes()

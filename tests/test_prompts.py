@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 import toy
@@ -109,6 +109,7 @@ PROBLEMS = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 @given(problem=PROBLEMS | st.text("<|>/imend{answer} 0\n \u0301\u0958", max_size=30))
 @example(problem="What is {answer} {0} {{x}}?")
 def test_other_prompts_keep_the_ids_of_plain_tokenization(problem, prompter, records):
+    assume(not any(token in problem for token in toy.SPECIAL_TOKENS))
     prompt, ids = prompter.tokenize(asking(problem, records[0]))
     assert problem in prompt  # braces too
     assert ids == prompter.tokenizer(prompt, add_special_tokens=False)["input_ids"]

@@ -308,13 +308,18 @@ def test_save_only_model_leaves_no_trainer_state(world, tmp_path):
     assert not list(run.rglob("trainer_state"))
 
 
-@pytest.mark.parametrize("good, steps", [(1, 40), (0, 2)])
-def test_too_many_unreadable_clips_end_the_run_with_a_checkpoint(good, steps, world, tmp_path):
+@pytest.mark.parametrize(
+    "good, steps, reason",
+    [(1, 40, "more than --max_skip_fraction 0.05 allows"), (0, 2, "none of 4 clips could be read")],
+)
+def test_too_many_unreadable_clips_end_the_run_with_a_checkpoint(
+    good, steps, reason, world, tmp_path
+):
     """Also in a short run that has trained on none."""
     row = '{"problem": "?", "solution": "A", "video": "%s"}\n'
     rows = good * (row % "clips/train_000.mp4") + 7 * (row % "missing.mp4")
     (tmp_path / "q.jsonl").write_text(rows)
-    with pytest.raises(UserError, match="more than --max_skip_fraction 0.05 allows; .* holds the"):
+    with pytest.raises(UserError, match=f"{reason}; .* holds the"):
         train(world, tmp_path / "r", f"--max_steps {steps} --jsonl_path", tmp_path / "q.jsonl")
     assert list((tmp_path / "r").glob("checkpoint-*/trainer_state"))
 
