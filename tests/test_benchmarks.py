@@ -12,6 +12,7 @@ from benchmarks import head, peers, step
 from benchmarks.origin import Results, table
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU")
 @pytest.mark.parametrize("options", [{}, dict(frozen=True), dict(lengths=[5, 9, 2])])
 def test_the_head_is_timed_beside_three_matmuls(options, monkeypatch):

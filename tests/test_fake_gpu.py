@@ -233,6 +233,7 @@ def group_of(question, policy, cfg) -> Group:
 SMALL = dict(num_hidden_layers=2, vision=SIZES["7b"]["vision"] | dict(depth=2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("raises", [False, True])
 def test_a_rollout_waits_only_to_see_whether_all_have_ended_and_frees_its_copy(gpu, raises):
     policy, question = model_and_question(**SMALL)
