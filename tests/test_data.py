@@ -305,3 +305,11 @@ def test_a_dry_run_and_notes_print_no_control_characters(world, tmp_path, capfd)
     RunLog(cfg, tmp_path / "log").note("key", f"skipped question {ESCAPES}")
     out, err = capfd.readouterr()
     assert "would be skipped" in out and "skipped question" in err and is_printable(out + err)
+
+
+@pytest.mark.parametrize("text", ["[%s]", "%s\n"])
+def test_nan_is_null_in_a_list_and_in_lines(text, tmp_path):
+    """As it comes back from a log, whose rows are compared with the file's when it is resumed."""
+    row = '{"problem": "?", "solution": "A", "video": "v.mp4", "score": NaN}'
+    (tmp_path / "q").write_text(text % row)
+    assert load_records(tmp_path / "q")[0].row["score"] is None
