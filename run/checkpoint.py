@@ -105,7 +105,7 @@ class Saver:
             (partial / "trainer_state" / "counters.json").write_text(counters, encoding="utf-8")
         for path in [*partial.rglob("*"), partial]:
             files.flush(path)  # fsync before the rename
-        os.rename(partial, final)  # fails if the name is taken
+        os.rename(partial, final)  # fails if the name is taken, unless by an empty directory
         for older in [] if self.cfg.save_only_model else checkpoints(final.parent).values():
             if older != final:
                 shutil.rmtree(older / "trainer_state", ignore_errors=True)
