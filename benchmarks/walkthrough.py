@@ -3,7 +3,7 @@
     python twgrpo.py --seed 42 && python -m benchmarks.walkthrough runs/toy
 
 Samples G = 4 completions of one question from the model before training. The .npz keeps what cannot
-be recomputed without that model; tests/test_walkthrough.py recomputes the rest.
+be recomputed without that model; the page computes the rest.
 """
 
 import argparse
@@ -22,9 +22,9 @@ from model.packing import Group
 from model.policy import Policy
 from records import Record, load_records
 
-QUESTION = "train-170"
+QUESTION = 170  # of the training questions
 SEED = (42, 0, 0, 1)  # as (seed, step, slot, 1) in training, whose steps start at 1
-G, T = 4, toy.DEFAULTS["max_completion_length"]
+OUT = PROJECT / "docs"
 
 
 def load(run: Path) -> tuple[Policy, Prompter, list[Record]]:
@@ -37,28 +37,31 @@ def load(run: Path) -> tuple[Policy, Prompter, list[Record]]:
 @torch.no_grad()
 def sample(policy: Policy, question: Question, G: int, seed: tuple) -> tuple[Group, Tensor]:
     """G completions of a question, and the hidden states that predict their tokens, (N, D)."""
-    features = policy.encode_videos([question])
-    (group,) = policy.rollout([question], features, G, T, temperature=1.0, seeds=[seed])
+    features, length = policy.encode_videos([question]), toy.DEFAULTS["max_completion_length"]
+    (group,) = policy.rollout([question], features, G, length, temperature=1.0, seeds=[seed])
     return group, policy.hidden_states([group], features)[0]
 
 
 def collect(run: Path) -> dict:
     """The contents of the .npz; letters as in `kernels/reference.py`, P prompt tokens, F frames."""
     policy, prompter, records = load(run)
-    record = next(r for r in records if r.id == QUESTION)
+    record = records[QUESTION]
     clip = prompter.load_clip(*prompter.clip_arguments(record))
     question = prompter.question(record, clip)
-    group, hidden_ND = sample(policy, question, G, SEED)
-    head_VD = policy.head_VD.detach()
+    group, hidden_ND = sample(policy, question, 4, SEED)
     return dict(
-        id=QUESTION, problem=record.problem, solution=record.solution, frames_F3HW=clip.frames,
-        seconds=clip.seconds, ids_P=question.ids_P, end_token_id=policy.pad_id,
-        video_token_id=policy.model.config.video_token_id,
-        words_V=[policy.tokenizer.decode([v]) for v in range(len(head_VD))],
-        lengths_G=group.lengths_G, targets_N=group.targets_N, seed=SEED, banned_V=policy.banned_V,
-        max_completion_length=T, hidden_ND=hidden_ND, head_VD=head_VD,
+        solution=record.solution,
+        frames_F3HW=clip.frames,
+        seconds=clip.seconds,
+        ids_P=question.ids_P,
+        words_V=[policy.tokenizer.decode([v]) for v in range(len(policy.head_VD))],
+        banned_V=policy.banned_V,
+        lengths_G=group.lengths_G,
+        targets_N=group.targets_N,
+        hidden_ND=hidden_ND,
+        head_VD=policy.head_VD.detach(),
         origin=json.dumps(provenance()),
-    )  # fmt: skip
+    )
 
 
 def picture(frames_F3HW: np.ndarray, scale: int = 3, gap: int = 6) -> Image.Image:
@@ -74,11 +77,9 @@ def picture(frames_F3HW: np.ndarray, scale: int = 3, gap: int = 6) -> Image.Imag
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="a run of the toy")
-    parser.add_argument("--out", type=Path, default=PROJECT / "docs", help="a directory")
-    args = parser.parse_args()
-    data = collect(args.run)
-    np.savez_compressed(args.out / "walkthrough.npz", **data)
-    picture(data["frames_F3HW"].numpy()).save(args.out / "walkthrough.png")
+    data = collect(parser.parse_args().run)
+    np.savez_compressed(OUT / "walkthrough.npz", **data)
+    picture(data["frames_F3HW"].numpy()).save(OUT / "walkthrough.png")
 
 
 if __name__ == "__main__":

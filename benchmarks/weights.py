@@ -10,14 +10,13 @@ import argparse
 import json
 import time
 from pathlib import Path
-from statistics import fmean
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks import walkthrough
-from benchmarks.origin import PROJECT, provenance
+from benchmarks.origin import PROJECT, provenance, table
 from kernels.reference import group_divergence, token_weights, vocab_logps
 
 FORMS = {  # name: divergence, ended_rows
@@ -29,13 +28,7 @@ JSON, PLOT = PROJECT / "benchmarks" / "weights.json", PROJECT / "docs" / "weight
 V, SEEDS = 152064, 3  # of the synthetic groups; SEEDS groups per scale
 LENGTHS = [60, 52, 47, 43, 38, 34, 29, 25]
 ALPHA = 1.7
-SCALES = (1.0, 2.0, 3.0)
-COLUMNS = "all_alive_mean all_alive_max half_or_fewer_mean half_or_fewer_max last_position_mean"
-HEAD = """\
-| rows | form of D_t | w, all alive: mean | largest | w, half or fewer alive: mean \
-| largest | w, last position | D, half or fewer / all alive |
-|---|---|---|---|---|---|---|---|
-"""
+SCALES = (1, 2, 3)
 
 
 def synthetic_rows(t: int, G: int, V: int, scale: float, seed: int) -> Tensor:
@@ -55,20 +48,19 @@ def synthetic_rows(t: int, G: int, V: int, scale: float, seed: int) -> Tensor:
     return logits_GV.log_softmax(-1)
 
 
-def weighed(rows_GTV: Tensor, lengths_G: Tensor) -> dict:
-    """How many completions are alive at each position, and D_t and w_t for every form."""
-    alive = [int((lengths_G > t).sum()) for t in range(rows_GTV.shape[1])]
-    group = dict(alive=alive, divergence={}, weights={})
+def measured(rows_GTV: Tensor, lengths_G: Tensor) -> dict:
+    """How many completions are alive at each position, and D_t in every form, in 5 digits."""
+    alive_T = (torch.arange(rows_GTV.shape[1]) < lengths_G[:, None]).sum(0)
+    group = dict(alive=alive_T.tolist(), divergence={})
     for name, options in FORMS.items():
         divergence_T = group_divergence(rows_GTV, lengths_G, *options)
-        group["divergence"][name] = divergence_T.tolist()
-        group["weights"][name] = token_weights(divergence_T, ALPHA).tolist()
+        group["divergence"][name] = [float(f"{x:.5g}") for x in divergence_T]
     return group
 
 
 def synthetic_group(V: int, scale: float, seed: int) -> dict:
     rows = [synthetic_rows(t, len(LENGTHS), V, scale, seed) for t in range(max(LENGTHS))]
-    return dict(scale=scale, seed=seed) | weighed(torch.stack(rows, dim=1), torch.tensor(LENGTHS))
+    return measured(torch.stack(rows, dim=1), torch.tensor(LENGTHS))
 
 
 def toy_groups(run: Path, steps: int) -> list[dict]:
@@ -79,50 +71,62 @@ def toy_groups(run: Path, steps: int) -> list[dict]:
         group, hidden_ND = walkthrough.sample(policy, prompter(record), 8, (0, step, 0, 1))
         logps_NV = vocab_logps(hidden_ND, policy.head_VD.detach())
         rows_GTV = pad_sequence(logps_NV.split(group.lengths_G.tolist()), batch_first=True)
-        groups.append(dict(step=step) | weighed(rows_GTV, group.lengths_G))
+        groups.append(measured(rows_GTV, group.lengths_G))
     return groups
 
 
-def summary(groups: list[dict]) -> dict:
-    """For each form, over several groups: w_t where all are alive (from t = 1 on, since position 0
-    is a shared row), w_t where one to half of them are, and the ratio of the two mean D_t."""
-    out = {}
-    for name in FORMS:
-        weights, tails, last, ratios = [], [], [], []
-        for group in groups:
-            w, D, alive = group["weights"][name], group["divergence"][name], group["alive"]
-            full = [t for t, count in enumerate(alive) if count == alive[0]][1:]
-            late = [t for t, count in enumerate(alive) if count <= alive[0] / 2]
-            if full and late:
-                weights += [w[t] for t in full]
-                tails += [w[t] for t in late]
-                last.append(w[-1])
-                ratios.append(fmean(D[t] for t in late) / fmean(D[t] for t in full))
-        out[name] = dict(
-            groups=len(last),
-            all_alive_mean=fmean(weights),
-            all_alive_max=max(weights),
-            half_or_fewer_mean=fmean(tails),
-            half_or_fewer_max=max(tails),
-            last_position_mean=fmean(last),
-            divergence_ratio=fmean(ratios),
-        )
-    return out
+def weights(group: dict, form: str) -> Tensor:
+    return token_weights(torch.tensor(group["divergence"][form]), ALPHA)
 
 
-def plot(result: dict) -> None:
+def summary(groups: list[dict], form: str) -> dict:
+    """A row of the table in docs/equations.md, over the groups in which half end early enough: w_t
+    where all are alive (from t = 1 on, since position 0 is a shared row), w_t where half or fewer
+    are, and the ratio of the two mean D_t."""
+    full, late, last, ratios = [], [], [], []
+    for group in groups:
+        alive_T, D_T = torch.tensor(group["alive"]), torch.tensor(group["divergence"][form])
+        is_full_T, is_late_T = alive_T == alive_T[0], alive_T <= alive_T[0] / 2
+        is_full_T[0] = False
+        if is_full_T.any() and is_late_T.any():
+            w_T = weights(group, form)
+            full.append(w_T[is_full_T])
+            late.append(w_T[is_late_T])
+            last.append(w_T[-1])
+            ratios.append(D_T[is_late_T].mean() / D_T[is_full_T].mean())
+    full, late = torch.cat(full), torch.cat(late)
+    columns = {
+        "w, all alive: mean": full.mean(),
+        "w, all alive: largest": full.max(),
+        "w, half or fewer alive: mean": late.mean(),
+        "w, half or fewer alive: largest": late.max(),
+        "w, last position": torch.stack(last).mean(),
+    }
+    shown = {name: f"{value:.3f}" for name, value in columns.items()}
+    ratio = {"D, half or fewer / all alive": torch.stack(ratios).mean().item()}
+    return dict(groups=len(last)) | shown | ratio
+
+
+def rows(groups: dict[str, list[dict]]) -> list[dict]:
+    """The rows of the table in docs/equations.md."""
+    return [
+        {"rows": name, "form of D_t": form} | summary(several, form)
+        for name, several in groups.items()
+        for form in FORMS
+    ]
+
+
+def plot(groups: dict[str, list[dict]]) -> None:
+    """Of each kind, the group with the most positions at which a completion has ended."""
     from matplotlib.figure import Figure  # no pyplot: no display, no global state
 
-    groups = [group for group in result["synthetic"]["groups"] if group["seed"] == 0]
-    panels = [(f"synthetic, V = {V:,}, scale {g['scale']:g}", g) for g in groups]
-    longest = max(result["toy"]["groups"], key=lambda g: len(g["alive"]) - g["alive"].count(8))
-    panels.append((f"toy completions, step {longest['step']}", longest))
-    figure = Figure(figsize=(3.4 * len(panels), 5.2), layout="constrained")
-    axes = figure.subplots(2, len(panels), sharex="col", sharey="row", height_ratios=[3, 1])
-    for (title, group), (upper, lower) in zip(panels, axes.T, strict=True):
-        for name in FORMS:
-            upper.plot(group["weights"][name], label=name)
-        upper.set_title(title, fontsize=9)
+    figure = Figure(figsize=(3.4 * len(groups), 5.2), layout="constrained")
+    axes = figure.subplots(2, len(groups), sharex="col", sharey="row", height_ratios=[3, 1])
+    for (name, several), (upper, lower) in zip(groups.items(), axes.T, strict=True):
+        group = max(several, key=lambda g: len(g["alive"]) - g["alive"].count(g["alive"][0]))
+        for form in FORMS:
+            upper.plot(weights(group, form), label=form)
+        upper.set_title(name, fontsize=9)
         lower.fill_between(range(len(group["alive"])), group["alive"], step="mid", color="0.6")
         lower.set_xlabel("position t")
     axes[0, 0].set_ylabel("token weight w_t")
@@ -131,38 +135,19 @@ def plot(result: dict) -> None:
     figure.savefig(PLOT, dpi=110)
 
 
-def table(result: dict) -> str:
-    """The summary as a table for docs/equations.md."""
-    blocks = {f"synthetic, scale {s}": b for s, b in result["synthetic"]["summary"].items()}
-    blocks["toy completions"] = result["toy"]["summary"]
-    lines = []
-    for label, block in blocks.items():
-        for form, measures in block.items():
-            weights = " | ".join(f"{measures[name]:.3f}" for name in COLUMNS.split())
-            lines.append(f"| {label} | {form} | {weights} | {measures['divergence_ratio']:.2f} |")
-    return HEAD + "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="a run of the toy")
     run, start = parser.parse_args().run, time.perf_counter()
-    groups = {s: [synthetic_group(V, s, k) for k in range(SEEDS)] for s in SCALES}
-    summaries = {f"{scale:g}": summary(groups[scale]) for scale in SCALES}
-    of_toy = toy_groups(run, 20)
-    result = provenance() | dict(
-        alpha=ALPHA,
-        V=V,
-        lengths=LENGTHS,
-        synthetic=dict(summary=summaries, groups=sum(groups.values(), [])),
-        toy=dict(summary=summary(of_toy), groups=of_toy),
-        seconds=time.perf_counter() - start,
-    )
-    text = json.dumps(result)
-    result = json.loads(text, parse_float=lambda digits: float(f"{float(digits):.5g}"))
-    JSON.write_text(json.dumps(result) + "\n", encoding="utf-8")
-    plot(result)
-    print(table(result))
+    groups = {
+        f"synthetic, scale {scale}": [synthetic_group(V, scale, seed) for seed in range(SEEDS)]
+        for scale in SCALES
+    }
+    groups["toy completions"] = toy_groups(run, 20)
+    result = provenance() | dict(V=V, lengths=LENGTHS, seconds=time.perf_counter() - start)
+    JSON.write_text(json.dumps(result | dict(groups=groups)) + "\n", encoding="utf-8")
+    plot(groups)
+    print(table(rows(groups)))
 
 
 if __name__ == "__main__":
