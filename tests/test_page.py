@@ -63,14 +63,12 @@ def browse(tmp_path_factory):
 
 @pytest.fixture
 def look(browse, tmp_path):
-    """look(rows, script, ...): the same in the page of these groups, which must not complain."""
+    """look(rows, script, ...): the same in the page of these groups."""
 
     def write_and_look(rows: list, script: str, max_groups: int = 200, **config):
         run, page = write_run(tmp_path / "run", rows, **config), tmp_path / "weights.html"
         weights_page.write_page(run, page, max_groups)
-        answer, complaints = browse(page, script)
-        assert complaints == []
-        return answer
+        return browse(page, script)
 
     return write_and_look
 
@@ -80,8 +78,7 @@ def test_the_page_of_a_real_run_shows_its_numbers_and_frames(world, tmp_path, br
 
     run = tmp_path / "real"
     result = run_twgrpo(world, run, "--max_steps", "3")
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert f"{run}/curves.png, {run}/weights.html" in result.stdout
+    assert f"{run}/curves.png, {run}/weights.html" in result.stdout, result.stderr[-3000:]
     rows = [json.loads(line) for line in (run / "completions.jsonl").read_text().splitlines()]
     script = """
       const read = () => ({
@@ -93,19 +90,17 @@ def test_the_page_of_a_real_run_shows_its_numbers_and_frames(world, tmp_path, br
       return {frames, groups};
     """
     shown, complaints = browse(run / "weights.html", script)
-    assert complaints == [] and len(shown["groups"]) == len(rows)
+    assert complaints == []
     config = json.loads((run / "config.json").read_text())
     clip = video.load_clip(rows[0]["video"], *(config[name] for name in weights_page.CLIP_SETTINGS))
-    assert len(shown["frames"]) == len(clip.frames) == 4
+    assert len(shown["frames"]) == 4
     for source, frame_3HW in zip(shown["frames"], clip.frames, strict=True):
         image = Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))
         difference = np.asarray(image).astype(float) - frame_3HW.permute(1, 2, 0).numpy()
         assert abs(difference).mean() < 5  # of 255: JPEG
     for row, group in zip(rows, shown["groups"], strict=True):
-        assert (
-            group["tokens"] == [c["tokens"] for c in row["completions"]]
-            and group["problem"] == row["problem"]
-        )
+        assert group["tokens"] == [c["tokens"] for c in row["completions"]]
+        assert group["problem"] == row["problem"]
         assert f"<answer>{group['solution']}</answer>" == row["solution"]
         names, values = zip(*(fact.split(" = ") for fact in group["told"][:4]), strict=True)
         expected = [5, row["weights"][5], row["divergence"][5], row["completions"][1]["logps"][5]]
@@ -117,22 +112,33 @@ def test_the_page_of_a_real_run_shows_its_numbers_and_frames(world, tmp_path, br
 
 
 def test_shade_bars_and_numbers_belong_to_their_positions(look):
-    """Weights rise evenly from 1 to alpha; D grows tenfold at each position."""
-    row = group_row(1, [words("x", 6), words("y", 4), words("z", 5)])
+    """3 of 9 groups. In the first, weights rise evenly from 1 to alpha and D tenfold at each
+    position; then weights beyond 1 to alpha and an empty completion; then numbers that are none."""
+    rows = [group_row(k, [words("x", 6), words("y", 4), words("z", 5)]) for k in range(1, 10)]
+    rows[4] = group_row(5, [words("x", 2), words("y", 0)], weights=[0.5, 1.9])
+    rows[8] |= dict(weights=["x", math.inf, 1, 1, 1, 1], divergence=[math.nan, -1, 1, 1, 1, 1])
+    rows[8]["completions"][0] |= dict(advantage=None, logps=[math.nan] * 6)
     script = """
       const shade = (e) => Number(e.style.getPropertyValue("--shade"));
-      return {
+      const first = {
         told: [point('.position[data-t="1"]'), point('.token[data-i="2"][data-t="3"]')],
         here: all(".here", e => e.dataset.t),
         shades: all(".token", shade), strip: all(".position", shade),
         colours: new Set(all('.token[data-i="0"]', e => getComputedStyle(e).backgroundColor)).size,
         bars: all(".position i", e => e.offsetHeight),
         boundary: all(".boundary", e => [e.dataset.i ?? "strip", e.dataset.t]),
-        scale: text("#scale"), nothing: point("h1"),
+        scale: text("#scale"), nothing: point("h1"), ends: [earlier.disabled, later.disabled],
+        choice: [...all("#choice option", e => e.text), text("#count"), text("#flags")],
       };
+      choice.value = 2; choice.dispatchEvent(new Event("change"));
+      const last = [point(".token"), earlier.disabled, later.disabled];
+      earlier.click();
+      const middle = [tokens(), choice.value, all(".position", shade), text("#scale")];
+      return [first, middle, last];
     """
-    shown = look([row], script)
-    logp = row["completions"][2]["logps"][3]
+    (shown, middle, last), complaints = look(rows, script, max_groups=3)
+    assert complaints == []
+    logp = rows[0]["completions"][2]["logps"][3]
     assert shown["told"] == [
         ["t = 1", "w = 1.14", "D = 2"],
         ["t = 3", "w = 1.42", "D = 101", f"log p = {logp}", '" z3"'],
@@ -145,7 +151,14 @@ def test_shade_bars_and_numbers_belong_to_their_positions(look):
     assert shown["bars"] == [0, *sorted(shown["bars"][1:])] and 95 < shown["bars"][-1] < 101
     assert np.diff(shown["bars"][3:]) == pytest.approx(25, abs=1)  # a quarter for a factor of 10
     assert shown["boundary"] == [["strip", "4"], ["0", "4"], ["2", "4"]]
-    assert shown["scale"].split() == ["w", "=", "1", "1.7"]
+    assert shown["scale"].split() == ["w", "=", "1", "1.7"] and shown["ends"] == [True, False]
+    flags = "alpha 1.7 · divergence official · ended_rows uniform"
+    steps = [f"step {k}, question q{k}" for k in (1, 5, 9)]
+    assert shown["choice"] == [*steps, "3 of 9 groups", flags]
+    assert middle[:3] == [[[" x0", " x1"], []], "1", [0, 1]]
+    assert middle[3].split() == ["w", "=", "0.5", "1.9"]
+    told = ["t = 0", *(f"{name} = not a number" for name in ("w", "D", "log p")), '" x0"']
+    assert last == [told, False, True]
 
 
 HOSTILE = [
@@ -158,7 +171,7 @@ HOSTILE = [
 ]
 
 
-def test_hostile_text_stays_text(look):
+def test_hostile_text_stays_text_and_nothing_is_loaded(look):
     everything = "".join(HOSTILE)
     texts = dict.fromkeys(("id", "problem", "solution", "video"), everything)
     rewards = {everything: 1.0, "__proto__": 2.0}
@@ -166,43 +179,14 @@ def test_hostile_text_stays_text(look):
     script = """
       point(".token"); later.click();
       const made = all("img, main script, .tokens svg", e => e.tagName);
-      return [tokens(), text("#problem"), text("#clip"), made, document.title, typeof window.pwned];
+      const sent = await fetch("https://example.org").then(() => "went out", () => "refused");
+      return [tokens(), text("#problem"), text("#clip"), made, document.title,
+              typeof window.pwned, sent];
     """
-    shown = look([row, row], script, divergence=everything, ended_rows=everything)
+    shown, complaints = look([row, row], script, divergence=everything, ended_rows=everything)
     symbols = {127: 0x2421} | {k: 0x2400 + k for k in range(32)} | {10: "\u23ce\n"}
     assert shown[0] == [[text.translate(symbols) for text in HOSTILE]]
     assert shown[1] == everything and shown[2].startswith("clip cannot be shown: ")
-    assert shown[3:] == [[], "TW-GRPO token weights", "undefined"]
-
-
-def test_the_page_may_not_use_the_network(look, browse, tmp_path):
-    look([group_row(1, [words("x", 3)])], "return 0")
-    script = "return await fetch('https://example.com').then(() => 'went out', () => 'refused')"
-    answer, complaints = browse(tmp_path / "weights.html", script)
-    assert answer == "refused"
-    assert complaints and all("Security Policy" in line for line in complaints)
-
-
-def test_unusual_values_are_named_and_any_group_can_be_chosen(look):
-    """Numbers that are none, an empty completion, weights beyond 1 to alpha; 3 of 9 groups."""
-    rows = [group_row(k, [words(f"s{k}_", 2)]) for k in range(1, 10)]
-    rows[0] |= dict(weights=["x", math.inf], divergence=[math.nan, -1.0])
-    rows[0]["completions"][0] |= dict(advantage=None, logps=[math.nan, -1.0])
-    rows[4] = group_row(5, [words("x", 2), words("y", 0)], weights=[0.5, 1.9])
-    script = """
-      const first = [point(".token"), text("#flags"), text("#count"), earlier.disabled];
-      const steps = all("#choice option", e => e.text);
-      choice.value = 2; choice.dispatchEvent(new Event("change"));
-      const last = [tokens(), later.disabled];
-      earlier.click();
-      const shades = all(".position", e => e.style.getPropertyValue("--shade"));
-      return [first, steps, last, [tokens(), choice.value, shades, text("#scale")]];
-    """
-    first, steps, last, middle = look(rows, script, max_groups=3)
-    told = ["t = 0", *(f"{name} = not a number" for name in ("w", "D", "log p")), '" s1_0"']
-    flags = "alpha 1.7 · divergence official · ended_rows uniform"
-    assert first == [told, flags, "3 of 9 groups", True]
-    assert steps == [f"step {k}, question q{k}" for k in (1, 5, 9)]
-    assert last == [[[" s9_0", " s9_1"]], True]
-    assert middle == [[[" x0", " x1"], []], "1", ["0", "1"], middle[3]]
-    assert middle[3].split() == ["w", "=", "0.5", "1.9"]
+    assert shown[3:] == [[], "TW-GRPO token weights", "undefined", "refused"]
+    # The page's policy forbade the request made here, and there was no other.
+    assert complaints and all("example.org" in x and "Security Policy" in x for x in complaints)

@@ -51,7 +51,8 @@ def test_curves_draw_what_there_is_and_count_what_is_left_out(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_every_clip_is_stored_once_and_a_bad_one_is_named_in_its_place(tmp_path):
+def test_every_clip_is_stored_once_and_a_bad_one_is_named_in_its_place(tmp_path, capsys):
+    """Lines that are no groups are left out and counted."""
     import toy
 
     frames = toy.draw_clip(["red"], np.random.default_rng(0))
@@ -59,12 +60,14 @@ def test_every_clip_is_stored_once_and_a_bad_one_is_named_in_its_place(tmp_path)
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     good, gone, broken = (str(tmp_path / name) for name in ("a.mp4", "gone.mp4", "broken.mp4"))
     rows = [GROUP | dict(video=name) for name in (good, gone, good, broken)]
-    run = write_run(tmp_path / "run", rows)
-    clips = weights_page.page_data(run, 200)["clips"]
+    run = write_run(tmp_path / "run", [*GARBAGE, *rows, json.dumps(GROUP)[:80]])
+    data = weights_page.page_data(run, 200)
+    assert data["groups"] == rows and data["total"] == 8
+    assert "completions.jsonl: 4 malformed line(s)" in capsys.readouterr().err
+    clips = data["clips"]
     assert len(clips) == 3 and len(clips[good]["frames"]) == 4
-    assert (
-        clips[gone]["error"] == f"clip cannot be shown: {gone}: no such video file, or an empty one"
-    )
+    why = f"clip cannot be shown: {gone}: no such video file, or an empty one"
+    assert clips[gone]["error"] == why
     assert clips[broken]["error"].startswith(f"clip cannot be shown: {broken}")
     # As large as the model saw them: in units of 28 pixels, or 32 where a checkpoint says so.
     assert clips[good]["width"] == clips[good]["height"] == 56
@@ -76,18 +79,11 @@ def test_every_clip_is_stored_once_and_a_bad_one_is_named_in_its_place(tmp_path)
 def test_any_failure_of_a_clip_is_told_in_its_place():
     """A picture must not end a finished training with a traceback."""
 
-    def no_memory(*settings):
+    def no_memory(*_):
         raise MemoryError
 
     clip = weights_page.shown_clip("a.mp4", [], no_memory)
     assert clip == dict(error="clip cannot be shown: MemoryError")
-
-
-def test_lines_that_are_no_groups_are_left_out_and_counted(tmp_path, capsys):
-    run = write_run(tmp_path / "run", [*GARBAGE, GROUP, json.dumps(GROUP)[:80]])
-    data = weights_page.page_data(run, 200)
-    assert data["groups"] == [GROUP] and data["total"] == 5
-    assert "completions.jsonl: 4 malformed line(s)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
