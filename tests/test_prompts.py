@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, assume, example, given, settings
-from hypothesis import strategies as st
 
 import toy
 import video
@@ -34,6 +32,7 @@ ROWS = {
     "options without letters": {**ASKED, "options": ["a red ball", "a blue ball"]},
     "a number": {**ASKED, "problem": "How many balls fall?", "solution": "<answer> 3 </answer>"},
     "a text": {**ASKED, "problem": "What does the sign say?", "problem_type": "OCR", "options": []},
+    "braces": {**ASKED, "problem": "What is {answer} {0} {{x}}?"},
 }
 TOKENIZER = toy.build_tokenizer(["a"])
 
@@ -100,19 +99,6 @@ def test_a_question_that_holds_a_special_token_is_refused(token, prompter, recor
     """It would end the user's turn, or show a second video."""
     with pytest.raises(UserError, match=re.escape(f"the model's special token {token}")):
         prompter.tokenize(asking(f"What is {token}?", records[0]))
-
-
-PROBLEMS = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(problem=PROBLEMS | st.text("<|>/imend{answer} 0\n \u0301\u0958", max_size=30))
-@example(problem="What is {answer} {0} {{x}}?")
-def test_other_prompts_keep_the_ids_of_plain_tokenization(problem, prompter, records):
-    assume(not any(token in problem for token in toy.SPECIAL_TOKENS))
-    prompt, ids = prompter.tokenize(asking(problem, records[0]))
-    assert problem in prompt  # braces too
-    assert ids == prompter.tokenizer(prompt, add_special_tokens=False)["input_ids"]
 
 
 def test_questions_that_cannot_become_a_prompt_are_all_named_before_a_run(prompter, records):
