@@ -80,31 +80,28 @@ def weights(group: dict, form: str) -> Tensor:
 
 
 def summary(groups: list[dict], form: str) -> dict:
-    """A row of the table in docs/equations.md, over the groups in which half end early enough: w_t
-    where all are alive (from t = 1 on, since position 0 is a shared row), w_t where half or fewer
-    are, and the ratio of the two mean D_t."""
-    full, late, last, ratios = [], [], [], []
+    """A row of the table in docs/equations.md, over the groups in which half end before the last:
+    w_t where all are alive (from t = 1 on, since position 0 is a shared row), w_t where half or
+    fewer are, and the ratio of the two mean D_t."""
+    full, late, ratios = [], [], []
     for group in groups:
-        alive_T, D_T = torch.tensor(group["alive"]), torch.tensor(group["divergence"][form])
-        is_full_T, is_late_T = alive_T == alive_T[0], alive_T <= alive_T[0] / 2
-        is_full_T[0] = False
-        if is_full_T.any() and is_late_T.any():
-            w_T = weights(group, form)
+        alive_T, w_T = torch.tensor(group["alive"]), weights(group, form)
+        D_T, t_T = torch.tensor(group["divergence"][form]), torch.arange(len(w_T))
+        is_full_T, is_late_T = (alive_T == alive_T[0]) & (t_T > 0), alive_T <= alive_T[0] / 2
+        if is_late_T.any():
             full.append(w_T[is_full_T])
             late.append(w_T[is_late_T])
-            last.append(w_T[-1])
             ratios.append(D_T[is_late_T].mean() / D_T[is_full_T].mean())
-    full, late = torch.cat(full), torch.cat(late)
     columns = {
-        "w, all alive: mean": full.mean(),
-        "w, all alive: largest": full.max(),
-        "w, half or fewer alive: mean": late.mean(),
-        "w, half or fewer alive: largest": late.max(),
-        "w, last position": torch.stack(last).mean(),
+        "w, all alive: mean": torch.cat(full).mean(),
+        "w, all alive: largest": torch.cat(full).max(),
+        "w, half or fewer alive: mean": torch.cat(late).mean(),
+        "w, half or fewer alive: largest": torch.cat(late).max(),
+        "w, last position": sum(w_T[-1] for w_T in late) / len(late),
     }
     shown = {name: f"{value:.3f}" for name, value in columns.items()}
-    ratio = {"D, half or fewer / all alive": torch.stack(ratios).mean().item()}
-    return dict(groups=len(last)) | shown | ratio
+    ratio = {"D, half or fewer / all alive": (sum(ratios) / len(ratios)).item()}
+    return dict(groups=len(late)) | shown | ratio
 
 
 def rows(groups: dict[str, list[dict]]) -> list[dict]:

@@ -186,7 +186,7 @@ def test_every_figure_in_a_table_is_in_a_file_of_results(path):
 def test_the_code_of_a_page_prints_what_it_shows(name, monkeypatch):
     import torch
 
-    monkeypatch.chdir(PROJECT)  # where a reader would paste it
+    monkeypatch.chdir(PROJECT)
     text = re.sub(r"^```.*$", "", text_of(PROJECT / "docs" / name), flags=re.MULTILINE)
     test = doctest.DocTestParser().get_doctest(text, {}, name, name, 0)
     try:

@@ -90,19 +90,15 @@ def test_a_question_holds_one_id_per_video_token(prompter, records, policy):
     assert text == question.prompt.replace("<|video_pad|>", "")
 
 
-def asking(problem: str, record: Record, id: str = "1") -> Record:
-    return Record(id, problem, "<answer>A</answer>", record.video)
-
-
 @pytest.mark.parametrize("token", toy.SPECIAL_TOKENS)
 def test_a_question_that_holds_a_special_token_is_refused(token, prompter, records):
     """It would end the user's turn, or show a second video."""
     with pytest.raises(UserError, match=re.escape(f"the model's special token {token}")):
-        prompter.tokenize(asking(f"What is {token}?", records[0]))
+        prompter.tokenize(replace(records[0], problem=f"What is {token}?"))
 
 
 def test_questions_that_cannot_become_a_prompt_are_all_named_before_a_run(prompter, records):
-    long = [asking("word " * 5000, records[0], f"long-{k}") for k in range(2)]
+    long = [replace(records[0], id=f"long-{k}", problem="word " * 5000) for k in range(2)]
     with pytest.raises(UserError, match=r"q.json: 2 question\(s\) that cannot") as error:
         check_prompts(prompter, [*records, *long], "q.json")
     for name in ("long-0", "long-1"):
