@@ -42,28 +42,6 @@ def sample(policy: Policy, question: Question, G: int, seed: tuple) -> tuple[Gro
     return group, policy.hidden_states([group], features)[0]
 
 
-def collect(run: Path) -> dict:
-    """The contents of the .npz; letters as in `kernels/reference.py`, P prompt tokens, F frames."""
-    policy, prompter, records = load(run)
-    record = records[QUESTION]
-    clip = prompter.load_clip(*prompter.clip_arguments(record))
-    question = prompter.question(record, clip)
-    group, hidden_ND = sample(policy, question, 4, SEED)
-    return dict(
-        solution=record.solution,
-        frames_F3HW=clip.frames,
-        seconds=clip.seconds,
-        ids_P=question.ids_P,
-        words_V=[policy.tokenizer.decode([v]) for v in range(len(policy.head_VD))],
-        banned_V=policy.banned_V,
-        lengths_G=group.lengths_G,
-        targets_N=group.targets_N,
-        hidden_ND=hidden_ND,
-        head_VD=policy.head_VD.detach(),
-        origin=json.dumps(provenance()),
-    )
-
-
 def picture(frames_F3HW: np.ndarray, scale: int = 3, gap: int = 6) -> Image.Image:
     """The frames in a row, grouped by temporal patch, with lines between tokens."""
     frames = frames_F3HW.transpose(0, 2, 3, 1).repeat(scale, 1).repeat(scale, 2)
@@ -77,9 +55,26 @@ def picture(frames_F3HW: np.ndarray, scale: int = 3, gap: int = 6) -> Image.Imag
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="a run of the toy")
-    data = collect(parser.parse_args().run)
-    np.savez_compressed(OUT / "walkthrough.npz", **data)
-    picture(data["frames_F3HW"].numpy()).save(OUT / "walkthrough.png")
+    policy, prompter, records = load(parser.parse_args().run)
+    record = records[QUESTION]
+    clip = prompter.load_clip(*prompter.clip_arguments(record))
+    question = prompter.question(record, clip)
+    group, hidden_ND = sample(policy, question, 4, SEED)
+    picture(clip.frames.numpy()).save(OUT / "walkthrough.png")
+    np.savez_compressed(  # letters as in kernels/reference.py, P prompt tokens, F frames
+        OUT / "walkthrough.npz",
+        solution=record.solution,
+        frames_F3HW=clip.frames,
+        seconds=clip.seconds,
+        ids_P=question.ids_P,
+        words_V=[policy.tokenizer.decode([v]) for v in range(len(policy.head_VD))],
+        banned_V=policy.banned_V,
+        lengths_G=group.lengths_G,
+        targets_N=group.targets_N,
+        hidden_ND=hidden_ND,
+        head_VD=policy.head_VD.detach(),
+        origin=json.dumps(provenance()),
+    )
 
 
 if __name__ == "__main__":
