@@ -162,10 +162,7 @@ class Prompter:
     chat_template: str
     geometry: video.Geometry
     question_type: str = "mixed"
-    fps: float = video.FPS
-    max_frames: int = video.MAX_FRAMES
-    min_pixels: int = video.MIN_PIXELS
-    max_pixels: int = video.MAX_PIXELS
+    clips: video.ClipSettings = video.DEFAULTS
     style: str = "think"  # one of STYLES
     seconds_per_patch: float | None = None  # told to the model; None: the true spacing
     repeat_frames: int = 0  # show exactly this many, repeating sampled ones; 0: as sampled
@@ -211,15 +208,8 @@ class Prompter:
 
         Raises video.VideoError if the clip cannot be used or gives too many tokens.
         """
-        return self.question(record, self.load_clip(*self.clip_arguments(clip_of or record)))
-
-    def clip_arguments(self, record: Record) -> tuple:
-        """The arguments for load_clip, here or in another process."""
-        pixels = (self.min_pixels, self.max_pixels)
-        return (str(record.video), self.fps, self.max_frames, *pixels, self.geometry.factor)
-
-    def question(self, record: Record, clip: video.Clip) -> Question:
-        """The question of `record` about a clip that is already decoded and resized."""
+        path = str((clip_of or record).video)
+        clip = self.load_clip(path, self.clips, self.geometry.factor)
         if self.repeat_frames:
             clip = video.repeat_frames(clip, self.repeat_frames)
         patches, grid = video.patchify(clip.frames, self.geometry)

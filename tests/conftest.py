@@ -129,8 +129,10 @@ def policy(world):
 def prompter(policy):
     import toy
     from data import Prompter
+    from video import ClipSettings
 
-    return Prompter(policy.tokenizer, policy.chat_template, policy.geometry, **toy.CLIP)
+    clips = ClipSettings(**toy.CLIP)
+    return Prompter(policy.tokenizer, policy.chat_template, policy.geometry, clips=clips)
 
 
 @pytest.fixture

@@ -275,21 +275,22 @@ def test_shuffled_frames_keep_what_a_temporal_patch_shows(tmp_path):
 def test_held_out_questions_are_asked_with_other_and_with_shuffled_clips_as_controls(
     world, policy, prompter, records, monkeypatch
 ):
-    asked, shown, question = records[:5], {}, Prompter.question
-    own = [prompter.load_clip(*prompter.clip_arguments(r)).frames for r in asked]
+    asked, shown, call = records[:5], {}, Prompter.__call__
+    own = [prompter(r).patches for r in asked]
 
-    def spy(self, record, clip):
-        shown[record.id] = clip.frames
-        return question(self, record, clip)
+    def spy(self, record, clip_of):
+        question = call(self, record, clip_of)
+        shown[record.id] = question.patches
+        return question
 
-    monkeypatch.setattr(Prompter, "question", spy)
+    monkeypatch.setattr(Prompter, "__call__", spy)
     cfg = Config(str(world / "model"), "-", max_completion_length=4, num_generations=2)
     for variant in ("sampled", "wrong video", "shuffled frames"):
         shown.clear()
         held_out.evaluate(cfg, policy, prompter, asked, variant, batch_size=2)
         frames = [shown[r.id] for r in asked]
-        if variant == "shuffled frames":  # two patches of two frames can only swap
-            frames = [torch.cat([f[2:], f[:2]]) for f in frames]
+        if variant == "shuffled frames":  # two patches of two frames, of 16 rows, can only swap
+            frames = [torch.cat([f[16:], f[:16]]) for f in frames]
         clips = [next(k for k in range(5) if torch.equal(own[k], f)) for f in frames]
         assert sorted(clips) == [0, 1, 2, 3, 4]
         assert all((clip == k) == (variant != "wrong video") for k, clip in enumerate(clips))

@@ -171,7 +171,7 @@ def test_where_the_header_is_wrong_frames_are_evenly_spaced_in_time(
     rate, times, fps, spacing, shown, tmp_path
 ):
     path = write_clip(tmp_path / "a.mkv", grey_steps(len(times)), rate=rate, seconds=times)
-    clip = read_clip(path, fps=fps)
+    clip = read_clip(path, video.ClipSettings(fps=fps))
     assert clip.seconds == pytest.approx(spacing, abs=1e-3) and shown_steps(clip) == shown
 
 

@@ -158,7 +158,8 @@ def values_of_the_prose(v) -> list[float]:
     constants = [ALPHA, STEP, 1e6, 14, 2, 28, 7, 32, 64, 1.5, 0.5, toy.FRAMES, toy.RATE]
     sizes = [V, D, G, N, P, *v["sizes"], IS_VIDEO_P.sum(), *DATA["frames_F3HW"].shape]
     times = [SECONDS, 2 * SECONDS, step, int(step), START + int(step)]
-    times += video.frame_indices(toy.FRAMES, toy.RATE, video.FPS, frames)
+    settings = video.ClipSettings(max_frames=frames)
+    times += video.frame_indices(toy.FRAMES, toy.RATE, settings)
     loss = [sums.mean(), sums.std(ddof=1), *v["losses"], early, late]
     above, most = np.median(mean - alone), D_T[0, :live].max()
     spread = [np.log(G), np.median(alone), uniform, above, np.median(part), D_T[0, 15] / most]
