@@ -6,13 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import PROJECT
+from conftest import PROJECT, wait_until
 
 import video
 from run import decoder, held_out, plan
@@ -159,13 +158,6 @@ def start_parent(stuck, name, timeout=60.0):
     pid_file = stuck / f"{name}.pid"
     wait_until(lambda: pid_file.exists() and pid_file.read_text())
     return parent, int(pid_file.read_text())
-
-
-def wait_until(condition):
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
 
 
 @pytest.mark.slow
