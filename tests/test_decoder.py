@@ -1,7 +1,6 @@
 """The processes that decode clips: what they return, when they are killed, and when not."""
 
 import contextlib
-import dataclasses
 import os
 import signal
 import subprocess
@@ -14,6 +13,7 @@ import torch
 from conftest import PROJECT, wait_until
 
 import video
+from files import UserError
 from run import decoder, held_out, plan
 from run.clips import QuestionsAhead
 from run.config import Config
@@ -88,48 +88,21 @@ def test_clips_that_hang_or_crash_cost_themselves_only(stuck):
     assert -signal.SIGKILL in [process.returncode for process in reader.started]
 
 
-# ------------------------------------------------------------------- whatever shows a model clips
-
-
-@pytest.fixture
-def clips(stuck, records):
-    """Questions about a clip that is read, one that hangs and one that crashes."""
-    names = ("good", "hang", "crash")
-    return [
-        dataclasses.replace(r, video=stuck / f"{name}.mp4")
-        for r, name in zip(records, names, strict=False)
-    ]
-
-
-def config(world, **settings):
-    sizes = dict(max_frames=4, min_pixels=3136, max_pixels=3136, max_completion_length=4)
-    return Config(str(world / "model"), "-", clip_timeout=0.5, **sizes, **settings)
-
-
-def test_evaluation_leaves_out_a_clip_that_hangs(world, policy, prompter, clips, monkeypatch):
-    """In the first of its measures, which read clips alike."""
-    evaluate = held_out.evaluate
-    monkeypatch.setattr(
-        held_out, "evaluate", lambda *a: evaluate(*a) if a[-1] == "sampled" else None
-    )
-    measures = held_out.measure(config(world, num_generations=2), policy, prompter, clips[:2])
-    assert measures["sampled"]["skipped"] == 1
-
-
-def test_a_dry_run_leaves_out_a_clip_that_hangs(world, clips, capsys, monkeypatch):
-    monkeypatch.setattr(plan, "training_records", lambda cfg: clips)
-    plan.show(config(world))
-    out = capsys.readouterr().out
-    assert "hang.mp4: not decoded within 0.5 s" in out and "crash.mp4: the decoder crashed" in out
-    assert "4 frames x 56 x 56 pixels" in out
-
-
-@pytest.mark.parametrize("workers", [0, 3])
-def test_training_leaves_out_clips_that_hang_or_crash(workers, world, prompter, clips):
-    log = SimpleNamespace(counts=dict(asked=0, skipped=0), note=lambda key, message: None)
-    cfg = config(world, per_device_train_batch_size=3, dataloader_num_workers=workers)
-    with contextlib.closing(QuestionsAhead(cfg, clips, prompter, log, first_step=1)) as ahead:
-        assert len(ahead.take(1)[0]) == 1 and log.counts == dict(asked=3, skipped=2)
+def test_training_evaluation_and_a_dry_run_keep_to_the_limit(
+    world, policy, prompter, records, monkeypatch, capsys
+):
+    """A time in which no clip can be read, so each of them skips its only question."""
+    small = dict(max_frames=4, min_pixels=3136, max_pixels=3136, max_completion_length=4)
+    cfg, records = Config(str(world / "model"), "-", clip_timeout=0.001, **small), records[:1]
+    monkeypatch.setattr(plan, "training_records", lambda cfg: records)
+    with pytest.raises(UserError, match="none of the first 3 clips can be read"):
+        plan.show(cfg)
+    with pytest.raises(UserError, match="none of the 1 clips to evaluate on can be read"):
+        held_out.measure(cfg, policy, prompter, records)
+    log = SimpleNamespace(counts=dict(asked=0, skipped=0), note=lambda key, text: print(text))
+    with contextlib.closing(QuestionsAhead(cfg, records, prompter, log, first_step=1)) as ahead:
+        assert ahead.take(1)[0] == [] and log.counts == dict(asked=1, skipped=1)
+    assert "".join(capsys.readouterr()).count(".mp4: not decoded within 0.001 s") == 3
 
 
 # --------------------------------------------------------------------------- signals and orphans
