@@ -130,24 +130,19 @@ def test_logits_that_are_not_finite_end_a_run_by_name(
 
 
 def test_unreadable_clips_are_skipped_counted_and_tried_again(world, tmp_path, eval_py):
-    rows = read_rows(world / "train.jsonl")[:3]
     (tmp_path / "clips").mkdir()
-    clips = [Path(r["video"]) for r in rows]
-    shutil.copy(world / clips[0], tmp_path / clips[0])
-    (tmp_path / clips[1]).write_bytes(b"no video")
-    (tmp_path / "q.json").write_text(json.dumps(rows))
-    out = tmp_path / "log.jsonl"
-    places = ("--benchmark", "mmvu", "--data", tmp_path / "q.json", "--video_root", tmp_path)
-    printed = eval_py(*run_flags(world, out, *places))
+    names = [row["video"] for row in read_rows(world / "train.jsonl")[:3]]
+    shutil.copy(world / names[0], tmp_path / names[0])
+    (tmp_path / names[1]).write_bytes(b"no video")
+    out, places = tmp_path / "log.jsonl", ("--video_root", tmp_path, "--limit", 3)
+    flags = run_flags(world, out, "--benchmark", "mmvu", *places)
+    printed = eval_py(*flags)
     assert "1 questions answered, 2 skipped" in printed
     assert "skipped question train-1: " in printed and "train_002.mp4: no such video" in printed
-    shutil.copy(world / clips[2], tmp_path / clips[2])
-    assert "1 questions answered, 1 skipped" in eval_py(*run_flags(world, out, *places))
+    shutil.copy(world / names[2], tmp_path / names[2])
+    assert "1 questions answered, 1 skipped" in eval_py(*flags)
     assert set(answers_of(out)) == {"train-0", "train-2"}
     assert {row["run"]["prompt"] for row in read_rows(out)} == {"video_r1"}
-    (tmp_path / "q.json").write_text(json.dumps(rows[1:2]))
-    printed = eval_py(*run_flags(world, tmp_path / "other.jsonl", *places))
-    assert "none of its 1 questions has a readable clip" in printed
 
 
 @pytest.mark.slow
@@ -155,13 +150,10 @@ def test_counting_trains_and_evaluates_with_qwen2_vl(world, policy, tmp_path, mo
     """DVD-counting's form, integer answers, --reward_funcs accuracy format, on a tiny Qwen2-VL: the
     right number earns its reward in training, and the log of the trained model can be scored."""
     as_family("qwen2_vl", policy).save(tmp_path / "qwen2_vl")
-    clips = sorted((world / "clips").glob("train_*.mp4"))[:4]
-    rows = [
-        dict(problem="How many?", solution=f"<answer> {k} </answer>", video_filename=str(clip))
-        for k, clip in enumerate(clips)
-    ]
-    data = tmp_path / "dvd.jsonl"
-    data.write_text("\n".join(json.dumps(r) for r in rows))
+    clip, data = str(world / "clips/train_000.mp4"), tmp_path / "dvd.jsonl"
+    row = dict(problem="How many?", video_filename=clip)
+    rows = [json.dumps(row | {"solution": f"<answer> {k} </answer>"}) for k in range(4)]
+    data.write_text("\n".join(rows))
     texts = iter(["<think>a</think><answer>0</answer>", "<answer>1</answer>"] * 999)
     monkeypatch.setattr("model.policy.Policy.decode", lambda self, completion: next(texts))
     flags = ["--model_name_or_path", tmp_path / "qwen2_vl", "--jsonl_path", data]
@@ -206,6 +198,7 @@ def test_ask_answers_on_the_terminal_and_score_prints_one_table(world, sample, e
         ("--max_prompt_length 60", "24 question(s) that cannot become a prompt"),
         ("--model /nowhere/at/all", "no such model directory"),
         ("--data /nowhere.json", "nowhere.json: cannot be read"),
+        ("--video_root /nowhere", "none of its 24 questions has a readable clip"),
         ("--out /nowhere/log.jsonl", "No such file or directory: '/nowhere/log.jsonl'"),
     ],
 )
