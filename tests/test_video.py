@@ -52,7 +52,6 @@ def test_positions_refuse_video_tokens_that_do_not_fit_the_grid(ids):
     [
         (128, 25.0, [0, 14, 28, 42, 56, 71, 85, 99, 113, 127]),  # a CLEVRER clip
         (90000, 25.0, [round(5999.933333333333 * k) for k in range(16)]),
-        (100, 29.97, [0, 20, 40, 59, 79, 99]),
         (8, 4.0, [0, 2, 5, 7]),
         (5, 5.0, [0, 1, 3, 4]),
         (3, 30.0, [0, 2]),
@@ -65,19 +64,12 @@ def test_frame_indices_by_number(total, rate, indices):
     assert frame_indices(total, rate) == indices
 
 
-SHAPES = {  # (height, width): resized
-    (320, 480): (308, 476),
-    (360, 640): (280, 504),
-    (1080, 1920): (280, 504),
-    (56, 56): (336, 336),
-    (28, 2800): (56, 3192),
-    # OFFICIAL: 28 / 1.01 rounded down to a multiple of 28 is 0.  OURS: at least 28.
-    (28, 5600): (28, 5516),
-}
-
-
 def test_resized_shape_keeps_the_pixel_budget():
-    assert {given: resized_shape(*given) for given in SHAPES} == SHAPES
+    assert resized_shape(320, 480) == (308, 476)
+    assert resized_shape(360, 640) == resized_shape(1080, 1920) == (280, 504)
+    assert resized_shape(56, 56) == (336, 336) and resized_shape(28, 2800) == (56, 3192)
+    # OFFICIAL: 28 / 1.01 rounded down to a multiple of 28 is 0.  OURS: at least 28.
+    assert resized_shape(28, 5600) == (28, 5516)
 
 
 def write_clip(path, frames_FHW3, codec="libx264", rate=30, seconds=(), options=None, turned=None):
