@@ -1,6 +1,7 @@
 """Answering benchmarks and single questions; scores and logs are in test_score.py."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -236,24 +237,21 @@ def test_shuffled_frames_keep_what_a_temporal_patch_shows(tmp_path):
 def test_held_out_questions_are_asked_with_other_and_with_shuffled_clips_as_controls(
     world, policy, prompter, records, monkeypatch
 ):
-    asked, shown, call = records[:5], {}, Prompter.__call__
-    own = [prompter(r).patches for r in asked]
+    own, shown, seeds = [str(r.video) for r in records[:5]], [], []
 
-    def spy(self, record, clip_of):
-        question = call(self, record, clip_of)
-        shown[record.id] = question.patches
-        return question
+    def load(path, *settings):
+        shown.append(path)
+        return video.load_clip(path, *settings)
 
-    monkeypatch.setattr(Prompter, "__call__", spy)
+    monkeypatch.setattr(held_out, "shuffled", lambda prompter, seed: seeds.append(seed) or prompter)
+    prompter = dataclasses.replace(prompter, load_clip=load)
     cfg = Config(str(world / "model"), "-", max_completion_length=4, num_generations=2)
     for variant in ("sampled", "wrong video", "shuffled frames"):
-        held_out.evaluate(cfg, policy, prompter, asked, variant, batch_size=2)
-        # Two temporal patches, of 16 rows each, can only swap.
-        shift = 16 if variant == "shuffled frames" else 0
-        seen = [shown[r.id].roll(shift, 0) for r in asked]
-        clips = [next(k for k in range(5) if torch.equal(own[k], patches)) for patches in seen]
-        assert sorted(clips) == [0, 1, 2, 3, 4]
-        assert all((clip == k) == (variant != "wrong video") for k, clip in enumerate(clips))
+        shown.clear()
+        held_out.evaluate(cfg, policy, prompter, records[:5], variant, batch_size=2)
+        others = [a != b for a, b in zip(own, shown, strict=True)]
+        assert sorted(shown) == sorted(own) and set(others) == {variant == "wrong video"}
+    assert seeds == [cfg.seed]
 
 
 def test_without_an_evaluation_at_the_start_only_the_end_is_shown(tmp_path, capsys):

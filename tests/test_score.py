@@ -72,15 +72,16 @@ def test_odd_rows_are_counted_and_shown(tmp_path):
     answers = ["A", "A, B", "B,", "CD", "c", "A/B", "", "D, <b>x</b>"]
     rows = [row(tagged(a), key=k, accuracy_score=float(k < 1)) for k, a in enumerate(answers)]
     rows += [row(tagged("4 balls"), "3", 20), row(tagged("3.0"), "3", 21, accuracy_score=0.5)]
+    rows.append(row(tagged("a red ball"), "a blue ball", 22))
     log = log_of(tmp_path, [*rows, rows[3], '{"torn', 5, {"model_output": "A"}])
-    assert [a.soft for a in log.answers] == [1, *[0] * 8, 1] and len(log.errors) == 3
+    assert [a.soft for a in log.answers] == [1, *[0] * 8, 1, 0] and len(log.errors) == 3
     unfit = ["CD", "c", "A/B", "", "D, <b>x</b>", "4 balls"]
     assert [a.text for a in log.answers if not a.fits] == unfit
     shown = score.table([log])
     for note in (
         "answers that fit no rule: 6 ('CD'; 'c'; ",
-        "duplicate rows, counted once: 1 (line 11)\n",
-        "bad rows, not counted: 3 (line 12: ",
+        "duplicate rows, counted once: 1 (line 12)\n",
+        "bad rows, not counted: 3 (line 13: ",
         "rows whose logged accuracy_score differs: 1",
     ):
         assert f"- {note}" in shown
