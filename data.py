@@ -162,10 +162,7 @@ class Prompter:
     chat_template: str
     geometry: video.Geometry
     question_type: str = "mixed"
-    fps: float = video.FPS
-    max_frames: int = video.MAX_FRAMES
-    min_pixels: int = video.MIN_PIXELS
-    max_pixels: int = video.MAX_PIXELS
+    clips: video.ClipSettings = video.DEFAULTS
     style: str = "think"  # one of STYLES
     seconds_per_patch: float | None = None  # told to the model; None: the true spacing
     repeat_frames: int = 0  # show exactly this many, repeating sampled ones; 0: as sampled
@@ -198,42 +195,34 @@ class Prompter:
             raise UserError(f"the chat template shows {prompt.count(VIDEO_TOKEN)} videos, not one")
         timed = with_times(prompt, times) if times else prompt
         ids = self.tokenizer(timed, add_special_tokens=False)["input_ids"]
-        if len(ids) > self.max_prompt_length:
-            raise UserError(self._too_long(len(ids)))
+        self._check_length(len(ids))
         return prompt, ids
 
-    def _too_long(self, tokens: int) -> str:
-        limit = f"--max_prompt_length and the model allow {self.max_prompt_length:,}"
-        return f"its prompt has {tokens:,} tokens; {limit}"
+    def _check_length(self, tokens: int) -> None:
+        if tokens > self.max_prompt_length:
+            limit = f"--max_prompt_length and the model allow {self.max_prompt_length:,}"
+            raise UserError(f"its prompt has {tokens:,} tokens; {limit}")
 
     def __call__(self, record: Record, clip_of: Record | None = None) -> Question:
         """The question of `record` about its own clip (or, as a control, that of `clip_of`).
 
         Raises video.VideoError if the clip cannot be used or gives too many tokens.
         """
-        return self.question(record, self.load_clip(*self.clip_arguments(clip_of or record)))
-
-    def clip_arguments(self, record: Record) -> tuple:
-        """The arguments for load_clip, here or in another process."""
-        pixels = (self.min_pixels, self.max_pixels)
-        return (str(record.video), self.fps, self.max_frames, *pixels, self.geometry.factor)
-
-    def question(self, record: Record, clip: video.Clip) -> Question:
-        """The question of `record` about a clip that is already decoded and resized."""
+        path = str((clip_of or record).video)
+        clip = self.load_clip(path, self.clips, self.geometry.factor)
         if self.repeat_frames:
             clip = video.repeat_frames(clip, self.repeat_frames)
         patches, grid = video.patchify(clip.frames, self.geometry)
         times = patch_times(clip, self.geometry) if self.geometry.timestamps else ()
+        video_id = self.tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
+        tokens = len(patches) // self.geometry.merge_size**2
         try:
             prompt, ids = self.tokenize(record, times)
-        except UserError as error:  # it passed `check_prompts`, so the clip has too many timestamps
+            ids_P, per_placeholder = torch.tensor(ids), tokens // ids.count(video_id)
+            ids_P = ids_P.repeat_interleave(torch.where(ids_P == video_id, per_placeholder, 1))
+            self._check_length(len(ids_P))
+        except UserError as error:  # it passed `check_prompts`, so the clip gives too many tokens
             raise video.VideoError(f"{record.video}: {error}") from None
-        video_id = self.tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
-        ids_P, tokens = torch.tensor(ids), len(patches) // self.geometry.merge_size**2
-        per_placeholder = tokens // ids.count(video_id)
-        ids_P = ids_P.repeat_interleave(torch.where(ids_P == video_id, per_placeholder, 1))
-        if len(ids_P) > self.max_prompt_length:
-            raise video.VideoError(f"{record.video}: {self._too_long(len(ids_P))}")
         told = self.seconds_per_patch
         told = clip.seconds * self.geometry.temporal_patch_size if told is None else told
         positions = video.mrope_positions(ids_P, video_id, grid, told, self.geometry)

@@ -41,6 +41,7 @@ from kernels import reference
 from model.packing import Group
 from model.policy import Policy
 from records import Record, load_records
+from video import ClipSettings
 
 # All settings that differ from the recipe for a 7B model (the defaults of Config).
 BOTH = dict(
@@ -328,8 +329,8 @@ def prepare(
     records = load_records(write_clips(unfinished, seed, kind, train, test)[0], unfinished)
     tokenizer = toy_tokenizer(records, seed, kind)
     policy = Policy(build_model(tokenizer, seed=seed), tokenizer, CHAT_TEMPLATE)
-    clip = {name: kind.defaults[name] for name in CLIP}
-    prompter = Prompter(tokenizer, CHAT_TEMPLATE, policy.geometry, **clip)
+    clips = ClipSettings(**{name: kind.defaults[name] for name in CLIP})
+    prompter = Prompter(tokenizer, CHAT_TEMPLATE, policy.geometry, clips=clips)
     steps = kind.steps if steps is None else steps
     warm_start(policy, [prompter(r) for r in records], seed, steps, kind)
     policy.save(unfinished / "model")

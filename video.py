@@ -26,9 +26,7 @@ from torch import Tensor
 
 from files import UserError
 
-FPS = 2.0  # frames sampled per second of video
-MIN_FRAMES, MAX_FRAMES = 4, 16
-MIN_PIXELS, MAX_PIXELS = 128 * 28 * 28, 196 * 28 * 28  # per frame, after resizing
+MIN_FRAMES = 4
 MAX_ASPECT = 200
 MAX_FRAME_PIXELS = 4096 * 4096  # before resizing; 16 such frames take 0.8 GB
 # FFmpeg's names of the formats that hold clips. Not playlists: FFmpeg would open any file or URL
@@ -41,6 +39,19 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 class VideoError(UserError):
     """A clip cannot be used; the message says why. `read_clip` adds the file name."""
+
+
+@dataclass(frozen=True)
+class ClipSettings:
+    """How many frames of a clip are shown, and how large. The defaults are the official ones."""
+
+    fps: float = 2.0  # frames sampled per second of video
+    max_frames: int = 16
+    min_pixels: int = 128 * 28 * 28  # per frame, after resizing
+    max_pixels: int = 196 * 28 * 28
+
+
+DEFAULTS = ClipSettings()
 
 
 @dataclass
@@ -69,22 +80,20 @@ class Geometry:
         return self.patch_size * self.merge_size
 
 
-def frame_indices(
-    total: int, rate: float, fps: float = FPS, max_frames: int = MAX_FRAMES
-) -> list[int]:
+def frame_indices(total: int, rate: float, settings: ClipSettings = DEFAULTS) -> list[int]:
     """Eq. 27: which of `total` frames at `rate` per second to show: an even number, evenly spaced,
     about `fps` per second.
 
     At least 4 (or all) and at most `max_frames`, always including the first and last frame.
     """
-    count = min(max(total / rate * fps, MIN_FRAMES), max_frames, total)
+    count = min(max(total / rate * settings.fps, MIN_FRAMES), settings.max_frames, total)
     count = int(count // 2) * 2
     if count < 2:
         raise VideoError(f"has {total} frame(s); at least 2 are needed")
     return torch.linspace(0, total - 1, count).round().long().tolist()
 
 
-def read_clip(path: str | os.PathLike, fps: float = FPS, max_frames: int = MAX_FRAMES) -> Clip:
+def read_clip(path: str | os.PathLike, settings: ClipSettings = DEFAULTS) -> Clip:
     """Samples frames from a video file, upright, with the seconds between them. Raises VideoError
     naming the file and the reason.
 
@@ -103,7 +112,7 @@ def read_clip(path: str | os.PathLike, fps: float = FPS, max_frames: int = MAX_F
             can_jump = container.format.name.startswith(("mov", "matroska"))  # both have an index
         packets.sort(key=lambda packet: (packet[0] is not None, packet[0]))  # in display order
         pts = [time for time, _ in packets]
-        indices, seconds, times = choose_frames(np.array(pts, float) * unit, rate, fps, max_frames)
+        indices, seconds, times = choose_frames(np.array(pts, float) * unit, rate, settings)
         keyframes = [k for k, (_, is_keyframe) in enumerate(packets) if is_keyframe and can_jump]
         return Clip(_decode(path, indices, pts, keyframes), seconds, times)
     except VideoError as error:
@@ -135,7 +144,7 @@ def repeat_frames(clip: Clip, count: int) -> Clip:
 
 
 def choose_frames(
-    times: np.ndarray, rate: float, fps: float, max_frames: int
+    times: np.ndarray, rate: float, settings: ClipSettings
 ) -> tuple[list[int], float, list[float]]:
     """Which frames to show, the seconds between them, and when each is shown, given the time of
     every frame in seconds.
@@ -148,12 +157,12 @@ def choose_frames(
     total, elapsed = len(times), times - times[:1]
     increasing = total > 1 and np.isfinite(times).all() and (np.diff(times) > 0).all()
     if rate > 0 and not (increasing and abs(elapsed - np.arange(total) / rate).max() > 1 / rate):
-        indices = frame_indices(total, rate, fps, max_frames)
+        indices = frame_indices(total, rate, settings)
         seconds = (indices[-1] - indices[0]) / (len(indices) - 1) / rate
         return indices, seconds, [k / rate for k in indices]
     if not increasing:
         raise VideoError("has neither a frame rate nor frame times")
-    count = len(frame_indices(total, (total - 1) / elapsed[-1], fps, max_frames))
+    count = len(frame_indices(total, (total - 1) / elapsed[-1], settings))
     shown = np.linspace(0, elapsed[-1], count)
     indices = (np.searchsorted(elapsed, shown, "right") - 1).tolist()
     return indices, elapsed[-1] / (count - 1), shown.tolist()
@@ -209,14 +218,11 @@ def _decode(path: str, indices: list[int], pts: list[int | None], keyframes: lis
 
 
 def resized_shape(
-    height: int,
-    width: int,
-    min_pixels: int = MIN_PIXELS,
-    max_pixels: int = MAX_PIXELS,
-    factor: int = 28,
+    height: int, width: int, settings: ClipSettings = DEFAULTS, factor: int = 28
 ) -> tuple[int, int]:
     """Eq. 28: (height, width) in multiples of `factor` with about the same aspect ratio, covering
     min_pixels to max_pixels unless the aspect ratio is too extreme for that."""
+    min_pixels, max_pixels = settings.min_pixels, settings.max_pixels
     h, w = (max(factor, round(side / factor) * factor) for side in (height, width))
     if h * w > max_pixels:
         scale = math.sqrt(height * width / max_pixels)
@@ -233,17 +239,10 @@ def resize(frames_F3HW: Tensor, height: int, width: int) -> Tensor:
     return frames.round().clamp(0, 255)
 
 
-def load_clip(
-    path: str | os.PathLike,
-    fps: float = FPS,
-    max_frames: int = MAX_FRAMES,
-    min_pixels: int = MIN_PIXELS,
-    max_pixels: int = MAX_PIXELS,
-    factor: int = 28,
-) -> Clip:
+def load_clip(path: str | os.PathLike, settings: ClipSettings = DEFAULTS, factor: int = 28) -> Clip:
     """Sampled and resized frames of a file, as uint8: what a worker process sends back."""
-    clip = read_clip(path, fps, max_frames)
-    shape = resized_shape(*clip.frames.shape[-2:], min_pixels, max_pixels, factor)
+    clip = read_clip(path, settings)
+    shape = resized_shape(*clip.frames.shape[-2:], settings, factor)
     # One frame at a time, because whole clips in float32 take gigabytes.
     frames = [resize(frame_3HW[None], *shape).to(torch.uint8) for frame_3HW in clip.frames]
     return Clip(torch.cat(frames), clip.seconds, clip.times)

@@ -52,9 +52,9 @@ def build(size: str, prompt: int, device: str) -> tuple[Policy, Callable[[], Que
     optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=1e-9, fused=True)
     side = 28 * max(2, round(((prompt - 90) / 5) ** 0.5))  # 10 frames: 5 temporal patches
     clip = Clip(torch.randint(255, (10, 3, side, side), dtype=torch.uint8), seconds=0.5)
-    prompter = Prompter(tokenizer, toy.CHAT_TEMPLATE, policy.geometry)
+    prompter = Prompter(tokenizer, toy.CHAT_TEMPLATE, policy.geometry, load_clip=lambda *_: clip)
     record = Record("1", "What?", "<answer>A</answer>", Path("random frames"))
-    return policy, lambda: prompter.question(record, clip), optimizer
+    return policy, lambda: prompter(record), optimizer
 
 
 def ours(cfg: Config, policy: Policy, question: Question) -> Tensor:

@@ -21,6 +21,7 @@ from data import Prompter, Question
 from model.packing import Group
 from model.policy import Policy
 from records import Record, load_records
+from video import ClipSettings
 
 QUESTION = 170  # of the training questions
 SEED = (42, 0, 0, 1)  # as (seed, step, slot, 1) in training, whose steps start at 1
@@ -30,7 +31,8 @@ OUT = PROJECT / "docs"
 def load(run: Path) -> tuple[Policy, Prompter, list[Record]]:
     """A toy run's model before training, its prompter and its questions."""
     policy = Policy.load(run / "toy" / "model")
-    prompter = Prompter(policy.tokenizer, policy.chat_template, policy.geometry, **toy.CLIP)
+    clips = ClipSettings(**toy.CLIP)
+    prompter = Prompter(policy.tokenizer, policy.chat_template, policy.geometry, clips=clips)
     return policy, prompter, load_records(run / "toy" / "train.jsonl", run / "toy")
 
 
@@ -57,8 +59,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="a run of the toy")
     policy, prompter, records = load(parser.parse_args().run)
     record = records[QUESTION]
-    clip = prompter.load_clip(*prompter.clip_arguments(record))
-    question = prompter.question(record, clip)
+    question, clip = prompter(record), prompter.load_clip(record.video, prompter.clips)
     group, hidden_ND = sample(policy, question, 4, SEED)
     picture(clip.frames.numpy()).save(OUT / "walkthrough.png")
     np.savez_compressed(  # letters as in kernels/reference.py, P prompt tokens, F frames

@@ -79,10 +79,10 @@ class Data:
 @dataclass
 class Clips:
     _argument_group_name = "clips"
-    fps: float = flag(video.FPS, "frames sampled per second")
-    max_frames: int = flag(video.MAX_FRAMES, "maximum number of frames")
-    min_pixels: int = flag(video.MIN_PIXELS, "minimum pixels per frame after resizing")
-    max_pixels: int = flag(video.MAX_PIXELS, "maximum pixels per frame after resizing")
+    fps: float = flag(video.DEFAULTS.fps, "frames sampled per second")
+    max_frames: int = flag(video.DEFAULTS.max_frames, "maximum number of frames")
+    min_pixels: int = flag(video.DEFAULTS.min_pixels, "minimum pixels per frame after resizing")
+    max_pixels: int = flag(video.DEFAULTS.max_pixels, "maximum pixels per frame after resizing")
     max_prompt_length: int = flag(
         MAX_PROMPT_LENGTH, "maximum prompt tokens including video; longer ones are skipped"
     )

@@ -12,6 +12,7 @@ from model.policy import Policy
 from run import checkpoint
 from run.config import Config, make_output_dir, make_toy
 from run.log import phase
+from video import ClipSettings
 
 
 def prepare(cfg: Config) -> tuple[Config, Path, tuple[Path, dict] | None]:
@@ -59,10 +60,7 @@ def make_prompter(cfg: Config, policy: Policy, **options) -> Prompter:
         policy.chat_template,
         policy.geometry,
         cfg.question_type,
-        cfg.fps,
-        cfg.max_frames,
-        cfg.min_pixels,
-        cfg.max_pixels,
+        ClipSettings(cfg.fps, cfg.max_frames, cfg.min_pixels, cfg.max_pixels),
         max_prompt_length=policy.longest_prompt(cfg.max_prompt_length),
         **options,
     )

@@ -9,11 +9,14 @@ import importlib.util
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from hypothesis import strategies as st
 
 
 def has_gpu() -> bool:
@@ -129,8 +132,10 @@ def policy(world):
 def prompter(policy):
     import toy
     from data import Prompter
+    from video import ClipSettings
 
-    return Prompter(policy.tokenizer, policy.chat_template, policy.geometry, **toy.CLIP)
+    clips = ClipSettings(**toy.CLIP)
+    return Prompter(policy.tokenizer, policy.chat_template, policy.geometry, clips=clips)
 
 
 @pytest.fixture
@@ -157,6 +162,23 @@ def twgrpo_command(world: Path, out: Path, *flags: str) -> list[str]:
 def run_twgrpo(world: Path, out: Path, *flags: str) -> subprocess.CompletedProcess:
     command = twgrpo_command(world, out, *flags)
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+def json_values(names: list[str], texts: list[str]) -> st.SearchStrategy:
+    """Any JSON, with keys and some of the strings taken from these."""
+    scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+    return st.recursive(
+        scalars | st.sampled_from(texts),
+        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(names), inner),
+        max_leaves=4,
+    )
 
 
 def random_completions(policy, lengths: list[int], seed: int = 0) -> list:

@@ -2,14 +2,12 @@
 
 import json
 import os
-import sys
 
 import pytest
-from conftest import twgrpo_command
+from conftest import json_values, twgrpo_command
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import toy
 from data import STYLES, question_text, select_records, step_records
 from files import UserError
 from records import MAX_TEXT, Record, join_video, load_records, option_letters, option_texts
@@ -33,19 +31,17 @@ def write(tmp_path, text, name="q.json"):
 
 
 def test_json_list_and_jsonl_are_read_alike(tmp_path):
-    """Neither a byte order mark nor half a character in a field nobody reads is a fault."""
-    rows = [ROW, {**ROW, "id": "x7", "note": "\ud800"}]
+    """Neither a byte order mark nor half a character in a field nobody reads is a fault; NaN is
+    null, as it comes back from a log."""
+    rows = [ROW, {**ROW, "id": "x7", "note": "\ud800", "score": float("nan")}]
     listed = load_records(write(tmp_path, "\ufeff" + json.dumps(rows)), "root")
     text = "\n".join(map(json.dumps, rows)) + "\n\n"
     lines = load_records(write(tmp_path, text, "q.jsonl"), "root")
     assert [r.id for r in listed] == ["row 1", "x7"] and [r.id for r in lines] == ["line 1", "x7"]
     assert str(listed[0].video) == "root/clips/1.mp4"
-    assert listed[1] == lines[1]
+    assert listed[1] == lines[1] and listed[1].row == lines[1].row == rows[1] | {"score": None}
     convert.main(["qai", str(tmp_path / "q.json"), str(tmp_path / "again.json"), "--p", "0"])
     assert load_records(tmp_path / "again.json")[1].row["note"] == "\ud800"
-
-
-SEVERAL = [json.dumps(ROW), "{broken", json.dumps({**ROW, "solution": "E"}), json.dumps(ROW)[:-3]]
 
 
 @pytest.mark.parametrize(
@@ -53,22 +49,20 @@ SEVERAL = [json.dumps(ROW), "{broken", json.dumps({**ROW, "solution": "E"}), jso
     [
         (b"", "contains no records"),
         (b"[]", "contains no records"),
-        (b"[1, 2", "is not valid JSON"),
         (b"[" * 100_000, "is not valid JSON"),
         (b'[{"a": 1},\n{"b": 2},\n}]', "line 3 column 1"),
-        (b'{"a": 1}\n{"b": 2,}', r"line 2: is not valid JSON \(.*: column 9 "),
         (b'{"problem": ' + b"9" * 5000 + b"}", "line 1: is not valid JSON"),
-        (b"\x00", "line 1: is not valid JSON"),
         (b'["\xff\xfe"]', "cannot be read .*utf-8"),
-        (None, "cannot be read"),  # a directory
-        ("\n".join(SEVERAL).encode(), "3 bad row.*line 2: .*line 3: .*line 4: "),
+        (b'{"a": 1}\n{"b": 2,}\n{}\n\x00', r"4 bad .*line 2: .*: column 9 .*line 3: .*line 4: "),
+        (b"{}\n" * 12, "line 10: .*... and 2 more"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named(data, sentence, tmp_path):
-    path = tmp_path / "q.json"
-    path.write_bytes(data) if data is not None else path.mkdir()
+    (tmp_path / "q.json").write_bytes(data)
     with pytest.raises(UserError, match=f"(?s)q.json: .*{sentence}"):
-        load_records(path)
+        load_records(tmp_path / "q.json")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_records(tmp_path)
 
 
 LETTERED = dict(problem="Why?", options=["A. x", "B. y"], solution="<answer>B</answer>")
@@ -82,33 +76,30 @@ FORMATS = {
     ),
     "dvd": dict(problem="How many?", solution="<answer> 3 </answer>", video_filename="./1.mp4"),
 }
-READ_AS = {  # problem, options, solution, kind; the other formats all hold the same question
-    "clevrer": ("Why?\nA. x\nB. y", (), "<answer>A,B</answer>", "multiple choice"),
-    "dvd": ("How many?", (), "<answer> 3 </answer>", "numerical"),
-}
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_every_format_is_told_by_its_keys(name, tmp_path):
-    (record,) = load_records(write(tmp_path, json.dumps([FORMATS[name]])), "root")
-    common = ("Why?", ("A. x", "B. y"), "<answer>B</answer>", "multiple choice")
-    found = (record.problem, record.options, record.solution, record.kind)
-    assert found == READ_AS.get(name, common)
-    assert str(record.video) == "root/1.mp4" and record.row == FORMATS[name]
+def test_every_format_is_told_by_its_keys(tmp_path):
+    clevrer, *same, dvd = load_records(write(tmp_path, json.dumps([*FORMATS.values()])), "root")
+    for record, row in zip((clevrer, *same, dvd), FORMATS.values(), strict=True):
+        assert str(record.video) == "root/1.mp4" and record.row == row
+    for record in same:
+        assert (record.problem, record.options) == ("Why?", ("A. x", "B. y"))
+        assert (record.solution, record.kind) == ("<answer>B</answer>", "multiple choice")
+    assert (clevrer.problem, clevrer.options) == ("Why?\nA. x\nB. y", ())
+    assert (clevrer.solution, dvd.solution) == ("<answer>A,B</answer>", "<answer> 3 </answer>")
+    answers = {"<answer>A,C</answer>": "multiple choice", "AC": "free-form", " 3 ": "numerical"}
+    rows = [FORMATS["dvd"] | {"solution": answer} for answer in answers]
+    told = load_records(write(tmp_path, json.dumps(rows)))
+    assert [record.kind for record in told] == list(answers.values())
 
 
 def test_letters_of_options_count_only_if_they_run_a_b_c():
-    lines = {"A x\nB y\nC z": "ABC", "(A) x\n(B) y": "AB", "A man.\nWhy?": "", "B. y\nA. x": ""}
-    assert {line: option_letters(f"Why?\n{line}") for line in lines} == {
-        line: set(letters) for line, letters in lines.items()
-    }
-    for options, texts in (
-        (["A) x"], ["x"]),
-        (["A. 1.5", "B. 2."], ["1.5", "2."]),
-        (["B. x", "A. y"], ["B. x", "A. y"]),
-        (["A man", "B"], ["A man", "B"]),
-    ):
-        assert option_texts(options) == texts
+    assert option_letters("Why?\nA x\nB y\nC z") == {"A", "B", "C"}
+    assert option_letters("Why?\n(A) x\n(B) y") == {"A", "B"}
+    assert option_letters("A man.\nWhy?") == option_letters("Why?\nB. y\nA. x") == set()
+    assert option_texts(["A) x"]) == ["x"] and option_texts(["A. 1.5", "B. 2."]) == ["1.5", "2."]
+    for options in (["B. x", "A. y"], ["A man", "B"]):
+        assert option_texts(options) == options
 
 
 @pytest.mark.parametrize(
@@ -128,8 +119,6 @@ def test_letters_of_options_count_only_if_they_run_a_b_c():
         ({"problem_type": ["x"]}, "problem_type 'list'"),
         ({"data_type": "image"}, "about a 'image'; only videos"),
         ({"solution": "E" * 10_000}, "matches no option"),
-        ({"video": "../secret.mp4"}, "leaves --video_root"),
-        ({"video": "a/../../secret.mp4"}, "leaves --video_root"),
         ({"video": "a\0b.mp4"}, "embedded null"),
         ({"video": "../" + "x" * 5000}, "leaves --video_root"),
         ({"video": "./"}, "names no file"),
@@ -151,7 +140,7 @@ def test_a_path_stays_below_the_root(tmp_path):
     (root / "out").symlink_to(tmp_path)
     (root / "file.mp4").symlink_to("/etc/hostname")
     assert join_video(root, "within/1.mp4") == root / "within/1.mp4"
-    for name in ("out/1.mp4", "file.mp4", "within/../out/x.mp4", "/./../x.mp4"):
+    for name in ("out/1.mp4", "file.mp4", "within/../out/x.mp4", "/./../x.mp4", "a/../../x.mp4"):
         with pytest.raises(ValueError, match="leaves --video_root by .* a symbolic link"):
             join_video(root, name)
     (tmp_path / "alias").symlink_to(root)  # the root itself may be a link
@@ -170,12 +159,7 @@ KEYS = (
     "questions"
 ).split()
 TEXTS = ["A. x", "(B) y", "<answer>A</answer>", "/a.mp4", "../b", "multiple choice"]
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
-JSON = st.recursive(
-    SCALARS | st.sampled_from(TEXTS),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(KEYS), inner),
-    max_leaves=4,
-)
+JSON = json_values(KEYS, TEXTS)
 GOOD = st.sampled_from(list(FORMATS.values()))
 NOISE = st.sampled_from([b""] * 12 + [b"\xff", b"{", b"\x00", b"]"])
 MUTATED = st.builds(lambda row, key, value: {**row, key: value}, GOOD, st.sampled_from(KEYS), JSON)
@@ -201,47 +185,34 @@ def test_any_file_gives_records_or_a_user_error(rows, as_list, noise, tmp_path):
 # -------------------------------------------------------------------------- python -m tools.check
 
 
-def call(tool, monkeypatch, *arguments):
+def call(tool, *arguments):
     """What `python -m tools.NAME ARGUMENTS` exits with: a status, or a sentence for status 1."""
-    monkeypatch.setattr(sys, "argv", ["tool", *map(str, arguments)])
     with pytest.raises(SystemExit) as caught:
-        tool.main()
+        tool.main([str(argument) for argument in arguments])
     return caught.value.code
 
 
-def test_check_names_every_fault(world, tmp_path, monkeypatch, capsys):
+def test_check_names_every_fault(world, tmp_path, capsys):
     """And a clean file has none. A file without records is one."""
-    assert call(check, monkeypatch, write(tmp_path, "[]", "none.json")) == 1
-    flags = ("--video_root", world, "--decode")
-    assert call(check, monkeypatch, world / "test.jsonl", *flags) == 0
+    assert call(check, write(tmp_path, "[]", "none.json")) == 1
+    assert call(check, world / "test.jsonl", "--video_root", world, "--decode") == 0
     out = capsys.readouterr().out
     assert "8 records, 0 bad row(s)" in out and "clips: 8, decoded; 0" in out
     (tmp_path / "clips").symlink_to(world / "clips")
-    clip = world / "clips" / "train_000.mp4"
-    for name, made in (("text", b"no video" * 99), ("empty", b""), ("ok", clip.read_bytes())):
-        (tmp_path / f"{name}.mp4").write_bytes(made)
-    toy.write_mp4(tmp_path / "short.mp4", toy.np.zeros((1, 56, 56, 3), toy.np.uint8), 4)
-    names = "ok.mp4 ./ok.mp4 text.mp4 empty.mp4 gone.mp4 short.mp4 ../x.mp4 clips/train_000.mp4"
-    rows = [{**ROW, "video": name} for name in names.split()]
-    rows.append({**ROW, "solution": "E", "video": "ok.mp4"})
-    rows.append({**ROW, "data_source": ESCAPES, "video": f"{ESCAPES}.mp4"})
-    rows.append({**ROW, "data_source": "\ud800", "id": ESCAPES, "solution": ESCAPES})
+    (tmp_path / "ok.mp4").write_bytes((world / "clips/train_000.mp4").read_bytes())
+    (tmp_path / "text.mp4").write_bytes(b"no video" * 99)
+    names = ("ok.mp4", "./ok.mp4", "text.mp4", "gone.mp4", "../x.mp4", "clips/a.mp4", ESCAPES)
+    rows = [{**ROW, "video": name} for name in names]
+    rows.append({**ROW, "id": "\ud800", "solution": ESCAPES, "video": "ok.mp4"})
     path = write(tmp_path, json.dumps(rows))
-    assert call(check, monkeypatch, path, "--video_root", tmp_path, "--decode") == 1
+    assert call(check, path, "--video_root", tmp_path, "--decode") == 1
     out = capsys.readouterr().out
-    for fault in (
-        "text.mp4: cannot be decoded",
-        "empty.mp4: no such video file, or an empty one",
-        "gone.mp4: no such video file",
-        "short.mp4: has 1 frame(s); at least 2 are needed",
-        "row 7: has the video path '../x.mp4'",
-        "row 8: has the video path",
-        "row 9: the answer 'E' matches no option",
-        "owned",
-        "7 records, 4 bad row(s)",
-    ):
-        assert fault in out, fault
-    assert is_printable(out)
+    assert "5 records, 3 bad row(s)" in out and "clips: 4, decoded; 3 with a fault" in out
+    assert "text.mp4: cannot be decoded" in out
+    assert "gone.mp4: no such video file, or an empty one" in out
+    assert "row 5: has the video path '../x.mp4'" in out and "row 6: has the video path" in out
+    assert "row 8: the answer '\\x1b]0;owned" in out
+    assert " ]0;owned" in out and is_printable(out)
 
 
 @pytest.mark.parametrize(
@@ -256,12 +227,10 @@ def test_check_names_every_fault(world, tmp_path, monkeypatch, capsys):
         (check, "{}/no.json", "no.json: cannot be read"),
     ],
 )
-def test_errors_on_the_command_line_say_why_and_write_nothing(
-    tool, arguments, sentence, tmp_path, monkeypatch
-):
+def test_errors_on_the_command_line_say_why_and_write_nothing(tool, arguments, sentence, tmp_path):
     write(tmp_path, json.dumps([ROW]))
     write(tmp_path, json.dumps([ROW, 5]), "bad.json")
-    said = call(tool, monkeypatch, *(a.format(tmp_path) for a in arguments.split()))
+    said = call(tool, *(a.format(tmp_path) for a in arguments.split()))
     assert said.startswith("error: ") and sentence in said
     assert not (tmp_path / "out.json").exists()
 
@@ -276,11 +245,8 @@ def test_select_records_by_number_of_answers_and_count():
     assert [r.id for r in select_records(records, "multiple", 9, 0)] == ["1", "3"]
     assert select_records(records, "mixed", 9, 0) == records
     # OFFICIAL: always shuffled by 42.  OURS: by --seed, and the same for the same.
-    chosen, again = (
-        [[r.id for r in select_records(records, "mixed", 2, seed)] for seed in range(5)]
-        for _ in range(2)
-    )
-    assert chosen == again and len(set(map(tuple, chosen))) > 1 and len(chosen[0]) == 2
+    chosen = [tuple(r.id for r in select_records(records, "mixed", 2, k // 2)) for k in range(10)]
+    assert chosen[::2] == chosen[1::2] and len(set(chosen)) > 1 and len(chosen[0]) == 2
     with pytest.raises(UserError, match="--question_type multiple"):
         select_records(records[:1], "multiple", 9, 0)
 
@@ -288,28 +254,17 @@ def test_select_records_by_number_of_answers_and_count():
 def test_each_epoch_shows_every_record_once_in_a_fresh_order():
     records = records_of(*"ABCDE")
     shown = [r.id for step in range(10) for r in step_records(records, step, 2, seed=1)]
-    epochs = [tuple(shown[k : k + 5]) for k in range(0, 20, 5)]
-    assert all(sorted(epoch) == list("01234") for epoch in epochs)
-    assert len(set(epochs)) > 1
+    epochs = ["".join(shown[k : k + 5]) for k in range(0, 20, 5)]
+    assert {"".join(sorted(epoch)) for epoch in epochs} == {"01234"} and len(set(epochs)) > 1
     assert step_records(records, 7, 2, seed=1) == step_records(records, 7, 2, seed=1)
 
 
 def test_a_dry_run_and_notes_print_no_control_characters(world, tmp_path, capfd):
-    rows = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()[:3]]
-    rows = [{**row, "id": ESCAPES, "problem": ESCAPES + row["problem"]} for row in rows]
-    rows[0]["video"] = f"clips/{ESCAPES}.mp4"
-    path = write(tmp_path, json.dumps(rows))
-    cfg = parse_config(twgrpo_command(world, tmp_path / "out", "--jsonl_path", str(path))[2:])
+    clips = ("clips/train_000.mp4", f"clips/{ESCAPES}.mp4")
+    rows = [ROW | {"id": ESCAPES, "problem": f"{ESCAPES}\nA. x\nB. y", "video": v} for v in clips]
+    path = str(write(tmp_path, json.dumps(rows)))
+    cfg = parse_config(twgrpo_command(world, tmp_path / "out", "--jsonl_path", path)[2:])
     plan.show(cfg)
-    (tmp_path / "log").mkdir()
-    RunLog(cfg, tmp_path / "log").note("key", f"skipped question {ESCAPES}")
+    RunLog(cfg, tmp_path).note("key", f"skipped question {ESCAPES}")
     out, err = capfd.readouterr()
     assert "would be skipped" in out and "skipped question" in err and is_printable(out + err)
-
-
-@pytest.mark.parametrize("text", ["[%s]", "%s\n"])
-def test_nan_is_null_in_a_list_and_in_lines(text, tmp_path):
-    """As it comes back from a log, whose rows are compared with the file's when it is resumed."""
-    row = '{"problem": "?", "solution": "A", "video": "v.mp4", "score": NaN}'
-    (tmp_path / "q").write_text(text % row)
-    assert load_records(tmp_path / "q")[0].row["score"] is None

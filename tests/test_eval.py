@@ -1,29 +1,29 @@
 """Answering benchmarks and single questions; scores and logs are in test_score.py."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import PROJECT, twgrpo_command
+from conftest import PROJECT, twgrpo_command, wait_until
 from test_policy import as_family
 
 import eval as evaluation
 import twgrpo
+import video
 from data import STYLES, Prompter
 from files import UserError
 from model.policy import Policy
 from model.rollout import sample as sample_tokens
-from run import answers, decoder, held_out
+from run import answers, held_out
 from run.config import Config
 from tools import score
 from video import Clip, Geometry
@@ -31,19 +31,13 @@ from video import Clip, Geometry
 SMALL = "--max_frames 4 --min_pixels 3136 --max_pixels 3136 --max_completion_length 20".split()
 
 
-@pytest.fixture(scope="module")
-def reader():
-    with decoder.ClipReader() as reader:
-        yield reader
-
-
 @pytest.fixture
-def eval_py(reader, monkeypatch, capsys):
-    """eval_py(*flags): what the command prints, and the sentence it ends with. One decoding process
-    for all runs here: starting it takes longer than decoding."""
+def eval_py(monkeypatch, capsys):
+    """eval_py(*flags): what the command prints, and the sentence it ends with. It decodes in this
+    process: starting another takes longer."""
 
     def run(*flags) -> str:
-        monkeypatch.setattr(evaluation, "ClipReader", lambda _: contextlib.nullcontext(reader))
+        monkeypatch.setattr(evaluation, "ClipReader", lambda _: contextlib.nullcontext(video))
         monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, flags)])
         ending = ""
         try:
@@ -92,54 +86,32 @@ def test_a_run_writes_one_row_a_question_in_the_official_form(world, tmp_path, e
     assert len(read_rows(out)) == 12
 
 
-@pytest.mark.slow
-def test_a_run_killed_at_any_point_goes_on_where_it_stopped(world, tmp_path, eval_py):
-    """kill -9 in the middle, then a torn line as a power cut leaves it; nothing twice, nothing
-    lost, and the answers are those of a run that was never stopped."""
-    whole, out = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
-    eval_py(*run_flags(world, whole, "--batch_size", "5"))
-    command = [sys.executable, PROJECT / "eval.py", *run_flags(world, out, "--batch_size", "1")]
-    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    process = subprocess.Popen(command, **quiet)
-    deadline = time.time() + 60
-    while not (out.exists() and out.read_bytes().count(b"\n") >= 3) and time.time() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    first = out.read_bytes()
-    assert 3 <= len(read_rows(out)) < 24
-    with open(out, "ab") as file:
-        file.write(b'{"question": {"id": "train-2')
-    eval_py(*run_flags(world, out, "--batch_size", "7"))
-    assert out.read_bytes().startswith(first)  # what stood there was not touched
-    assert len(read_rows(out)) == 24 and answers_of(out) == answers_of(whole)
-
-
 @pytest.mark.ranks
 @pytest.mark.slow
-def test_two_ranks_split_the_questions_into_one_log(world, tmp_path, eval_py):
-    """No question twice, none left out, and the answers are those of one process, even sampled: a
-    question's random stream does not depend on its rank. A file that is no log stops both ranks."""
-    alone, shared = tmp_path / "alone.jsonl", tmp_path / "shared.jsonl"
-    sampled = ("--temperature", "1.0", "--batch_size", "4")
-    eval_py(*run_flags(world, alone, *sampled))
+def test_a_run_killed_at_any_point_goes_on_where_it_stopped(world, tmp_path, eval_py):
+    """kill -9 in the middle, then a torn line as a power cut leaves it; two ranks share the rest.
+    Nothing twice, nothing lost, and the answers are those of one process that was never stopped:
+    a question's random stream depends neither on its batch nor on its rank."""
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
+    eval_py(*run_flags(world, whole, "--temperature", "1", "--batch_size", "5"))
+    flags = run_flags(world, out, "--temperature", "1", "--batch_size", "1")
+    process = subprocess.Popen([sys.executable, PROJECT / "eval.py", *flags])
+    wait_until(lambda: out.exists() and out.read_bytes().count(b"\n") >= 3)
+    process.kill()
+    process.wait()
+    first, count = out.read_bytes(), len(read_rows(out))
+    assert 3 <= count < 24
+    with open(out, "ab") as file:
+        file.write(b'{"question": {"id": "train-2')
     launch = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
-    command = [sys.executable, *launch, PROJECT / "eval.py", *run_flags(world, shared, *sampled)]
-
-    def run_two() -> subprocess.CompletedProcess:
-        how = dict(capture_output=True, text=True, timeout=120)
-        return subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, **how)
-
-    shared.write_text("no log\n")
-    refused = run_two()
-    assert refused.returncode == 1 and shared.read_text() == "no log\n"
-    assert refused.stderr.count("shared.jsonl: line 1 is not a row of eval.py run") == 2
-    shared.unlink()
-    done = run_two()
+    how = dict(capture_output=True, text=True, timeout=120)
+    command = [sys.executable, *launch, PROJECT / "eval.py", *flags, "--batch_size", "4"]
+    done = subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, **how)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(read_rows(shared)) == 24 and answers_of(shared) == answers_of(alone)
-    assert "24 questions answered, 0 skipped\n" in done.stdout
-    assert done.stdout.count("shared.jsonl: format rate") == 1
+    assert out.read_bytes().startswith(first)  # what stood there was not touched
+    assert len(read_rows(out)) == 24 and answers_of(out) == answers_of(whole)
+    assert f"{24 - count} questions answered, 0 skipped\n" in done.stdout
+    assert done.stdout.count("killed.jsonl: format rate") == 1
 
 
 def test_logits_that_are_not_finite_end_a_run_by_name(
@@ -159,24 +131,19 @@ def test_logits_that_are_not_finite_end_a_run_by_name(
 
 
 def test_unreadable_clips_are_skipped_counted_and_tried_again(world, tmp_path, eval_py):
-    rows = read_rows(world / "train.jsonl")[:3]
     (tmp_path / "clips").mkdir()
-    clips = [Path(r["video"]) for r in rows]
-    shutil.copy(world / clips[0], tmp_path / clips[0])
-    (tmp_path / clips[1]).write_bytes(b"no video")
-    (tmp_path / "q.json").write_text(json.dumps(rows))
-    out = tmp_path / "log.jsonl"
-    places = ("--benchmark", "mmvu", "--data", tmp_path / "q.json", "--video_root", tmp_path)
-    printed = eval_py(*run_flags(world, out, *places))
+    names = [row["video"] for row in read_rows(world / "train.jsonl")[:3]]
+    shutil.copy(world / names[0], tmp_path / names[0])
+    (tmp_path / names[1]).write_bytes(b"no video")
+    out, places = tmp_path / "log.jsonl", ("--video_root", tmp_path, "--limit", 3)
+    flags = run_flags(world, out, "--benchmark", "mmvu", *places)
+    printed = eval_py(*flags)
     assert "1 questions answered, 2 skipped" in printed
     assert "skipped question train-1: " in printed and "train_002.mp4: no such video" in printed
-    shutil.copy(world / clips[2], tmp_path / clips[2])
-    assert "1 questions answered, 1 skipped" in eval_py(*run_flags(world, out, *places))
+    shutil.copy(world / names[2], tmp_path / names[2])
+    assert "1 questions answered, 1 skipped" in eval_py(*flags)
     assert set(answers_of(out)) == {"train-0", "train-2"}
     assert {row["run"]["prompt"] for row in read_rows(out)} == {"video_r1"}
-    (tmp_path / "q.json").write_text(json.dumps(rows[1:2]))
-    printed = eval_py(*run_flags(world, tmp_path / "other.jsonl", *places))
-    assert "none of its 1 questions has a readable clip" in printed
 
 
 @pytest.mark.slow
@@ -184,13 +151,10 @@ def test_counting_trains_and_evaluates_with_qwen2_vl(world, policy, tmp_path, mo
     """DVD-counting's form, integer answers, --reward_funcs accuracy format, on a tiny Qwen2-VL: the
     right number earns its reward in training, and the log of the trained model can be scored."""
     as_family("qwen2_vl", policy).save(tmp_path / "qwen2_vl")
-    clips = sorted((world / "clips").glob("train_*.mp4"))[:4]
-    rows = [
-        dict(problem="How many?", solution=f"<answer> {k} </answer>", video_filename=str(clip))
-        for k, clip in enumerate(clips)
-    ]
-    data = tmp_path / "dvd.jsonl"
-    data.write_text("\n".join(json.dumps(r) for r in rows))
+    clip, data = str(world / "clips/train_000.mp4"), tmp_path / "dvd.jsonl"
+    row = dict(problem="How many?", video_filename=clip)
+    rows = [json.dumps(row | {"solution": f"<answer> {k} </answer>"}) for k in range(4)]
+    data.write_text("\n".join(rows))
     texts = iter(["<think>a</think><answer>0</answer>", "<answer>1</answer>"] * 999)
     monkeypatch.setattr("model.policy.Policy.decode", lambda self, completion: next(texts))
     flags = ["--model_name_or_path", tmp_path / "qwen2_vl", "--jsonl_path", data]
@@ -198,8 +162,9 @@ def test_counting_trains_and_evaluates_with_qwen2_vl(world, policy, tmp_path, mo
     command = twgrpo_command(world, tmp_path / "run", *flags)
     directory = twgrpo.train_and_evaluate(twgrpo.parse_config(command[2:]))
     metrics = read_rows(directory / "metrics.jsonl")
-    rewards = [m["rewards/accuracy"] for m in metrics]  # solutions 0 and 1 are said half the time
-    assert sum(rewards) == pytest.approx(0.5) and all(m["rewards/format"] == 0.5 for m in metrics)
+    # solutions 0 and 1 are said half the time
+    assert sum(m["rewards/accuracy"] for m in metrics) == pytest.approx(0.5)
+    assert all(m["rewards/format"] == 0.5 for m in metrics)
     assert all(np.isfinite(m["loss"]) and m["grad_norm"] > 0 for m in metrics)
 
     flags = ["--benchmark", "dvd", "--model", directory / "checkpoint-2", "--data", data]
@@ -234,6 +199,7 @@ def test_ask_answers_on_the_terminal_and_score_prints_one_table(world, sample, e
         ("--max_prompt_length 60", "24 question(s) that cannot become a prompt"),
         ("--model /nowhere/at/all", "no such model directory"),
         ("--data /nowhere.json", "nowhere.json: cannot be read"),
+        ("--video_root /nowhere", "none of its 24 questions has a readable clip"),
         ("--out /nowhere/log.jsonl", "No such file or directory: '/nowhere/log.jsonl'"),
     ],
 )
@@ -244,15 +210,11 @@ def test_flags_that_make_no_sense(flag, sentence, world, tmp_path, eval_py):
 def test_every_command_of_the_docs_is_one_the_parsers_take():
     """docs/prompts.md: each line is parsed, and every style of data.py has its row."""
     text = (PROJECT / "docs" / "prompts.md").read_text(encoding="utf-8")
-    (block,) = re.findall("```bash\n(.*?)```", text, re.DOTALL)
-    lines = re.findall(r"eval\.py (.*)", block)
-    assert len(lines) >= 9
-    parsed = [vars(evaluation.parser().parse_args(line.split())) for line in lines]
-    for line in re.findall(r"twgrpo\.py (.*)", block):
-        twgrpo.parse_config(line.split())
-    assert all(f"| `{style}` |" in text for style in STYLES)
-    flags = set(re.findall(r"`--([a-z_]+)", text)) - {"question_type"}  # of twgrpo.py
-    assert flags <= {name for arguments in parsed for name in arguments}
+    commands = re.findall(r"^(?:python|torchrun).* (eval|twgrpo)\.py (.*)", text, re.M)
+    assert len(commands) >= 11 and all(f"| `{style}` |" in text for style in STYLES)
+    for program, flags in commands:
+        parse = evaluation.parser().parse_args if program == "eval" else twgrpo.parse_config
+        parse(flags.split())
 
 
 # ------------------------------------------------------------------- held-out questions, batches
@@ -275,51 +237,46 @@ def test_shuffled_frames_keep_what_a_temporal_patch_shows(tmp_path):
 def test_held_out_questions_are_asked_with_other_and_with_shuffled_clips_as_controls(
     world, policy, prompter, records, monkeypatch
 ):
-    asked, shown, question = records[:5], {}, Prompter.question
-    own = [prompter.load_clip(*prompter.clip_arguments(r)).frames for r in asked]
+    own, shown, seeds = [str(r.video) for r in records[:5]], [], []
 
-    def spy(self, record, clip):
-        shown[record.id] = clip.frames
-        return question(self, record, clip)
+    def load(path, *settings):
+        shown.append(path)
+        return video.load_clip(path, *settings)
 
-    monkeypatch.setattr(Prompter, "question", spy)
+    monkeypatch.setattr(held_out, "shuffled", lambda prompter, seed: seeds.append(seed) or prompter)
+    prompter = dataclasses.replace(prompter, load_clip=load)
     cfg = Config(str(world / "model"), "-", max_completion_length=4, num_generations=2)
     for variant in ("sampled", "wrong video", "shuffled frames"):
         shown.clear()
-        held_out.evaluate(cfg, policy, prompter, asked, variant, batch_size=2)
-        frames = [shown[r.id] for r in asked]
-        if variant == "shuffled frames":  # two patches of two frames can only swap
-            frames = [torch.cat([f[2:], f[:2]]) for f in frames]
-        clips = [next(k for k in range(5) if torch.equal(own[k], f)) for f in frames]
-        assert sorted(clips) == [0, 1, 2, 3, 4]
-        assert all((clip == k) == (variant != "wrong video") for k, clip in enumerate(clips))
+        held_out.evaluate(cfg, policy, prompter, records[:5], variant, batch_size=2)
+        others = [a != b for a, b in zip(own, shown, strict=True)]
+        assert sorted(shown) == sorted(own) and set(others) == {variant == "wrong video"}
+    assert seeds == [cfg.seed]
 
 
 def test_without_an_evaluation_at_the_start_only_the_end_is_shown(tmp_path, capsys):
     measures = held_out.Measures(tmp_path, resumed=False)
     measures.rows["after"] = {"sampled": dict(soft=0.5, exact=0.25, format=1.0)}
     measures.print(3)
-    cells = capsys.readouterr().out.splitlines()[-1].split()
-    assert cells == "sampled - 0.500 - 0.250 - 1.000".split()
+    assert capsys.readouterr().out.split()[-7:] == "sampled - 0.500 - 0.250 - 1.000".split()
 
 
 def test_out_of_memory_halves_the_batch_and_loses_nothing(capfd):
     sizes = []
 
-    def generate(batch, most=3, message="CUDA error: out of memory"):
+    def generate(batch):
         sizes.append(len(batch))
-        if len(batch) > most:
-            raise RuntimeError(message)
+        if len(batch) > 3 or batch[0] < 0:
+            raise RuntimeError("another" if batch[0] == -2 else "CUDA error: out of memory")
         return [str(k) for k in batch]
 
-    groups = answers.in_batches(range(1, 21), generate, 16)
-    assert list(groups) == [str(k) for k in range(1, 21)]
+    assert list(answers.in_batches(range(20), generate, 16)) == [str(k) for k in range(20)]
     assert sizes[:4] == [16, 8, 4, 2] and set(sizes[4:]) == {2}
     assert "out of memory: 8 questions at a time" in capfd.readouterr().err
     with pytest.raises(UserError, match="a single question .* lower --max_pixels"):
-        list(answers.in_batches([1, 2, 3], lambda batch: generate(batch, most=0), 2))
+        list(answers.in_batches([-1, 2, 3], generate, 2))
     with pytest.raises(RuntimeError, match="another"):
-        list(answers.in_batches([1], lambda batch: generate(batch, 0, "another"), 1))
+        list(answers.in_batches([-2], generate, 1))
 
 
 def test_official_decoding_is_greedy_in_all_but_name(policy, questions):
@@ -351,7 +308,8 @@ def checkpoint(world, tmp_path):
     def change(name: str, **values) -> Path:
         shutil.copytree(world / "model", tmp_path / "model", dirs_exist_ok=True)
         path = tmp_path / "model" / name
-        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+        old = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(old | values))
         return tmp_path / "model"
 
     return change
@@ -377,14 +335,11 @@ def test_code_that_a_checkpoint_brings_along_never_runs(name, checkpoint, tmp_pa
 def test_end_tokens_that_are_no_ids_are_named(end, checkpoint):
     with pytest.raises(UserError, match="its end token .* is not in its vocabulary"):
         Policy.load(checkpoint("generation_config.json", eos_token_id=end))
+
+
+def test_a_missing_end_token_is_the_tokenizers_and_a_missing_chat_template_is_named(checkpoint):
     policy = Policy.load(checkpoint("generation_config.json", eos_token_id=None))
     assert policy.eos_ids.tolist() == [policy.tokenizer.eos_token_id]
-
-
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"chat_template": 7}'])
-def test_a_chat_template_file_that_holds_none_is_named(text, checkpoint):
-    directory = checkpoint("generation_config.json")
-    (directory / "chat_template.jinja").unlink()
-    (directory / "chat_template.json").write_text(text)
-    with pytest.raises(UserError, match="chat template"):
-        Policy.load(directory)
+    for template in (None, 7):
+        with pytest.raises(UserError, match="has no chat template"):
+            Policy.load(checkpoint("chat_template.json", chat_template=template))

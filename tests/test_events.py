@@ -14,6 +14,7 @@ from model.policy import Policy
 from records import load_records
 from rewards import format_reward
 from run.config import Config, check_changes, parse_config, settings_of
+from video import ClipSettings
 
 ROWS = [events.scene(np.random.default_rng(seed)) for seed in range(300)]
 
@@ -77,8 +78,8 @@ def small_world(tmp_path_factory):
 def test_a_moment_is_one_video_token_and_ten_positions_and_ten_words(small_world):
     policy = Policy.load(small_world / "model")
     records = load_records(small_world / "train.jsonl", small_world)
-    clip = {name: toy.TOYS["events"].defaults[name] for name in toy.CLIP}
-    prompter = Prompter(policy.tokenizer, policy.chat_template, policy.geometry, **clip)
+    clips = ClipSettings(**{name: toy.TOYS["events"].defaults[name] for name in toy.CLIP})
+    prompter = Prompter(policy.tokenizer, policy.chat_template, policy.geometry, clips=clips)
     question = prompter(records[0])
     video = question.ids_P == policy.tokenizer.convert_tokens_to_ids("<|video_pad|>")
     assert question.positions_3P[0][video].diff().tolist() == [10, 10, 10]

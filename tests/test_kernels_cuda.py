@@ -94,8 +94,9 @@ def policy():
 
 @pytest.fixture
 def questions(policy):
-    prompter = Prompter(policy.tokenizer, toy.CHAT_TEMPLATE, policy.geometry)
     clip = Clip(torch.randint(255, (4, 3, 56, 56), dtype=torch.uint8), seconds=0.5)
+    made = dict(load_clip=lambda *_: clip)
+    prompter = Prompter(policy.tokenizer, toy.CHAT_TEMPLATE, policy.geometry, **made)
     problems = ("What?", "What? Look twice.", "What? Look closely, then look again.")
     records = [Record("1", text, "<answer>A</answer>", Path("frames")) for text in problems]
-    return [prompter.question(record, clip) for record in records]
+    return [prompter(record) for record in records]

@@ -92,7 +92,8 @@ def test_the_page_of_a_real_run_shows_its_numbers_and_frames(world, tmp_path, br
     shown, complaints = browse(run / "weights.html", script)
     assert complaints == []
     config = json.loads((run / "config.json").read_text())
-    clip = video.load_clip(rows[0]["video"], *(config[name] for name in weights_page.CLIP_SETTINGS))
+    settings = video.ClipSettings(*(config[name] for name in weights_page.CLIP_SETTINGS))
+    clip = video.load_clip(rows[0]["video"], settings)
     assert len(shown["frames"]) == 4
     for source, frame_3HW in zip(shown["frames"], clip.frames, strict=True):
         image = Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))

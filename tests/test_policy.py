@@ -26,6 +26,7 @@ from model import rollout
 from model.packing import Group
 from model.policy import Policy
 from model.rollout import sample
+from video import ClipSettings
 
 LENGTHS = [[5, 1, 9, 3], [2, 2, 2, 7], [1, 1, 1, 1]]
 
@@ -97,8 +98,9 @@ def as_family(kind: str, policy: Policy, tie: bool = False) -> Policy:
 
 def prompter_for(policy: Policy) -> Prompter:
     """Shows 4 frames of 2 x 2 video tokens."""
-    clip = dict.fromkeys(("min_pixels", "max_pixels"), (2 * policy.geometry.factor) ** 2)
-    return Prompter(policy.tokenizer, policy.chat_template, policy.geometry, max_frames=4, **clip)
+    pixels = (2 * policy.geometry.factor) ** 2
+    clips = ClipSettings(max_frames=4, min_pixels=pixels, max_pixels=pixels)
+    return Prompter(policy.tokenizer, policy.chat_template, policy.geometry, clips=clips)
 
 
 @pytest.mark.parametrize("kind", VISION)

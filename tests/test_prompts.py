@@ -74,9 +74,8 @@ def test_fixed_timing_tells_one_second_per_patch(prompter, policy, records):
 def test_the_official_evaluators_frames_of_a_clevrer_clip(sample, prompter):
     """10 sampled frames shown as 16, 1,496 tokens; in training 10 frames, 935 tokens."""
     record = Record("1", "Why?", "A", sample("clevrer_video_12176.mp4"))
-    defaults = dict(max_frames=16, min_pixels=video.MIN_PIXELS, max_pixels=video.MAX_PIXELS)
     for repeat, tokens, frames in ((0, 935, 5), (16, 1496, 8)):
-        question = replace(prompter, repeat_frames=repeat, **defaults)(record)
+        question = replace(prompter, repeat_frames=repeat, clips=video.DEFAULTS)(record)
         assert len(question.patches) // 4 == tokens and question.grid[0] == frames
 
 

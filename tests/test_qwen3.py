@@ -38,9 +38,10 @@ def test_a_real_clip_is_read_like_the_processor_reads_it(name, qwen3, sample):
     """Prompt and patches against the methods of transformers' own processors, which need the frames
     that were chosen and the rate of the file."""
     path = sample(name)
-    prompter = Prompter(qwen3.tokenizer, qwen3.chat_template, qwen3.geometry, max_frames=10)
+    clips = video.ClipSettings(max_frames=10)
+    prompter = Prompter(qwen3.tokenizer, qwen3.chat_template, qwen3.geometry, clips=clips)
     question = prompter(Record("1", "What moves?", "<answer>A</answer>", path))
-    clip = prompter.load_clip(*prompter.clip_arguments(question.record))
+    clip = prompter.load_clip(path, clips, prompter.geometry.factor)
     rate = dict(clevrer_video_12176=25, mmvu_mechanics_8=24)[path.stem]
     indices = [round(seconds * rate) for seconds in clip.times]
     merge = types.SimpleNamespace(merge_size=2, temporal_patch_size=2)

@@ -145,20 +145,16 @@ def test_published_completions_earn_their_logged_format_reward(sample):
     assert all(format_reward(row["completion"]) == row["format_reward"] for row in rows)
 
 
-PIECES_OF_ATTACKS = (
-    "<think>|<answer>|</answer>|! |<think></think>|,| |A,|9|9,|answer|answer:|answer A|answer A , "
-)
+ATTACKS = "<think>|<answer>|</answer>|! |<think></think>|,| |A,|9|9,|answer|answer:|answer A"
+ATTACKS += "|answer A , |ANSWER\n\n|answer " + " " * 500
 
 
-@pytest.mark.parametrize(
-    "piece", [*PIECES_OF_ATTACKS.split("|"), "answer " + " " * 500, "ANSWER\n\n"]
-)
+@pytest.mark.parametrize("piece", ATTACKS.split("|"))
 def test_a_megabyte_takes_no_time(piece):
     """All rewards and both readings take about 0.1 s of CPU; quadratic time would be minutes."""
     text = piece * (2**20 // len(piece))
     for attack in (text, text + "x", f"<think>{text}</think><answer>{text}x", f"answer {text}"):
         start = time.process_time()
-        accuracy_reward(attack, "<answer>A</answer>"), format_reward(attack)
-        accuracy_reward(attack, "<answer>3</answer>"), strict_format_reward(attack)
-        extract_answer(attack)
+        accuracy_reward(attack, "<answer>A</answer>"), accuracy_reward(attack, "3")
+        format_reward(attack), strict_format_reward(attack), extract_answer(attack)
         assert time.process_time() - start < 2

@@ -1,13 +1,13 @@
 """Logs of evaluations: their scores, and how they survive crashes, full disks and other runs."""
 
 import json
-import os
 import re
 import resource
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from conftest import json_values
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -72,15 +72,16 @@ def test_odd_rows_are_counted_and_shown(tmp_path):
     answers = ["A", "A, B", "B,", "CD", "c", "A/B", "", "D, <b>x</b>"]
     rows = [row(tagged(a), key=k, accuracy_score=float(k < 1)) for k, a in enumerate(answers)]
     rows += [row(tagged("4 balls"), "3", 20), row(tagged("3.0"), "3", 21, accuracy_score=0.5)]
+    rows.append(row(tagged("a red ball"), "a blue ball", 22))
     log = log_of(tmp_path, [*rows, rows[3], '{"torn', 5, {"model_output": "A"}])
-    assert [a.soft for a in log.answers] == [1, *[0] * 8, 1] and len(log.errors) == 3
+    assert [a.soft for a in log.answers] == [1, *[0] * 8, 1, 0] and len(log.errors) == 3
     unfit = ["CD", "c", "A/B", "", "D, <b>x</b>", "4 balls"]
     assert [a.text for a in log.answers if not a.fits] == unfit
     shown = score.table([log])
     for note in (
         "answers that fit no rule: 6 ('CD'; 'c'; ",
-        "duplicate rows, counted once: 1 (line 11)\n",
-        "bad rows, not counted: 3 (line 12: ",
+        "duplicate rows, counted once: 1 (line 12)\n",
+        "bad rows, not counted: 3 (line 13: ",
         "rows whose logged accuracy_score differs: 1",
     ):
         assert f"- {note}" in shown
@@ -106,16 +107,10 @@ def test_the_interval_is_the_bootstrap_of_drawing_questions():
     assert score.accuracy(scores, 4000)[1:] == pytest.approx(expected, abs=0.4)
 
 
-TEXTS = st.text(max_size=12) | st.sampled_from([tagged("A"), "<answer>A,C</answer>", "Answer: B"])
-NAMES = st.sampled_from(["problem_id", "solution", "video", "type", "x"])
-ANYTHING = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | TEXTS,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner),
-    max_leaves=3,
-)
-KEYS = st.sampled_from([*row(""), "extracted_answer", "accuracy_score"])
-CHANGED = st.tuples(KEYS, ANYTHING, st.integers(0, 3))
-LOG_ROWS = CHANGED.map(lambda c: row(tagged("A"), "A,C", c[2]) | {c[0]: c[1]})
+KEYS = [*row(""), "extracted_answer", "accuracy_score"]
+ANYTHING = json_values(KEYS, [tagged("A"), "<answer>A,C</answer>", "Answer: B"])
+CHANGES = st.dictionaries(st.sampled_from(KEYS), ANYTHING, max_size=1)
+LOG_ROWS = CHANGES.map(lambda change: row(tagged("A"), "A,C", len(str(change))) | change)
 
 
 @given(rows=st.lists(LOG_ROWS | LOG_ROWS | ANYTHING, max_size=3))
@@ -133,11 +128,8 @@ def test_any_log_gives_numbers_or_one_sentence(rows, tmp_path_factory):
 
 OURS = json.dumps({"question": {"id": 0}, "run": {"prompt": "think"}})
 OTHER = OURS.replace("think", "direct")
-NO_LOGS = [
-    *('[{"problem": "?"}]', "[]", '{"a": 1}', '{\n  "a": 1\n}', "a line\nthe last line", "\x00"),
-    *('{"question": "why", "answer": "A"}', '{"question": "why"}\n{"question": "how", "ans'),
-    *('{"question": {}, "model_output": "A"}\n', "{" * 100_000),
-]
+NO_LOGS = ['[{"problem": "?"}]', '{\n  "a": 1\n}', "a line\nthe last line", "\x00", "{" * 100_000]
+NO_LOGS += ['{"question": {}, "model_output": "A"}\n', '{"question": "why"}\n{"question": "ho']
 
 
 def questions_in(path):
@@ -158,7 +150,7 @@ def test_a_file_that_is_no_log_of_this_run_is_left_as_it_is(text, reason, tmp_pa
     path.write_text(text)
     with pytest.raises(UserError, match=f"--out .*mine.json: {reason}"):
         score.resume(path, {"prompt": "think"})
-    assert path.read_text() == text and os.listdir(tmp_path) == ["mine.json"]
+    assert path.read_text() == text
 
 
 def test_a_log_of_this_run_is_mended_in_its_last_line_only(tmp_path):
@@ -175,8 +167,8 @@ def test_a_log_of_this_run_is_mended_in_its_last_line_only(tmp_path):
 def test_a_row_that_does_not_fit_on_the_disk_is_cut_off_when_the_run_goes_on(tmp_path):
     """The kernel itself writes a part of the row, then refuses."""
     path = tmp_path / "log.jsonl"
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     score.append(path, {"question": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 100, limits[1]))
     try:
         with pytest.raises(OSError, match="File too large"):
@@ -189,11 +181,7 @@ def test_a_row_that_does_not_fit_on_the_disk_is_cut_off_when_the_run_goes_on(tmp
 
 def test_ranks_that_write_at_once_do_not_tear_each_others_rows(tmp_path):
     path = tmp_path / "log.jsonl"
-
-    def write_rows(rank):
-        for k in range(50):
-            score.append(path, {"question": [rank, k], "text": "x" * 20_000})
-
     with ThreadPoolExecutor(4) as ranks:
-        list(ranks.map(write_rows, range(4)))
-    assert sorted(questions_in(path)) == [[w, k] for w in range(4) for k in range(50)]
+        for k in range(200):
+            ranks.submit(score.append, path, {"question": k, "text": "x" * 20_000})
+    assert sorted(questions_in(path)) == list(range(200))

@@ -34,12 +34,12 @@ def check(path: str, video_root: str, decode: bool) -> bool:
     return bool(records) and not errors
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("file", help="a JSON list or JSONL")
     parser.add_argument("--video_root", default="", help="directory of the relative video paths")
     parser.add_argument("--decode", action="store_true", help="also decode every clip")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     with one_sentence():
         raise SystemExit(0 if check(args.file, args.video_root, args.decode) else 1)
 

@@ -86,7 +86,10 @@ def score_row(row: object, where: str) -> Answer:
     output, truth = row.get("model_output"), row.get("ground_truth")
     if not isinstance(output, str) or not isinstance(truth, str) or not truth.strip():
         raise ValueError("needs 'model_output' and 'ground_truth', two strings")
-    question, truth, text = row.get("question"), tagged_answer(truth), answer_of(row)
+    # The general zero-shot evaluator compares the whole output, and logs it as "extracted_answer".
+    text, truth = output.strip(), tagged_answer(truth)
+    if row.get("extracted_answer") != text:
+        text = extract_answer(output)
     soft, logged = compare_answers(text, truth), row.get("accuracy_score")
     is_choice, fits = _LETTERS.fullmatch(truth) is not None, text != ""
     if is_choice:
@@ -94,7 +97,7 @@ def score_row(row: object, where: str) -> Answer:
     elif number(truth) is not None:
         fits = number(text) is not None
     return Answer(
-        key=question_key(where if question is None else question),
+        key=question_key(where if row.get("question") is None else row["question"]),
         text=text,
         soft=soft,
         form=strict_format_reward(output),
@@ -102,17 +105,6 @@ def score_row(row: object, where: str) -> Answer:
         fits=fits,
         agrees=not isinstance(logged, int | float) or abs(logged - soft) < 1e-6,
     )
-
-
-def answer_of(row: dict) -> str:
-    """The answer according to the evaluator that wrote the row.
-
-    The general zero-shot evaluator compares the whole output, and then logs it as the
-    "extracted_answer"; all others compare `rewards.extract_answer` of it.
-    """
-    output = row["model_output"]
-    whole = output.strip()
-    return whole if row.get("extracted_answer") == whole else extract_answer(output)
 
 
 # ----------------------------------------------------------------------------------- a log to write

@@ -61,7 +61,7 @@ def frame_factor(run: Path, model: str) -> int:
     return 28  # of Qwen2-VL and Qwen2.5-VL
 
 
-def shown_clip(path: str, settings: list, load_clip: Callable) -> dict:
+def shown_clip(path: str, settings: tuple, load_clip: Callable) -> dict:
     """The frames that the model saw, as small base64 JPEGs, or a sentence that says why there are
     none."""
     from PIL import Image
@@ -84,14 +84,15 @@ def page_data(run: Path, max_groups: int) -> dict:
     """The page's data: at most `max_groups` groups, evenly spaced over the run, and each clip once.
     Raises UserError if there are no groups."""
     from run.decoder import ClipReader  # imports torch, which the curves do not need
+    from video import ClipSettings
 
     config = read_json(run / "config.json", f"is {run} the --output_dir of a run?")
     groups, total = read_log(run / "completions.jsonl", GROUP, max_groups)
-    settings = [config.get(name) for name in CLIP_SETTINGS]
-    settings.append(frame_factor(run, str(config.get("model_name_or_path"))))
+    settings = ClipSettings(*(config.get(name) for name in CLIP_SETTINGS))
+    shown = (settings, frame_factor(run, str(config.get("model_name_or_path"))))
     names = dict.fromkeys(str(group["video"]) for group in groups)
     with ClipReader() as reader:
-        clips = {name: shown_clip(name, settings, reader.load_clip) for name in names}
+        clips = {name: shown_clip(name, shown, reader.load_clip) for name in names}
     flags = {name: config[name] for name in FLAGS if name in config}
     return dict(run=run.resolve().name, total=total, flags=flags, groups=groups, clips=clips)
 
