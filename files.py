@@ -6,6 +6,7 @@
     read_json       a JSON object, or a sentence that says why not
     json_lines      the values of JSONL, line by line
     one_sentence    ends a command on an error that the user can fix
+    brief           a library's error in one line
 
 Here and everywhere else, such errors are raised as UserError.
 """
@@ -40,6 +41,11 @@ def one_sentence(interrupted: str = "interrupted") -> Iterator[None]:
         raise SystemExit(f"error: {printable(str(error))}") from None
     except KeyboardInterrupt:
         raise SystemExit(interrupted) from None
+
+
+def brief(error: BaseException) -> str:
+    """The message of a library's error, or else its type: one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def flush(path: Path) -> None:
