@@ -230,7 +230,7 @@ def make_output_dir(cfg: Config) -> Path:
 
 def check_contents(cfg: Config, directory: Path) -> None:
     """Raises UserError unless the directory is empty or holds a run to resume."""
-    begun = {".lock", toy.beside(directory / "toy").name}  # left over from a killed start
+    begun = {".lock", ".toy.partial"}  # left over from a killed start
     if toy.is_world(directory / "toy", cfg.toy, cfg.seed):
         begun.add("toy")
     names = {path.name for path in directory.iterdir()} - begun if directory.is_dir() else ()
@@ -316,10 +316,7 @@ def show_toy_flags(cfg: Config) -> None:
 
 
 def make_toy(cfg: Config, root: Path) -> None:
-    """Creates the toy world unless it exists. Raises OSError if something else is in its place,
-    except that --allow_changes accepts the world of another seed."""
+    """Creates the toy world unless it exists. Raises OSError if something else is in its place."""
     show_toy_flags(cfg)
-    other = cfg.allow_changes and (root / "model").is_dir()
-    if not other and not toy.is_world(root, cfg.toy, cfg.seed):
-        print("Making its clips and its model first takes two to three minutes.", flush=True)
+    if not (cfg.allow_changes and (root / "model").is_dir()):  # it may be that of another seed
         toy.prepare(root, cfg.seed, cfg.toy)
