@@ -4,6 +4,7 @@
     lock            one process at a time in a run directory
     new_directory   a fresh directory that no other process can get as well
     read_json       a JSON object, or a sentence that says why not
+    write_json      the opposite
     json_lines      the values of JSONL, line by line
     one_sentence    ends a command on an error that the user can fix
     brief           a library's error in one line
@@ -113,6 +114,12 @@ def read_json(path: Path, remedy: str, numbers: Iterable[str] = ()) -> dict:
     if not isinstance(value, dict) or not all(type(value.get(n)) is int for n in numbers):
         raise UserError(f"{path} has the wrong contents; {remedy}")
     return value
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes a JSON file atomically. Raises OSError."""
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def parse_json(text: str | bytes) -> object:

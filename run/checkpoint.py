@@ -157,8 +157,8 @@ def checkpoints(run: Path) -> dict[int, Path]:
 
 
 def to_resume(cfg: Config, run: Path) -> tuple[Path, dict] | None:
-    """The checkpoint to resume from and its counters; None if the run has not saved yet. Prints
-    what has changed since. Raises UserError. Writes nothing."""
+    """The checkpoint to resume from, and its step, counters and history of settings; None if the
+    run has not saved yet. Prints what has changed since. Raises UserError. Writes nothing."""
     path = find(run, cfg.resume_from_checkpoint) if cfg.resume_from_checkpoint else None
     if path is None:
         return None
@@ -171,10 +171,12 @@ def to_resume(cfg: Config, run: Path) -> tuple[Path, dict] | None:
             f"{later[0]} is later than {path}, and would be overwritten; resume from the newest "
             "checkpoint, or from this one into another --output_dir"
         )
-    for line in check_changes(cfg, read_settings(path.parent), done):
-        print(f"changed after step {done}: {line}")
+    old = read_settings(path.parent)
+    history = old.get("history", [])
+    if changed := check_changes(cfg, old, done):
+        history.append({"until_step": done, **changed})
     print(f"resuming from {path} after step {done}", flush=True)
-    return path, counters
+    return path, counters | {"history": history}
 
 
 def find(run: Path, which: str) -> Path | None:

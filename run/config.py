@@ -252,16 +252,6 @@ def read_settings(directory: Path) -> dict:
     return files.read_json(directory / "config.json", remedy, ("world_size", *BATCH))
 
 
-def changed_settings(cfg: Config, old: dict) -> dict:
-    """The old values of all settings that differ from those in `old`."""
-    new = settings_of(cfg)
-    return {
-        name: old[name]
-        for name in new
-        if name in old and name not in COMMAND and not same(old[name], new[name])
-    }
-
-
 def same(old: object, new: object) -> bool:
     """Whether two values of a flag are equal or name the same file."""
     try:
@@ -270,15 +260,17 @@ def same(old: object, new: object) -> bool:
         return False
 
 
-def check_changes(cfg: Config, old: dict, done: int) -> list[str]:
-    """A line for each setting that differs from `old`, the settings of a run with `done` steps.
-    Raises UserError if this would be a different run."""
+def check_changes(cfg: Config, old: dict, done: int) -> dict:
+    """Reports each setting that differs from `old`, the settings of a run with `done` steps, and
+    returns their old values. Raises UserError if this would be a different run."""
     if cfg.max_steps < done:
         raise UserError(
             f"--max_steps {cfg.max_steps} is below the {done} steps that this run has done; give "
             f"at least {done}"
         )
-    changed, new = changed_settings(cfg, old), settings_of(cfg)
+    new = settings_of(cfg)
+    kept = (name for name in new if name in old and name not in COMMAND)
+    changed = {name: old[name] for name in kept if not same(old[name], new[name])}
     lines = {name: f"{name} was {value}, is now {new[name]}" for name, value in changed.items()}
     before, now = (math.prod(s[name] for name in (*BATCH, "world_size")) for s in (old, new))
     another = [n for n in lines if n in IDENTITY or (n in BATCH and before != now)]
@@ -289,7 +281,9 @@ def check_changes(cfg: Config, old: dict, done: int) -> list[str]:
         )
     if "max_steps" in lines:
         lines["max_steps"] += ": the learning rate now falls to 0 there"
-    return [printable(line) for line in lines.values()]
+    for line in lines.values():
+        print(printable(f"changed after step {done}: {line}"))
+    return changed
 
 
 def check_attention(cfg: Config, device: torch.device) -> None:

@@ -29,7 +29,7 @@ from files import printable
 from kernels import HeadOutput
 from model import ranks
 from model.packing import Group
-from run.config import Config, changed_settings, read_settings, settings_of
+from run.config import Config, settings_of
 
 COUNTERS = ("asked", "skipped", "nonfinite")  # questions and updates since the start, all ranks
 SHOWN = ("reward", "reward_std", "completion_length")  # next to the progress bar
@@ -49,21 +49,21 @@ def phase(name: str) -> Iterator[None]:
 class RunLog:
     """Collects a run's measurements on every rank; the first rank writes them.
 
-    `counters` come from the checkpoint that the run is resumed from. Means are over questions, so
-    a rank with fewer of them does not distort them.
+    `resumed` is that of `checkpoint.to_resume`. Means are over questions, so a rank with fewer of
+    them does not distort them.
     """
 
-    def __init__(self, cfg: Config, directory: Path, counters: dict[str, int] | None = None):
-        self.cfg, self.dir = cfg, directory
-        self.counts = {name: (counters or {}).get(name, 0) for name in COUNTERS}
+    def __init__(self, cfg: Config, directory: Path, resumed: dict | None = None):
+        self.cfg, self.dir, resumed = cfg, directory, resumed or {}
+        self.counts = {name: resumed.get(name, 0) for name in COUNTERS}
         self.failures = 0  # consecutive non-finite updates
         self.values: dict[str, list[float]] = defaultdict(list)  # per metric, in this step
         SECONDS.clear()
         self.named: set[str] = set()
         if ranks.is_main():
-            done = counters["step"] if counters else 0
-            write_settings(cfg, directory, done)
-            move_aside_later_rows(directory, done)
+            settings = settings_of(cfg) | {"history": resumed.get("history", [])}
+            files.write_json(directory / "config.json", settings)
+            move_aside_later_rows(directory, resumed.get("step", 0))
             self.metrics_file = open(directory / "metrics.jsonl", "a", encoding="utf-8")
             self.completions_file = open(directory / "completions.jsonl", "a", encoding="utf-8")
 
@@ -217,19 +217,6 @@ class RunLog:
             self.metrics_file.flush()
         self.values.clear()
         SECONDS.clear()
-
-
-def write_settings(cfg: Config, directory: Path, done: int) -> None:
-    """Writes config.json. Its "history" keeps the settings a resumed run had until step `done`."""
-    history, path = [], directory / "config.json"
-    if done and path.exists():
-        old = read_settings(directory)
-        history = old.get("history", [])
-        if changed := changed_settings(cfg, old):
-            history.append({"until_step": done, **changed})
-    with files.replacing(path) as beside:
-        text = json.dumps(settings_of(cfg) | {"history": history}, indent=2)
-        beside.write_text(text + "\n", encoding="utf-8")
 
 
 def move_aside_later_rows(run: Path, step: int) -> None:
