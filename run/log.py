@@ -33,6 +33,7 @@ from run.config import Config, settings_of
 
 COUNTERS = ("asked", "skipped", "nonfinite")  # questions and updates since the start, all ranks
 SHOWN = ("reward", "reward_std", "completion_length")  # next to the progress bar
+MAXIMA = ("sampling_logp_difference_max", "peak_memory_gb")  # over questions and ranks
 SECONDS: dict[str, float] = defaultdict(float)  # per phase of this step
 
 
@@ -68,7 +69,7 @@ class RunLog:
             self.completions_file = open(directory / "completions.jsonl", "a", encoding="utf-8")
 
     def add(self, **values: float) -> None:
-        """Adds to the mean of each metric, or to its maximum if its name ends in _max."""
+        """Adds to the mean of each metric, or to its maximum if its name is in MAXIMA."""
         for name, value in values.items():
             self.values[name].append(float(value))
 
@@ -117,10 +118,9 @@ class RunLog:
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
         """Logs a training step; `updates` are twgrpo.Update objects. All ranks must call it."""
-        for k, update in enumerate(updates):
-            if k == 0:
-                for group, output in zip(groups, update.outputs, strict=True):
-                    self.scored(group, output)
+        for group, output in zip(groups, updates[0].outputs if updates else (), strict=True):
+            self.scored(group, output)
+        for update in updates:
             for output in update.outputs:
                 self.add(kl=output.kl, clip_ratio=output.clip_ratio)
             self.failures = 0 if update.finite else self.failures + 1
@@ -198,20 +198,19 @@ class RunLog:
 
     def write(self, step: int) -> None:
         """Writes a line of metrics.jsonl. All ranks must call it."""
-        mine = (self.values, SECONDS, peak_memory_gb())
-        values, seconds, memory = zip(*ranks.gather(mine), strict=True)
+        self.add(**{f"time/{name}": seconds for name, seconds in SECONDS.items()})
+        self.add(peak_memory_gb=peak_memory_gb())
+        values = defaultdict(list)
+        for of_rank in ranks.gather(self.values):
+            for name, of_name in of_rank.items():
+                values[name] += of_name
         if ranks.is_main():
             row = {"step": step}
-            for name in dict.fromkeys(name for of_rank in values for name in of_rank):
-                everyones = [value for of_rank in values for value in of_rank.get(name, ())]
-                is_max = name.endswith("_max")
-                row[name] = max(everyones) if is_max else sum(everyones) / len(everyones)
-            for name in SECONDS:
-                row[f"time/{name}"] = fmean(s[name] for s in seconds)
-            lengths = [length for of_rank in values for length in of_rank["completion_length"]]
-            tokens = sum(lengths) * self.cfg.num_generations
+            for name, everyones in values.items():
+                mean = sum(everyones) / len(everyones)
+                row[name] = max(everyones) if name in MAXIMA else mean
+            tokens = sum(values["completion_length"]) * self.cfg.num_generations
             row["tokens_per_second"] = tokens / max(sum(SECONDS.values()), 1e-9)
-            row["peak_memory_gb"] = max(memory)
             row |= {name: self.counts[name] for name in ("skipped", "nonfinite")}
             self.metrics_file.write(json.dumps(row) + "\n")
             self.metrics_file.flush()
