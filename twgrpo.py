@@ -249,9 +249,13 @@ def train_and_evaluate(cfg: Config) -> Path | None:
         return None
     check_attention(cfg, device)
     is_toy = cfg.model_name_or_path is None
-    if not is_toy:
+    if is_toy:
+        # So that the numbers do not depend on the core count, and because OpenMP threads wait for
+        # each other: with another process on one of two cores, two threads are 10 times slower.
+        torch.set_num_threads(1)
+    else:
         training_records(cfg), held_out_records(cfg)  # report bad rows before creating a directory
-    cfg, directory, resume = prepare(cfg)
+    cfg, directory, resume = ranks.on_first(prepare, cfg)
     records, held_out = training_records(cfg), held_out_records(cfg)
     measures = Measures(directory, resumed=resume is not None)
 

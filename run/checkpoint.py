@@ -29,7 +29,7 @@ import files
 from files import UserError, brief
 from model import ranks
 from model.policy import Policy
-from run.config import Config, check_changes, read_settings
+from run.config import BATCH, Config, check_changes
 from run.log import COUNTERS, RunLog
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
@@ -171,7 +171,8 @@ def to_resume(cfg: Config, run: Path) -> tuple[Path, dict] | None:
             f"{later[0]} is later than {path}, and would be overwritten; resume from the newest "
             "checkpoint, or from this one into another --output_dir"
         )
-    old = read_settings(path.parent)
+    remedy = "choose another --output_dir"
+    old = files.read_json(path.parent / "config.json", remedy, ("world_size", *BATCH))
     history = old.get("history", [])
     if changed := check_changes(cfg, old, done):
         history.append({"until_step": done, **changed})

@@ -163,32 +163,30 @@ class Config(*reversed(GROUPS)):
             interval = named.get(name, BY_TYPE.get(type(value)))
             if interval and not is_in(value, interval):
                 raise UserError(f"--{name} {value} must be in {interval}")
-        rules = {
+        has_model, has_data = self.model_name_or_path is not None, self.jsonl_path is not None
+        other_weights = self.token_weights != "divergence" or self.normalize_token_weights
+        other_divergence = self.divergence != "official" or self.ended_rows != "uniform"
+        no_divergence = self.token_weights not in ("divergence", "shuffled")
+        errors = {
             "--token_weights and --normalize_token_weights need --loss_type tw_grpo": (
-                self.loss_type == "tw_grpo"
-                or (self.token_weights == "divergence" and not self.normalize_token_weights)
+                other_weights and self.loss_type != "tw_grpo"
             ),
             f"--token_weights {self.token_weights} ignores --divergence and --ended_rows; leave "
-            "them out": (
-                self.token_weights in ("divergence", "shuffled")
-                or (self.divergence == "official" and self.ended_rows == "uniform")
-            ),
-            "--min_pixels must be at most --max_pixels": self.min_pixels <= self.max_pixels,
+            "them out": other_divergence and no_divergence,
+            "--min_pixels must be at most --max_pixels": self.min_pixels > self.max_pixels,
             "--model_name_or_path and --jsonl_path go together; neither means the toy": (
-                (self.model_name_or_path is None) == (self.jsonl_path is None)
+                has_model != has_data
             ),
-            "--toy is for runs without --model_name_or_path": (
-                self.toy is None or self.model_name_or_path is None
-            ),
+            "--toy is for runs without --model_name_or_path": self.toy and has_model,
             "--eval_jsonl_path and --video_root need --jsonl_path; the toy brings its own": (
-                self.jsonl_path is not None or not (self.eval_jsonl_path or self.video_root)
+                not has_data and (self.eval_jsonl_path or self.video_root)
             ),
             "--resume_from_checkpoint needs the --output_dir of the run to resume": (
-                self.output_dir is not None or self.resume_from_checkpoint is None
+                self.resume_from_checkpoint and not self.output_dir
             ),
         }
-        for message, holds in rules.items():
-            if not holds:
+        for message, is_wrong in errors.items():
+            if is_wrong:
                 raise UserError(message)
 
 
@@ -244,12 +242,6 @@ def check_contents(cfg: Config, directory: Path) -> None:
 def settings_of(cfg: Config) -> dict:
     """The contents of a run's config.json, apart from the history."""
     return dataclasses.asdict(cfg) | {"world_size": ranks.world()}
-
-
-def read_settings(directory: Path) -> dict:
-    """A run's config.json. Raises UserError if it is damaged or not from a run."""
-    remedy = "choose another --output_dir"
-    return files.read_json(directory / "config.json", remedy, ("world_size", *BATCH))
 
 
 def same(old: object, new: object) -> bool:

@@ -65,8 +65,9 @@ class RunLog:
             settings = settings_of(cfg) | {"history": resumed.get("history", [])}
             files.write_json(directory / "config.json", settings)
             move_aside_later_rows(directory, resumed.get("step", 0))
-            self.metrics_file = open(directory / "metrics.jsonl", "a", encoding="utf-8")
-            self.completions_file = open(directory / "completions.jsonl", "a", encoding="utf-8")
+            by_line = dict(mode="a", buffering=1, encoding="utf-8")
+            self.metrics_file = open(directory / "metrics.jsonl", **by_line)
+            self.completions_file = open(directory / "completions.jsonl", **by_line)
 
     def add(self, **values: float) -> None:
         """Adds to the mean of each metric, or to its maximum if its name is in MAXIMA."""
@@ -94,8 +95,7 @@ class RunLog:
         if self.failures >= 3:
             return f"{self.failures} updates in a row were not finite"
         allowed = self.cfg.max_skip_fraction
-        too_many = skipped > allowed * max(asked, 100)  # one bad clip in the first ten is no trend
-        if too_many:
+        if skipped > allowed * max(asked, 100):  # one bad clip in the first ten is no trend
             return (
                 f"{skipped} of {asked} clips could not be read, more than "
                 f"--max_skip_fraction {allowed} allows"
@@ -132,10 +132,9 @@ class RunLog:
         self.add(learning_rate=rate)
         means = {name: fmean(self.values[name]) for name in SHOWN if name in self.values}
         self.bar.set_postfix(means | SECONDS, refresh=False)
-        if groups and updates and ranks.is_main():
+        if groups and ranks.is_main():
             row = self.completions_row(step, groups[0], updates[0].outputs[0], tokenizer)
             self.completions_file.write(json.dumps(row) + "\n")
-            self.completions_file.flush()
         self.write(step)
 
     def scored(self, group: Group, output: HeadOutput) -> None:
@@ -213,7 +212,6 @@ class RunLog:
             row["tokens_per_second"] = tokens / max(sum(SECONDS.values()), 1e-9)
             row |= {name: self.counts[name] for name in ("skipped", "nonfinite")}
             self.metrics_file.write(json.dumps(row) + "\n")
-            self.metrics_file.flush()
         self.values.clear()
         SECONDS.clear()
 
