@@ -6,6 +6,7 @@ Nothing heavy is imported here, so that tests of plain text need no torch.
 import ctypes
 import dataclasses
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -155,8 +156,16 @@ def twgrpo_command(world: Path, out: Path, *flags: str) -> list[str]:
 
 
 def run_twgrpo(world: Path, out: Path, *flags: str) -> subprocess.CompletedProcess:
+    """A short run in a process of its own that ends well."""
     command = twgrpo_command(world, out, *flags)
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+def rows_of(path: Path) -> list[dict]:
+    """The lines of a JSONL file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def random_completions(policy, lengths: list[int], seed: int = 0) -> list:
