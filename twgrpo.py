@@ -267,11 +267,11 @@ def train_and_evaluate(cfg: Config) -> Path | None:
     check_prompts(prompter, held_out, cfg.eval_jsonl_path)
     log = RunLog(cfg, directory, resume and resume[1])
     if held_out and cfg.eval_on_start:
-        measures.before(cfg, policy, prompter, held_out)
+        measures.take("before", 0, cfg, policy, prompter, held_out)
     steps = train(cfg, policy, records, prompter, log, resume)
     measured = held_out and steps == cfg.max_steps
     if measured:
-        measures.after(steps, cfg, policy, prompter, held_out)
+        measures.take("after", steps, cfg, policy, prompter, held_out)
     if ranks.is_main():
         pictures = ", ".join(map(str, curves.pictures(directory)))
         if measured:

@@ -105,15 +105,11 @@ class Measures:
         is_there = resumed and ranks.on_first(self.path.exists)
         self.rows = ranks.on_first(files.read_json, self.path, remedy) if is_there else {}
 
-    def before(self, *measured) -> None:
-        """Measures the untrained policy unless already done; arguments as for `measure`."""
-        if "before" not in self.rows:
-            self.rows["before"] = measure(*measured)
-            ranks.on_first(files.write_json, self.path, self.rows)
-
-    def after(self, step: int, *measured) -> None:
-        if self.rows.get("after_step") != step:
-            self.rows |= dict(after_step=step, after=measure(*measured))
+    def take(self, when: str, step: int, *measured) -> None:
+        """Measures the policy `when` ("before" or "after" training), unless that was done at this
+        step; the other arguments as for `measure`."""
+        if self.rows.get(f"{when}_step") != step:
+            self.rows |= {f"{when}_step": step, when: measure(*measured)}
             ranks.on_first(files.write_json, self.path, self.rows)
 
     def print(self, count: int) -> None:

@@ -162,7 +162,7 @@ def test_a_finished_run_does_only_what_is_missing(world, tmp_path):
     flags = ("--max_steps 1 --eval_jsonl_path", world / "test.jsonl")
     run = shutil.copytree(train(world, tmp_path / "r", *flags), tmp_path / "copy")
     measures = json.loads((run / "eval.json").read_text())
-    (run / "eval.json").write_text(json.dumps({"before": measures["before"]}))
+    (run / "eval.json").write_text(json.dumps(measures | {"after_step": 0}))
     (run / "curves.png").unlink()
     logs = [(run / f"{n}.jsonl").read_bytes() for n in ("metrics", "completions")]
     saved = snapshot(run / "checkpoint-1")
