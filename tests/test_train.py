@@ -13,6 +13,7 @@ import sys
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from unittest.mock import Mock
 
 import pytest
@@ -233,9 +234,7 @@ def test_kl_to_the_reference_starts_at_nothing_and_grows(world, tmp_path):
 def test_real_clevrer_clip_trains_end_to_end(world, sample, tmp_path):
     """A real clip at the recipe's own frames and pixels: 10 frames, 935 video tokens."""
     clip = sample("clevrer_video_12176.mp4")
-    problem = (
-        "Without the cylinder, which will not happen?\nA. The spheres collide\nB. Nothing moves"
-    )
+    problem = "Which will not happen?\nA. The spheres collide\nB. Nothing moves"
     row = dict(problem=problem, solution="<answer>A</answer>", video=clip.name)
     (tmp_path / "clevrer.json").write_text(json.dumps([row]))
     paths = ["--jsonl_path", tmp_path / "clevrer.json", "--video_root", clip.parent]
@@ -328,9 +327,9 @@ def test_rank_without_its_companions_is_a_sentence(world, tmp_path, monkeypatch)
 def running(world, out, *flags):
     """A run without an end that has done two steps."""
     command = twgrpo_command(world, out, "--max_steps", "100000", *flags)
-    hangup = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)  # noqa: E731
+    obey = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # nohup would have it ignored
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen(command, preexec_fn=hangup, **pipes)  # nohup would have it ignored
+    process = subprocess.Popen(command, preexec_fn=obey, **pipes)
     deadline = time.monotonic() + 90
     while not ((out / "metrics.jsonl").exists() and len(metrics(out)) >= 2):
         assert process.poll() is None and time.monotonic() < deadline
