@@ -325,7 +325,7 @@ def prepare(
         return
     if root.exists():
         raise FileExistsError(f"{root} is not the world of --toy {toy} --seed {seed}; remove it")
-    print("Making its clips and its model first takes two to three minutes.", flush=True)
+    print("Making the toy's clips and model takes two to three minutes.", flush=True)
     unfinished = root.with_name(f".{root.name}.partial")
     shutil.rmtree(unfinished, ignore_errors=True)  # left over from a killed start
     kind = TOYS[toy]
