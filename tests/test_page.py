@@ -80,6 +80,7 @@ def test_the_page_of_a_real_run_shows_its_numbers_and_frames(world, tmp_path, br
 
     run = tmp_path / "real"
     result = run_twgrpo(world, run, "--max_steps", "3")
+    assert result.returncode == 0, result.stderr[-3000:]
     assert f"{run}/curves.png, {run}/weights.html" in result.stdout
     rows = [json.loads(line) for line in (run / "completions.jsonl").read_text().splitlines()]
     script = """
