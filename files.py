@@ -4,8 +4,10 @@
     lock            one process at a time in a run directory
     new_directory   a fresh directory that no other process can get as well
     read_json       a JSON object, or a sentence that says why not
+    write_json      the opposite
     json_lines      the values of JSONL, line by line
     one_sentence    ends a command on an error that the user can fix
+    brief           a library's error in one line
 
 Here and everywhere else, such errors are raised as UserError.
 """
@@ -40,6 +42,11 @@ def one_sentence(interrupted: str = "interrupted") -> Iterator[None]:
         raise SystemExit(f"error: {printable(str(error))}") from None
     except KeyboardInterrupt:
         raise SystemExit(interrupted) from None
+
+
+def brief(error: BaseException) -> str:
+    """The message of a library's error, or else its type: one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def flush(path: Path) -> None:
@@ -107,6 +114,12 @@ def read_json(path: Path, remedy: str, numbers: Iterable[str] = ()) -> dict:
     if not isinstance(value, dict) or not all(type(value.get(n)) is int for n in numbers):
         raise UserError(f"{path} has the wrong contents; {remedy}")
     return value
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes a JSON file atomically. Raises OSError."""
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def parse_json(text: str | bytes) -> object:

@@ -315,15 +315,19 @@ def prepare(
     train: int = TRAIN_CLIPS,
     test: int = TEST_CLIPS,
     steps: int | None = None,
-) -> Policy:
-    """Creates all that a run needs under `root`: clips, train.jsonl, test.jsonl, and in `model` the
-    checkpoint of the returned policy, warm-started for `steps` steps (default: the toy's).
+) -> None:
+    """Creates all that a run needs under `root`, unless it is there: clips, train.jsonl,
+    test.jsonl, and a model warm-started for `steps` steps (default: the toy's).
 
-    Writes next to `root` and renames when complete, so a kill leaves nothing half-made.
+    Writes next to `root` and renames when complete, so a kill leaves nothing half-made. Raises
+    FileExistsError if something else is there.
     """
+    if is_world(root, toy, seed):
+        return
     if root.exists():
         raise FileExistsError(f"{root} is not the world of --toy {toy} --seed {seed}; remove it")
-    unfinished = beside(root)
+    print("Making the toy's clips and model takes two to three minutes.", flush=True)
+    unfinished = root.with_name(f".{root.name}.partial")
     shutil.rmtree(unfinished, ignore_errors=True)  # left over from a killed start
     kind = TOYS[toy]
     records = load_records(write_clips(unfinished, seed, kind, train, test)[0], unfinished)
@@ -336,12 +340,6 @@ def prepare(
     policy.save(unfinished / "model")
     (unfinished / "toy.json").write_text(json.dumps(dict(toy=toy, seed=seed)), encoding="utf-8")
     os.replace(unfinished, root)
-    return policy
-
-
-def beside(root: Path) -> Path:
-    """Where a toy world is written before it is complete."""
-    return root.with_name(f".{root.name}.partial")
 
 
 def is_world(root: Path, toy: str | None, seed: int) -> bool:

@@ -249,9 +249,13 @@ def train_and_evaluate(cfg: Config) -> Path | None:
         return None
     check_attention(cfg, device)
     is_toy = cfg.model_name_or_path is None
-    if not is_toy:
+    if is_toy:
+        # So that the numbers do not depend on the core count, and because OpenMP threads wait for
+        # each other: with another process on one of two cores, two threads are 10 times slower.
+        torch.set_num_threads(1)
+    else:
         training_records(cfg), held_out_records(cfg)  # report bad rows before creating a directory
-    cfg, directory, resume = prepare(cfg)
+    cfg, directory, resume = ranks.on_first(prepare, cfg)
     records, held_out = training_records(cfg), held_out_records(cfg)
     measures = Measures(directory, resumed=resume is not None)
 
@@ -263,11 +267,11 @@ def train_and_evaluate(cfg: Config) -> Path | None:
     check_prompts(prompter, held_out, cfg.eval_jsonl_path)
     log = RunLog(cfg, directory, resume and resume[1])
     if held_out and cfg.eval_on_start:
-        measures.before(cfg, policy, prompter, held_out)
+        measures.take("before", 0, cfg, policy, prompter, held_out)
     steps = train(cfg, policy, records, prompter, log, resume)
     measured = held_out and steps == cfg.max_steps
     if measured:
-        measures.after(steps, cfg, policy, prompter, held_out)
+        measures.take("after", steps, cfg, policy, prompter, held_out)
     if ranks.is_main():
         pictures = ", ".join(map(str, curves.pictures(directory)))
         if measured:

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from files import UserError
+from files import UserError, brief
 
 MIN_FRAMES = 4
 MAX_ASPECT = 200
@@ -118,8 +118,7 @@ def read_clip(path: str | os.PathLike, settings: ClipSettings = DEFAULTS) -> Cli
     except VideoError as error:
         raise VideoError(f"{path}: {error}") from None
     except Exception as error:  # PyAV raises many types of its own for unreadable files
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise VideoError(f"{path}: cannot be decoded ({reason[0][:200]})") from error
+        raise VideoError(f"{path}: cannot be decoded ({brief(error)})") from error
 
 
 def check_file(path: str | os.PathLike) -> str:

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from files import UserError
+from files import UserError, brief
 
 FAMILIES = {  # by model_type: how a clip becomes tokens, where the config does not say
     "qwen2_5_vl": {},
@@ -32,7 +32,7 @@ def read_config(name: str | os.PathLike) -> PreTrainedConfig:
         if kind in FAMILIES:
             return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # config.json is checked by several libraries
-        raise UserError(f"{name}: not a checkpoint for transformers ({_first(error)})") from error
+        raise UserError(f"{name}: not a checkpoint for transformers ({brief(error)})") from error
     if kind is None:
         raise UserError(f"{name}: not a checkpoint; it has no config.json with a model_type")
     raise UserError(f"{name}: is a {kind!r} model; {' or '.join(FAMILIES)} is needed")
@@ -64,7 +64,7 @@ def load_model(
             )
     except Exception as error:  # transformers, tokenizers and safetensors raise their own types
         raise UserError(
-            f"{name}: its weights or tokenizer cannot be loaded ({_first(error)})"
+            f"{name}: its weights or tokenizer cannot be loaded ({brief(error)})"
         ) from error
     if lost := sorted(found.get("missing_keys", ())):
         raise UserError(f"{name}: its weights lack {len(lost)} tensors, such as {lost[0]}")
@@ -84,7 +84,3 @@ def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
                 "vocabulary (generation_config.json, or the tokenizer's eos_token)"
             )
     return sorted({tokenizer.eos_token_id, *ends})
-
-
-def _first(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -26,10 +26,10 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from tqdm import tqdm
 
 import files
-from files import UserError
+from files import UserError, brief
 from model import ranks
 from model.policy import Policy
-from run.config import Config, check_changes, read_settings
+from run.config import BATCH, Config, check_changes
 from run.log import COUNTERS, RunLog
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
@@ -54,57 +54,53 @@ class Saver:
         resume: tuple[Path, dict] | None,
     ):
         self.cfg, self.policy, self.optimizer, self.log = cfg, policy, optimizer, log
-        self.saved = resume[0] if resume else None  # the newest checkpoint
-        self.saved_step = resume[1]["step"] if resume else 0
-        self.finished(self.saved_step)
+        # The newest checkpoint, if any, and the finished step.
+        self.saved, self.step = (resume[0], resume[1]["step"]) if resume else (None, 0)
+        self.unsaved = False
         optimizer.register_step_pre_hook(self._weights_change)
+        for killed in log.dir.glob(".checkpoint-*.partial") if ranks.is_main() else ():
+            shutil.rmtree(killed, ignore_errors=True)
 
     def _weights_change(self, *_) -> None:
-        self.between_steps = False
+        self.unsaved = False
 
     def finished(self, step: int) -> None:
         """Notes that weights and counters are those after `step`, until the next optimizer step."""
-        self.step, self.counters, self.between_steps = step, dict(self.log.counts), True
+        self.step, self.counters, self.unsaved = step, dict(self.log.counts), True
 
     def save(self) -> None:
-        """Writes the checkpoint of the finished step. All ranks must call it. If a stage fails on
-        one rank, all raise UserError after that stage, so none waits for it in the next."""
-        self.saved_step = self.step  # even if it fails, to try only once
+        """Writes the checkpoint of the finished step. All ranks must call it, and if it fails on
+        one, all raise UserError."""
+        self.unsaved = False  # even if it fails, to try only once
         final = self.log.dir / f"checkpoint-{self.step}"
-        partial = final.with_name(f".{final.name}.partial")
-        for stage in (self._write_model, self._write_state, self._finish):
-            reason = None
-            try:
-                stage(partial, final)
-            except (Exception, CheckpointException) as error:  # from safetensors, torch or the disk
-                free = shutil.disk_usage(final.parent).free / 1e9
-                reason = f"{_sentence(error)}; {free:.2f} GB free there"
-            if failed := [r for r in ranks.gather(reason) if r is not None]:
-                if ranks.is_main():
-                    shutil.rmtree(partial, ignore_errors=True)
-                raise UserError(
-                    f"{final} could not be written ({failed[0]}); earlier checkpoints are intact"
-                )
+        partial, reason = final.with_name(f".{final.name}.partial"), None
+        try:
+            self._write(partial, final)
+        except (Exception, CheckpointException) as error:  # from safetensors, torch or the disk
+            free = shutil.disk_usage(final.parent).free / 1e9
+            reason = f"{_sentence(error)}; {free:.2f} GB free there"
+        if failed := [r for r in ranks.gather(reason) if r is not None]:
+            if ranks.is_main():
+                shutil.rmtree(partial, ignore_errors=True)
+            raise UserError(
+                f"{final} could not be written ({failed[0]}); earlier checkpoints are intact"
+            )
         self.saved = final
 
-    def _write_model(self, partial: Path, final: Path) -> None:
-        for killed in final.parent.glob(".checkpoint-*.partial") if ranks.is_main() else ():
-            shutil.rmtree(killed, ignore_errors=True)
-        self.policy.save(partial, self.cfg.model_name_or_path)
-
-    def _write_state(self, partial: Path, final: Path) -> None:
+    def _write(self, partial: Path, final: Path) -> None:
+        """No rank waits for one that fails: dcp.save raises on all ranks, and what follows the
+        last collective, in Policy.save, is the work of the first rank alone."""
         if not self.cfg.save_only_model:
             path, alone = partial / "trainer_state", ranks.world() == 1
             dcp.save(_state(self.policy, self.optimizer), checkpoint_id=path, no_dist=alone)
-
-    def _finish(self, partial: Path, final: Path) -> None:
+        self.policy.save(partial, self.cfg.model_name_or_path)
         if not ranks.is_main():
             return
         if not self.cfg.save_only_model:
             counters = json.dumps({"step": self.step, **self.counters})
-            (partial / "trainer_state" / "counters.json").write_text(counters, encoding="utf-8")
-        for path in [*partial.rglob("*"), partial]:
-            files.flush(path)  # fsync before the rename
+            (path / "counters.json").write_text(counters, encoding="utf-8")
+        for written in [*partial.rglob("*"), partial]:
+            files.flush(written)  # fsync before the rename
         os.rename(partial, final)  # fails if the name is taken, unless by an empty directory
         for older in [] if self.cfg.save_only_model else checkpoints(final.parent).values():
             if older != final:
@@ -117,10 +113,9 @@ class Saver:
             yield
         except Exception as error:
             agreed = ranks.world() == 1 or getattr(error, "agreed", False)
-            unsaved = self.between_steps and self.step > self.saved_step
             kept = "nothing was saved"
             try:
-                if agreed and unsaved and weights_are_finite(self.policy):
+                if agreed and self.unsaved and weights_are_finite(self.policy):
                     self.save()
             except UserError as another:  # raise the first error, not this one
                 kept = str(another)
@@ -138,10 +133,9 @@ def weights_are_finite(policy: Policy) -> bool:
 
 
 def _sentence(error: BaseException) -> str:
-    """The last line of an error's message, or its type."""
     if isinstance(error, CheckpointException):  # a BaseException, with one error per failed rank
         error = next(iter(error.failures.values()))[0]
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
+    return brief(error)
 
 
 def _state(policy: Policy, optimizer: optim.Optimizer) -> dict:
@@ -163,8 +157,8 @@ def checkpoints(run: Path) -> dict[int, Path]:
 
 
 def to_resume(cfg: Config, run: Path) -> tuple[Path, dict] | None:
-    """The checkpoint to resume from and its counters; None if the run has not saved yet. Prints
-    what has changed since. Raises UserError. Writes nothing."""
+    """The checkpoint to resume from, and its step, counters and history of settings; None if the
+    run has not saved yet. Prints what has changed since. Raises UserError. Writes nothing."""
     path = find(run, cfg.resume_from_checkpoint) if cfg.resume_from_checkpoint else None
     if path is None:
         return None
@@ -177,10 +171,13 @@ def to_resume(cfg: Config, run: Path) -> tuple[Path, dict] | None:
             f"{later[0]} is later than {path}, and would be overwritten; resume from the newest "
             "checkpoint, or from this one into another --output_dir"
         )
-    for line in check_changes(cfg, read_settings(path.parent), done):
-        print(f"changed after step {done}: {line}")
+    remedy = "choose another --output_dir"
+    old = files.read_json(path.parent / "config.json", remedy, ("world_size", *BATCH))
+    history = old.get("history", [])
+    if changed := check_changes(cfg, old, done):
+        history.append({"until_step": done, **changed})
     print(f"resuming from {path} after step {done}", flush=True)
-    return path, counters
+    return path, counters | {"history": history}
 
 
 def find(run: Path, which: str) -> Path | None:

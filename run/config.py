@@ -163,32 +163,30 @@ class Config(*reversed(GROUPS)):
             interval = named.get(name, BY_TYPE.get(type(value)))
             if interval and not is_in(value, interval):
                 raise UserError(f"--{name} {value} must be in {interval}")
-        rules = {
+        has_model, has_data = self.model_name_or_path is not None, self.jsonl_path is not None
+        other_weights = self.token_weights != "divergence" or self.normalize_token_weights
+        other_divergence = self.divergence != "official" or self.ended_rows != "uniform"
+        no_divergence = self.token_weights not in ("divergence", "shuffled")
+        errors = {
             "--token_weights and --normalize_token_weights need --loss_type tw_grpo": (
-                self.loss_type == "tw_grpo"
-                or (self.token_weights == "divergence" and not self.normalize_token_weights)
+                other_weights and self.loss_type != "tw_grpo"
             ),
             f"--token_weights {self.token_weights} ignores --divergence and --ended_rows; leave "
-            "them out": (
-                self.token_weights in ("divergence", "shuffled")
-                or (self.divergence == "official" and self.ended_rows == "uniform")
-            ),
-            "--min_pixels must be at most --max_pixels": self.min_pixels <= self.max_pixels,
+            "them out": other_divergence and no_divergence,
+            "--min_pixels must be at most --max_pixels": self.min_pixels > self.max_pixels,
             "--model_name_or_path and --jsonl_path go together; neither means the toy": (
-                (self.model_name_or_path is None) == (self.jsonl_path is None)
+                has_model != has_data
             ),
-            "--toy is for runs without --model_name_or_path": (
-                self.toy is None or self.model_name_or_path is None
-            ),
+            "--toy is for runs without --model_name_or_path": self.toy and has_model,
             "--eval_jsonl_path and --video_root need --jsonl_path; the toy brings its own": (
-                self.jsonl_path is not None or not (self.eval_jsonl_path or self.video_root)
+                not has_data and (self.eval_jsonl_path or self.video_root)
             ),
             "--resume_from_checkpoint needs the --output_dir of the run to resume": (
-                self.output_dir is not None or self.resume_from_checkpoint is None
+                self.resume_from_checkpoint and not self.output_dir
             ),
         }
-        for message, holds in rules.items():
-            if not holds:
+        for message, is_wrong in errors.items():
+            if is_wrong:
                 raise UserError(message)
 
 
@@ -230,7 +228,7 @@ def make_output_dir(cfg: Config) -> Path:
 
 def check_contents(cfg: Config, directory: Path) -> None:
     """Raises UserError unless the directory is empty or holds a run to resume."""
-    begun = {".lock", toy.beside(directory / "toy").name}  # left over from a killed start
+    begun = {".lock", ".toy.partial"}  # left over from a killed start
     if toy.is_world(directory / "toy", cfg.toy, cfg.seed):
         begun.add("toy")
     names = {path.name for path in directory.iterdir()} - begun if directory.is_dir() else ()
@@ -246,22 +244,6 @@ def settings_of(cfg: Config) -> dict:
     return dataclasses.asdict(cfg) | {"world_size": ranks.world()}
 
 
-def read_settings(directory: Path) -> dict:
-    """A run's config.json. Raises UserError if it is damaged or not from a run."""
-    remedy = "choose another --output_dir"
-    return files.read_json(directory / "config.json", remedy, ("world_size", *BATCH))
-
-
-def changed_settings(cfg: Config, old: dict) -> dict:
-    """The old values of all settings that differ from those in `old`."""
-    new = settings_of(cfg)
-    return {
-        name: old[name]
-        for name in new
-        if name in old and name not in COMMAND and not same(old[name], new[name])
-    }
-
-
 def same(old: object, new: object) -> bool:
     """Whether two values of a flag are equal or name the same file."""
     try:
@@ -270,15 +252,17 @@ def same(old: object, new: object) -> bool:
         return False
 
 
-def check_changes(cfg: Config, old: dict, done: int) -> list[str]:
-    """A line for each setting that differs from `old`, the settings of a run with `done` steps.
-    Raises UserError if this would be a different run."""
+def check_changes(cfg: Config, old: dict, done: int) -> dict:
+    """Reports each setting that differs from `old`, the settings of a run with `done` steps, and
+    returns their old values. Raises UserError if this would be a different run."""
     if cfg.max_steps < done:
         raise UserError(
             f"--max_steps {cfg.max_steps} is below the {done} steps that this run has done; give "
             f"at least {done}"
         )
-    changed, new = changed_settings(cfg, old), settings_of(cfg)
+    new = settings_of(cfg)
+    kept = (name for name in new if name in old and name not in COMMAND)
+    changed = {name: old[name] for name in kept if not same(old[name], new[name])}
     lines = {name: f"{name} was {value}, is now {new[name]}" for name, value in changed.items()}
     before, now = (math.prod(s[name] for name in (*BATCH, "world_size")) for s in (old, new))
     another = [n for n in lines if n in IDENTITY or (n in BATCH and before != now)]
@@ -289,7 +273,9 @@ def check_changes(cfg: Config, old: dict, done: int) -> list[str]:
         )
     if "max_steps" in lines:
         lines["max_steps"] += ": the learning rate now falls to 0 there"
-    return [printable(line) for line in lines.values()]
+    for line in lines.values():
+        print(printable(f"changed after step {done}: {line}"))
+    return changed
 
 
 def check_attention(cfg: Config, device: torch.device) -> None:
@@ -316,10 +302,7 @@ def show_toy_flags(cfg: Config) -> None:
 
 
 def make_toy(cfg: Config, root: Path) -> None:
-    """Creates the toy world unless it exists. Raises OSError if something else is in its place,
-    except that --allow_changes accepts the world of another seed."""
+    """Creates the toy world unless it exists. Raises OSError if something else is in its place."""
     show_toy_flags(cfg)
-    other = cfg.allow_changes and (root / "model").is_dir()
-    if not other and not toy.is_world(root, cfg.toy, cfg.seed):
-        print("Making its clips and its model first takes two to three minutes.", flush=True)
+    if not (cfg.allow_changes and (root / "model").is_dir()):  # it may be that of another seed
         toy.prepare(root, cfg.seed, cfg.toy)

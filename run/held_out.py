@@ -6,7 +6,6 @@ Measures   a run's eval.json
 """
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 
@@ -106,20 +105,12 @@ class Measures:
         is_there = resumed and ranks.on_first(self.path.exists)
         self.rows = ranks.on_first(files.read_json, self.path, remedy) if is_there else {}
 
-    def before(self, *measured) -> None:
-        """Measures the untrained policy unless already done; arguments as for `measure`."""
-        if "before" not in self.rows:
-            self.rows["before"] = measure(*measured)
-            ranks.on_first(self._write)
-
-    def after(self, step: int, *measured) -> None:
-        if self.rows.get("after_step") != step:
-            self.rows |= dict(after_step=step, after=measure(*measured))
-            ranks.on_first(self._write)
-
-    def _write(self) -> None:
-        with files.replacing(self.path) as beside:
-            beside.write_text(json.dumps(self.rows, indent=2) + "\n", encoding="utf-8")
+    def take(self, when: str, step: int, *measured) -> None:
+        """Measures the policy `when` ("before" or "after" training), unless that was done at this
+        step; the other arguments as for `measure`."""
+        if self.rows.get(f"{when}_step") != step:
+            self.rows |= {f"{when}_step": step, when: measure(*measured)}
+            ranks.on_first(files.write_json, self.path, self.rows)
 
     def print(self, count: int) -> None:
         """Prints the table at the end of a run, with a dash for what was not measured before."""

@@ -29,10 +29,11 @@ from files import printable
 from kernels import HeadOutput
 from model import ranks
 from model.packing import Group
-from run.config import Config, changed_settings, read_settings, settings_of
+from run.config import Config, settings_of
 
 COUNTERS = ("asked", "skipped", "nonfinite")  # questions and updates since the start, all ranks
 SHOWN = ("reward", "reward_std", "completion_length")  # next to the progress bar
+MAXIMA = ("sampling_logp_difference_max", "peak_memory_gb")  # over questions and ranks
 SECONDS: dict[str, float] = defaultdict(float)  # per phase of this step
 
 
@@ -49,26 +50,27 @@ def phase(name: str) -> Iterator[None]:
 class RunLog:
     """Collects a run's measurements on every rank; the first rank writes them.
 
-    `counters` come from the checkpoint that the run is resumed from. Means are over questions, so
-    a rank with fewer of them does not distort them.
+    `resumed` is that of `checkpoint.to_resume`. Means are over questions, so a rank with fewer of
+    them does not distort them.
     """
 
-    def __init__(self, cfg: Config, directory: Path, counters: dict[str, int] | None = None):
-        self.cfg, self.dir = cfg, directory
-        self.counts = {name: (counters or {}).get(name, 0) for name in COUNTERS}
+    def __init__(self, cfg: Config, directory: Path, resumed: dict | None = None):
+        self.cfg, self.dir, resumed = cfg, directory, resumed or {}
+        self.counts = {name: resumed.get(name, 0) for name in COUNTERS}
         self.failures = 0  # consecutive non-finite updates
         self.values: dict[str, list[float]] = defaultdict(list)  # per metric, in this step
         SECONDS.clear()
         self.named: set[str] = set()
         if ranks.is_main():
-            done = counters["step"] if counters else 0
-            write_settings(cfg, directory, done)
-            move_aside_later_rows(directory, done)
-            self.metrics_file = open(directory / "metrics.jsonl", "a", encoding="utf-8")
-            self.completions_file = open(directory / "completions.jsonl", "a", encoding="utf-8")
+            settings = settings_of(cfg) | {"history": resumed.get("history", [])}
+            files.write_json(directory / "config.json", settings)
+            move_aside_later_rows(directory, resumed.get("step", 0))
+            by_line = dict(mode="a", buffering=1, encoding="utf-8")
+            self.metrics_file = open(directory / "metrics.jsonl", **by_line)
+            self.completions_file = open(directory / "completions.jsonl", **by_line)
 
     def add(self, **values: float) -> None:
-        """Adds to the mean of each metric, or to its maximum if its name ends in _max."""
+        """Adds to the mean of each metric, or to its maximum if its name is in MAXIMA."""
         for name, value in values.items():
             self.values[name].append(float(value))
 
@@ -93,8 +95,7 @@ class RunLog:
         if self.failures >= 3:
             return f"{self.failures} updates in a row were not finite"
         allowed = self.cfg.max_skip_fraction
-        too_many = skipped > allowed * max(asked, 100)  # one bad clip in the first ten is no trend
-        if too_many:
+        if skipped > allowed * max(asked, 100):  # one bad clip in the first ten is no trend
             return (
                 f"{skipped} of {asked} clips could not be read, more than "
                 f"--max_skip_fraction {allowed} allows"
@@ -117,10 +118,9 @@ class RunLog:
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
         """Logs a training step; `updates` are twgrpo.Update objects. All ranks must call it."""
-        for k, update in enumerate(updates):
-            if k == 0:
-                for group, output in zip(groups, update.outputs, strict=True):
-                    self.scored(group, output)
+        for group, output in zip(groups, updates[0].outputs if updates else (), strict=True):
+            self.scored(group, output)
+        for update in updates:
             for output in update.outputs:
                 self.add(kl=output.kl, clip_ratio=output.clip_ratio)
             self.failures = 0 if update.finite else self.failures + 1
@@ -132,10 +132,9 @@ class RunLog:
         self.add(learning_rate=rate)
         means = {name: fmean(self.values[name]) for name in SHOWN if name in self.values}
         self.bar.set_postfix(means | SECONDS, refresh=False)
-        if groups and updates and ranks.is_main():
+        if groups and ranks.is_main():
             row = self.completions_row(step, groups[0], updates[0].outputs[0], tokenizer)
             self.completions_file.write(json.dumps(row) + "\n")
-            self.completions_file.flush()
         self.write(step)
 
     def scored(self, group: Group, output: HeadOutput) -> None:
@@ -198,38 +197,23 @@ class RunLog:
 
     def write(self, step: int) -> None:
         """Writes a line of metrics.jsonl. All ranks must call it."""
-        mine = (self.values, SECONDS, peak_memory_gb())
-        values, seconds, memory = zip(*ranks.gather(mine), strict=True)
+        self.add(**{f"time/{name}": seconds for name, seconds in SECONDS.items()})
+        self.add(peak_memory_gb=peak_memory_gb())
+        values = defaultdict(list)
+        for of_rank in ranks.gather(self.values):
+            for name, of_name in of_rank.items():
+                values[name] += of_name
         if ranks.is_main():
             row = {"step": step}
-            for name in dict.fromkeys(name for of_rank in values for name in of_rank):
-                everyones = [value for of_rank in values for value in of_rank.get(name, ())]
-                is_max = name.endswith("_max")
-                row[name] = max(everyones) if is_max else sum(everyones) / len(everyones)
-            for name in SECONDS:
-                row[f"time/{name}"] = fmean(s[name] for s in seconds)
-            lengths = [length for of_rank in values for length in of_rank["completion_length"]]
-            tokens = sum(lengths) * self.cfg.num_generations
+            for name, everyones in values.items():
+                mean = sum(everyones) / len(everyones)
+                row[name] = max(everyones) if name in MAXIMA else mean
+            tokens = sum(values["completion_length"]) * self.cfg.num_generations
             row["tokens_per_second"] = tokens / max(sum(SECONDS.values()), 1e-9)
-            row["peak_memory_gb"] = max(memory)
             row |= {name: self.counts[name] for name in ("skipped", "nonfinite")}
             self.metrics_file.write(json.dumps(row) + "\n")
-            self.metrics_file.flush()
         self.values.clear()
         SECONDS.clear()
-
-
-def write_settings(cfg: Config, directory: Path, done: int) -> None:
-    """Writes config.json. Its "history" keeps the settings a resumed run had until step `done`."""
-    history, path = [], directory / "config.json"
-    if done and path.exists():
-        old = read_settings(directory)
-        history = old.get("history", [])
-        if changed := changed_settings(cfg, old):
-            history.append({"until_step": done, **changed})
-    with files.replacing(path) as beside:
-        text = json.dumps(settings_of(cfg) | {"history": history}, indent=2)
-        beside.write_text(text + "\n", encoding="utf-8")
 
 
 def move_aside_later_rows(run: Path, step: int) -> None:

@@ -16,9 +16,9 @@ from video import ClipSettings
 
 
 def prepare(cfg: Config) -> tuple[Config, Path, tuple[Path, dict] | None]:
-    """The output directory, and the checkpoint to resume with its counters. Without a model,
-    creates the toy world there and points cfg to it. All ranks must call it. Raises UserError."""
-    directory = ranks.on_first(make_output_dir, cfg)
+    """The output directory, and what `checkpoint.to_resume` finds there. Without a model, creates
+    the toy world there and points cfg to it. For the first rank. Raises UserError or OSError."""
+    directory = make_output_dir(cfg)
     root = directory / "toy"
     if is_toy := cfg.model_name_or_path is None:
         cfg = dataclasses.replace(
@@ -28,12 +28,9 @@ def prepare(cfg: Config) -> tuple[Config, Path, tuple[Path, dict] | None]:
             eval_jsonl_path=str(root / "test.jsonl"),
             video_root=str(root),
         )
-        # So that the numbers do not depend on the core count, and because OpenMP threads wait for
-        # each other: with another process on one of two cores, two threads are 10 times slower.
-        torch.set_num_threads(1)
-    resume = ranks.on_first(checkpoint.to_resume, cfg, directory)
+    resume = checkpoint.to_resume(cfg, directory)
     if is_toy:
-        ranks.on_first(make_toy, cfg, root)
+        make_toy(cfg, root)
     return cfg, directory, resume
 
 

@@ -6,6 +6,7 @@ Nothing heavy is imported here, so that tests of plain text need no torch.
 import ctypes
 import dataclasses
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -39,11 +40,6 @@ for name, examples in dict(quick=50, full=500).items():
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 MISSING_CODECS = [] if importlib.util.find_spec("av") else ["av"]
-INTERPRETER_IS_BROKEN = (
-    importlib.util.find_spec("triton") is not None
-    and version("triton").startswith("3.6.")
-    and not version("numpy").startswith(("2.0.", "2.1.", "2.2.", "2.3."))
-)
 PROJECT = Path(__file__).resolve().parent.parent
 SAMPLES = Path(os.environ.get("TWGRPO_SAMPLES", PROJECT.parent / "shared" / "data"))
 TOY_FLAGS = (
@@ -70,10 +66,6 @@ def lacking(error: BaseException | None) -> str | None:
     while error:
         if isinstance(error, ModuleNotFoundError) and error.name in MISSING_CODECS:
             return f"needs a video codec: the package {error.name} is not installed"
-        if type(error).__name__ == "InterpreterError" and INTERPRETER_IS_BROKEN:
-            return (
-                "Triton 3.6's interpreter fails with NumPy 2.4 and later; on a GPU it is not used"
-            )
         error = error.__cause__ or error.__context__
     return None
 
@@ -160,8 +152,16 @@ def twgrpo_command(world: Path, out: Path, *flags: str) -> list[str]:
 
 
 def run_twgrpo(world: Path, out: Path, *flags: str) -> subprocess.CompletedProcess:
+    """A short run in a process of its own that ends well."""
     command = twgrpo_command(world, out, *flags)
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+def rows_of(path: Path) -> list[dict]:
+    """The lines of a JSONL file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:

@@ -8,10 +8,10 @@ import types
 
 import pytest
 import torch
-from conftest import questions_of, twgrpo_command
+from conftest import questions_of, run_twgrpo, twgrpo_command
 from safetensors.torch import load_file
 from test_policy import as_family, prompter_for
-from test_ranks import run_one, run_two
+from test_ranks import run_two
 from test_train import metrics
 from transformers import AutoModelForImageTextToText
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
@@ -126,7 +126,7 @@ def test_it_learns(warm, world, tmp_path, capsys):
     """60 steps of the loop on the toy's clips: the reward rises."""
     flags = f"--model_name_or_path {warm} --max_steps 60 --per_device_train_batch_size 6"
     flags += " --num_generations 8 --learning_rate 1e-3 --min_pixels 4096 --max_pixels 4096"
-    run_one(world, tmp_path / "r", *flags.split())
+    run_twgrpo(world, tmp_path / "r", *flags.split())
     reward = [row["reward"] for row in metrics(tmp_path / "r")]
     before, after = sum(reward[:10]) / 10, sum(reward[-10:]) / 10
     with capsys.disabled():
@@ -140,7 +140,7 @@ def test_two_ranks_train_like_one_and_a_resumed_run_has_the_same_bits(warm, worl
     flags = f"--model_name_or_path {warm} --max_steps 4 --save_steps 2 --learning_rate 1e-3".split()
     flags += "--min_pixels 4096 --max_pixels 4096".split()
     one, two, again = (tmp_path / name for name in ("one", "two", "again"))
-    run_one(world, one, *flags)
+    run_twgrpo(world, one, *flags)
     run_two(world, two, *flags, "--per_device_train_batch_size", "1")
     for a, b in zip(metrics(one), metrics(two), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
@@ -154,6 +154,6 @@ def test_two_ranks_train_like_one_and_a_resumed_run_has_the_same_bits(warm, worl
             assert run.poll() is None
             time.sleep(0.02)
         run.kill()
-    run_one(world, again, *flags, "--resume_from_checkpoint", "auto")
+    run_twgrpo(world, again, *flags, "--resume_from_checkpoint", "auto")
     theirs = load_file(again / "checkpoint-4/model.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from conftest import PROJECT, run_twgrpo, twgrpo_command
+from conftest import PROJECT, rows_of, run_twgrpo, twgrpo_command
 from safetensors.torch import load_file
 from test_train import metrics
 
@@ -26,6 +26,7 @@ def gpus():
     with pytest.MonkeyPatch.context() as patch:
         before = os.environ.get("CUDA_VISIBLE_DEVICES")
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        patch.setenv("PYTHONPATH", str(PROJECT))  # for faulty_run.py
         yield before
 
 
@@ -37,12 +38,6 @@ def run_two(world, out, *flags, fault=(), timeout=LIMIT, ok=True):
     command = [str(part) for part in (*launch, *script, *command)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     assert (result.returncode == 0) == ok, result.stderr[-3000:]
-    return result
-
-
-def run_one(world, out, *flags):
-    result = run_twgrpo(world, out, *flags)
-    assert result.returncode == 0, result.stderr[-3000:]
     return result
 
 
@@ -65,7 +60,7 @@ def test_two_processes_train_like_one(two_ranks, world, tmp_path):
     """Losses within 1e-5 and parameters within 1e-4 after 5 steps on the same questions; and the
     evaluation, of which each rank does half, finds the same before them."""
     one_run = tmp_path / "one"
-    run_one(world, one_run, *FIVE, "2", "--beta", "0.01", *evaluating(world))
+    run_twgrpo(world, one_run, *FIVE, "2", "--beta", "0.01", *evaluating(world))
     one, two = metrics(one_run), metrics(two_ranks)
     assert [row["step"] for row in two] == [1, 2, 3, 4, 5]
     for a, b in zip(one, two, strict=True):
@@ -101,7 +96,7 @@ def test_two_nodes_train_like_two_processes_of_one(two_ranks, world, tmp_path):
 
 def test_accumulation_changes_nothing(two_ranks, world, tmp_path):
     accumulate = "1 --gradient_accumulation_steps 2 --beta 0.01".split()
-    run_one(world, tmp_path / "one", *FIVE, *accumulate)
+    run_twgrpo(world, tmp_path / "one", *FIVE, *accumulate)
     for a, b in zip(metrics(tmp_path / "one"), metrics(two_ranks), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
 
@@ -109,14 +104,14 @@ def test_accumulation_changes_nothing(two_ranks, world, tmp_path):
 def test_one_process_goes_on_where_two_left_off(two_ranks, world):
     """The trainer state is not tied to the number of ranks that wrote it."""
     more = "2 --max_steps 6 --resume_from_checkpoint auto --beta 0.01".split()
-    result = run_one(world, two_ranks, *FIVE, *more)
+    result = run_twgrpo(world, two_ranks, *FIVE, *more)
     assert "resuming from" in result.stdout and (two_ranks / "checkpoint-6").exists()
     assert [row["step"] for row in metrics(two_ranks)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_rank_whose_clips_are_broken_keeps_the_others_company(world, tmp_path):
     """Also with a vision tower that trains: the idle rank takes part in every collective."""
-    rows = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()][:2]
+    rows = rows_of(world / "train.jsonl")[:2]
     data = (world / rows[0]["video"]).read_bytes()
     (world / "clips" / "cut.mp4").write_bytes(data[: len(data) // 2])
     rows[0]["video"] = "clips/cut.mp4"
@@ -128,38 +123,35 @@ def test_a_rank_whose_clips_are_broken_keeps_the_others_company(world, tmp_path)
     assert result.stderr.count("cut.mp4: cannot be decoded") <= 2  # once on each rank at most
 
 
-def test_a_nan_on_one_rank_skips_the_update_on_both(world, tmp_path):
-    flags = "--max_steps 4 --per_device_train_batch_size 1 --learning_rate 1e-3".split()
-    result = run_two(world, tmp_path / "r", *flags, fault=("nan", 1, 2))
-    rows = metrics(tmp_path / "r")
-    assert [row["nonfinite"] for row in rows] == [0, 1, 1, 1]
-    assert "loss" not in rows[1] and "step 2: loss nan" in result.stderr
-    state = load_file(tmp_path / "r" / "checkpoint-4" / "model.safetensors")
-    assert all(value.isfinite().all() for value in state.values())
-
-
-def test_three_nans_in_a_row_end_the_run_with_a_checkpoint(world, tmp_path):
-    flags = "--max_steps 9 --per_device_train_batch_size 1".split()
-    result = run_two(world, tmp_path / "r", *flags, fault=("nan3", 0, 2), ok=False)
-    assert "error: 3 updates in a row were not finite" in result.stderr
-    assert (tmp_path / "r" / "checkpoint-4" / "trainer_state" / "counters.json").exists()
-
-
-def test_sigterm_to_one_rank_stops_both_and_saves(world, tmp_path):
-    flags = "--max_steps 50 --per_device_train_batch_size 1".split()
-    result = run_two(world, tmp_path / "r", *flags, fault=("sigterm", 1, 3))
-    assert "SIGTERM: finishing the step" in result.stderr
-    assert (tmp_path / "r" / "checkpoint-3").exists()
-
-
-def test_a_disk_that_fills_up_on_one_rank_is_an_error_on_both(world, tmp_path):
-    flags = "--max_steps 4 --save_steps 2 --per_device_train_batch_size 1".split()
-    result = run_two(world, tmp_path / "r", *flags, fault=("disk_full", 1, 3), ok=False)
-    assert "No space left on device" in result.stderr
-    assert "checkpoint-4 could not be written" in result.stderr
-    assert (tmp_path / "r" / "checkpoint-2" / "trainer_state").exists()
-    assert not list((tmp_path / "r").glob(".*partial"))
-    assert not (tmp_path / "r" / "checkpoint-4").exists()
+@pytest.mark.parametrize(
+    "fault, rank, step, said, saved",
+    [
+        ("nan", 1, 2, "step 2: loss nan or its gradient is not finite", [2, 4]),
+        ("nan3", 0, 2, "error: 3 updates in a row were not finite", [2, 4]),
+        ("sigterm", 1, 3, "SIGTERM: finishing the step", [2, 3]),
+        ("checkpoint", 1, 3, "checkpoint-4 could not be written (a fault in checkpoint", [2]),
+        # Before the ranks compute together they can still agree to save; in the backward pass the
+        # other rank waits in a collective.
+        ("rollout", 1, 4, "stopped after step 3; {out}/checkpoint-3 holds the run so far", [2, 3]),
+        ("backward", 1, 4, "stopped after step 3; {out}/checkpoint-2 holds the run so far", [2]),
+    ],
+)
+def test_a_fault_of_one_rank_ends_both_alike(fault, rank, step, said, saved, world, tmp_path):
+    """With all that was finished saved, and resumable, if the ranks can still agree to."""
+    out, more = tmp_path / "r", "--save_steps 2 --beta 0.01".split()  # KL: every step goes back
+    ok = fault in ("nan", "sigterm")
+    flags = [*FIVE, "1", *more, "--max_steps", "4" if fault == "nan" else "9"]
+    result = run_two(world, out, *flags, fault=(fault, rank, step), ok=ok)
+    assert said.format(out=out) in result.stderr
+    assert {p.name for p in out.glob("*checkpoint*")} == {f"checkpoint-{k}" for k in saved}
+    assert (out / f"checkpoint-{saved[-1]}" / "trainer_state" / "counters.json").exists()
+    if fault == "nan":
+        rows = metrics(out)
+        assert [row["nonfinite"] for row in rows] == [0, 1, 1, 1] and "loss" not in rows[1]
+        state = load_file(out / "checkpoint-4" / "model.safetensors")
+        assert all(value.isfinite().all() for value in state.values())
+    if fault == "rollout":
+        run_twgrpo(world, out, *FIVE, "2", *more, "--resume_from_checkpoint", "auto")
 
 
 @pytest.mark.gpu
@@ -172,44 +164,22 @@ def test_two_gpus_train_like_one(gpus, world, tmp_path, monkeypatch):
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
-    one_run, two_runs = runs = tmp_path / "one", tmp_path / "two"
-    run_one(world, one_run, *FIVE, "2")
+    runs = one_run, two_runs = tmp_path / "one", tmp_path / "two"
+    run_twgrpo(world, one_run, *FIVE, "2")
     run_two(world, two_runs, *FIVE, "1", timeout=300)
-    one, two = map(metrics, runs)
-    for row in (*one, *two):
+    (one, *_), (two, *_) = rows = [metrics(run) for run in runs]
+    for row in (*rows[0], *rows[1]):
         assert row["nonfinite"] == 0 and row["sampling_logp_difference"] < 0.05
-    assert [row["step"] for row in one] == [row["step"] for row in two] == [1, 2, 3, 4, 5]
-    assert one[0]["reward"] == pytest.approx(two[0]["reward"], abs=0.3)
-    assert one[0]["completion_length"] == pytest.approx(two[0]["completion_length"], rel=0.2)
-    assert one[0]["grad_norm"] == pytest.approx(two[0]["grad_norm"], rel=0.5)
-    firsts = [json.loads((run / "completions.jsonl").open().readline()) for run in runs]
-    assert firsts[0]["id"] == firsts[1]["id"]
-    texts = [[completion["text"] for completion in first["completions"]] for first in firsts]
-    same = sum(a == b for a, b in zip(*texts, strict=True))
-    assert same >= len(texts[0]) / 2
+    assert [len(of_run) for of_run in rows] == [5, 5]
+    assert one["reward"] == pytest.approx(two["reward"], abs=0.3)
+    assert one["completion_length"] == pytest.approx(two["completion_length"], rel=0.2)
+    assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=0.5)
+    one, two = (rows_of(run / "completions.jsonl")[0] for run in runs)
+    pairs = zip(one["completions"], two["completions"], strict=True)
+    same = [a["text"] == b["text"] for a, b in pairs]
+    assert one["id"] == two["id"] and sum(same) >= len(same) / 2
     ours, theirs = (load_file(run / "checkpoint-5/model.safetensors") for run in runs)
     before = load_file(world / "model/model.safetensors")
-    for name in before:
-        assert (ours[name].float() - theirs[name].float()).abs().max() < 2 * 5 * 1e-3, name
-    assert any((theirs[n].float() - x.float()).abs().max() > 1e-3 for n, x in before.items())
-
-
-def test_an_error_that_all_ranks_know_of_saves_the_steps_before_it(world, tmp_path):
-    """In the rollout, before the ranks compute together: they can still agree to save."""
-    flags = "--max_steps 9 --per_device_train_batch_size 1".split()
-    result = run_two(world, tmp_path / "r", *flags, fault=("rollout", 1, 3), ok=False)
-    assert "a fault in the rollout" in result.stderr
-    assert "stopped after step 2; " in result.stderr and "checkpoint-2 holds" in result.stderr
-    assert (tmp_path / "r" / "checkpoint-2" / "trainer_state" / "counters.json").exists()
-    more = ["2", "--max_steps", "9", "--learning_rate", "1e-6"]
-    run_one(world, tmp_path / "r", *FIVE, *more, "--resume_from_checkpoint", "auto")
-
-
-def test_an_error_that_one_rank_alone_knows_of_ends_both_and_saves_nothing(world, tmp_path):
-    """In the backward pass, where the other rank waits in a collective."""
-    flags = "--max_steps 9 --save_steps 2 --per_device_train_batch_size 1".split()
-    flags += ["--beta", "0.01"]  # so that every step has a backward pass
-    result = run_two(world, tmp_path / "r", *flags, fault=("backward", 1, 4), ok=False)
-    assert "a fault in the backward" in result.stderr
-    assert "checkpoint-2 holds the run so far" in result.stderr
-    assert [path.name for path in (tmp_path / "r").glob("*checkpoint*")] == ["checkpoint-2"]
+    moved = [(theirs[name].float() - x.float()).abs().max() for name, x in before.items()]
+    apart = [(theirs[name].float() - x.float()).abs().max() for name, x in ours.items()]
+    assert max(moved) > 1e-3 and max(apart) < 2 * 5 * 1e-3

@@ -13,10 +13,12 @@ import sys
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import PROJECT, run_twgrpo, twgrpo_command
+from conftest import PROJECT, rows_of, run_twgrpo, twgrpo_command
 from doc_checks import tables
 from safetensors.torch import load_file
 from torch.distributed.launcher.api import LaunchConfig
@@ -41,10 +43,6 @@ def train(world, out, *flags):
     """A whole run inside this process: its directory."""
     flags = [word for text in flags for word in str(text).split()]
     return twgrpo.train_and_evaluate(parse_config(twgrpo_command(world, out, *flags)[2:]))
-
-
-def rows_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def metrics(run):
@@ -115,25 +113,22 @@ def test_metrics_are_those_of_the_readme_in_a_line_a_step(short_run):
     readme = (PROJECT / "README.md").read_text(encoding="utf-8")
     (table,) = (t for t in tables(readme) if t.header[0] == "metric")
     names = {name for row in table.rows for name in re.findall(r"`([a-z0-9_/]+)`", row[0])}
-    assert all(set(row) == {"step", *names} for row in rows)
-    assert all(row["sampling_logp_difference"] < 1e-5 for row in rows)
-    assert all(row["sampling_logp_difference_max"] < 1e-4 for row in rows)  # one policy, float32
     for row in rows:
+        assert set(row) == {"step", *names} and 1 <= row["weight_mean"] <= 1.7
         mean, p99, most = (row[f"sampling_logp_difference{end}"] for end in ("", "_p99", "_max"))
-        assert 0 < mean < p99 < most
-    assert all(1 <= row["weight_mean"] <= 1.7 for row in rows)
+        assert 0 < mean < p99 < most < 1e-4 and mean < 1e-5  # one policy, float32
     assert rows[0]["learning_rate"] == 1e-3 and rows[-1]["learning_rate"] == pytest.approx(2e-4)
 
 
 def test_a_maximum_stays_one_over_questions_and_ranks(tmp_path, monkeypatch):
     log = RunLog(parse_config([]), tmp_path)
     for value in (1.0, 3.0, 2.0):
-        log.add(far=value, far_max=value, completion_length=5)
-    other_rank = (dict(far=[8.0], far_max=[4.0], completion_length=[]), {}, 0.0)
+        log.add(far=value, sampling_logp_difference_max=value)
+    other_rank = dict(far=[8.0], sampling_logp_difference_max=[4.0])
     monkeypatch.setattr("model.ranks.gather", lambda mine: [mine, other_rank])
     log.write(1)
     (row,) = metrics(tmp_path)
-    assert row["far"] == 14 / 4 and row["far_max"] == 4
+    assert row["far"] == 14 / 4 and row["sampling_logp_difference_max"] == 4
 
 
 def test_completions_hold_a_group_with_its_weights(short_run, policy):
@@ -160,17 +155,21 @@ def test_checkpoint_loads_in_plain_transformers_and_trains_on(short_run, world, 
     assert moved and not any("visual" in name for name in moved)  # the frozen tower is bit for bit
     for part in ("lm_head", "embed_tokens"):
         assert any(part in name for name in moved)
-    train(world, tmp_path / "on", "--model_name_or_path", short_run / "checkpoint-5")
+    flags = "--save_only_model true --loss_type grpo --reward_funcs origin_accuracy format"
+    on = train(world, tmp_path / "on", flags, "--model_name_or_path", short_run / "checkpoint-5")
+    assert weights(on, 2).keys() == start.keys() and not list(on.rglob("trainer_state"))
+    assert "rewards/origin_accuracy" in metrics(on)[0]
 
 
 @pytest.mark.slow
 def test_the_same_command_gives_the_same_bits(short_run, world, tmp_path):
-    """Also in a process of its own, whose progress bar shows reward, length and seconds."""
-    result = run_twgrpo(world, tmp_path / "again", *FIVE_STEPS.split())
-    assert result.returncode == 0, result.stderr[-3000:]
+    """Also in a process of its own, whose progress bar shows reward, length and seconds, and with
+    clips that are read ahead."""
+    flags = [*FIVE_STEPS.split(), "--dataloader_num_workers", "2"]
+    shown = run_twgrpo(world, tmp_path / "again", *flags).stderr
     assert same_run(tmp_path / "again", short_run, 5)
     for words in ("reward=", "completion_length=", "rollout=0.", "score=0."):
-        assert words in result.stderr
+        assert words in shown
     train(world, tmp_path / "other", FIVE_STEPS, "--seed 7")
     assert metrics(tmp_path / "other") != metrics(short_run)
 
@@ -180,8 +179,7 @@ def test_groups_that_teach_nothing_are_left_out_of_the_backward_pass(
 ):
     """One of three groups has equal rewards: the gradients are those of all three."""
     cfg = Config(num_generations=4, max_completion_length=6, per_device_train_batch_size=3)
-    gradients, scored = [], []
-    rewards = iter([[0, 1, 2, 1], [1, 1, 1, 1], [2, 0, 0, 0]] * 2)
+    gradients, rewards = [], iter([[0, 1, 2, 1], [1, 1, 1, 1], [2, 0, 0, 0]] * 2)
 
     def keep(*_):
         parameters = [p for p in policy.model.parameters() if p.grad is not None]
@@ -189,18 +187,13 @@ def test_groups_that_teach_nothing_are_left_out_of_the_backward_pass(
         policy.model.zero_grad()
         return 0.0, True
 
-    def spy(cfg, policy, groups, score=twgrpo.score_groups):
-        scored.append((len(groups), torch.is_grad_enabled()))
-        return score(cfg, policy, groups)
-
     monkeypatch.setattr(twgrpo, "rewards_of", lambda *_: torch.tensor([next(rewards)]).float().T)
     monkeypatch.setattr(twgrpo, "optimizer_step", keep)
-    monkeypatch.setattr(twgrpo, "score_groups", spy)
     step = (cfg, policy, None, None, questions, [(0, b) for b in range(3)], 0.0)
     _, (some,) = twgrpo.train_step(*step)
     monkeypatch.setattr(twgrpo, "micro_batches", lambda cfg, groups: [(groups, True)])
     _, (every,) = twgrpo.train_step(*step)
-    assert len(some.outputs) == 3 and scored == [(2, True), (1, False), (3, True)]
+    assert [o.loss.requires_grad for o in some.outputs] == [True, False, True]
     assert some.loss == pytest.approx(every.loss, abs=1e-7)
     left_out, all_of_them = gradients  # the largest is about 0.2; a last digit of float32
     assert (left_out - all_of_them).abs().max() < 2e-7 * all_of_them.abs().max()
@@ -226,34 +219,22 @@ def test_the_ratio_is_always_to_the_weights_that_sampled(world, tmp_path, monkey
 
 
 def test_kl_to_the_reference_starts_at_nothing_and_grows(world, tmp_path):
+    """Sampling, scoring and the reference model have one temperature."""
     flags = "--beta 0.1 --learning_rate 1e-2 --max_steps 3 --freeze_vision_modules false"
-    first, *later = (row["kl"] for row in metrics(train(world, tmp_path / "r", flags)))
+    others = "--divergence textbook --ended_rows exclude --question_type single --temperature 0.7"
+    rows = metrics(train(world, tmp_path / "r", flags, others, "--train_samples 5 --fps 1"))
+    first, *later = (row["kl"] for row in rows)
     assert abs(first) < 1e-9 and all(kl > 1e-5 for kl in later)
+    assert all(row["sampling_logp_difference"] < 1e-5 for row in rows)
     start, trained = load_file(world / "model" / "model.safetensors"), weights(tmp_path / "r", 3)
     assert any(not torch.equal(trained[n], start[n]) for n in start if "visual" in n)
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "--loss_type grpo --reward_funcs origin_accuracy format",
-        "--divergence textbook --ended_rows exclude --question_type single",
-        "--train_samples 5 --temperature 0.7 --fps 1 --beta 0.1",
-    ],
-)
-def test_other_settings_run(flags, world, tmp_path):
-    (row,) = metrics(train(world, tmp_path / "r", flags, "--max_steps 1"))
-    # Sampling, scoring and the reference model have one temperature.
-    assert row["sampling_logp_difference"] < 1e-5 and row["kl"] < 1e-9
 
 
 @pytest.mark.slow
 def test_real_clevrer_clip_trains_end_to_end(world, sample, tmp_path):
     """A real clip at the recipe's own frames and pixels: 10 frames, 935 video tokens."""
     clip = sample("clevrer_video_12176.mp4")
-    problem = (
-        "Without the cylinder, which will not happen?\nA. The spheres collide\nB. Nothing moves"
-    )
+    problem = "Which will not happen?\nA. The spheres collide\nB. Nothing moves"
     row = dict(problem=problem, solution="<answer>A</answer>", video=clip.name)
     (tmp_path / "clevrer.json").write_text(json.dumps([row]))
     paths = ["--jsonl_path", tmp_path / "clevrer.json", "--video_root", clip.parent]
@@ -280,33 +261,30 @@ def test_bad_clips_are_skipped_counted_and_never_replaced(world, tmp_path, capsy
     assert metrics(bad)[-1]["skipped"] == 2  # 12 steps of 2 are one pass over 24
     for reason in ("cut.mp4: cannot be decoded", "missing.mp4: no such video file"):
         assert len(re.findall(f"skipped question .*{reason}", stderr)) == 1
-    groups = [
-        {row["id"]: row["completions"] for row in rows_of(run / "completions.jsonl")}
-        for run in (bad, train(world, tmp_path / "good", flags))
-    ]
-    shared = groups[0].keys() & groups[1].keys()
-    assert len(shared) >= 9 and not {"train-0", "train-1"} & groups[0].keys()
-    for key in shared:
-        texts, expected = ([c["text"] for c in group[key]] for group in groups)
-        assert texts == expected
+    good = train(world, tmp_path / "good", flags)
+    runs = [rows_of(run / "completions.jsonl") for run in (bad, good)]
+    texts, expected = (
+        {g["id"]: [c["text"] for c in g["completions"]] for g in run} for run in runs
+    )
+    shared = texts.keys() & expected.keys()
+    assert len(shared) >= 9 and not {"train-0", "train-1"} & texts.keys()
+    assert all(texts[key] == expected[key] for key in shared)
 
 
 def test_clips_are_decoded_once_while_there_is_room(world, prompter, records, tmp_path):
     """Eight clips, three epochs: all are kept, or as many as fit; the questions are the same."""
     size = prompter(records[0]).patches.numel()  # bytes of a clip in uint8
-    seen, decoded = {}, {}
+    seen, decoded = [], []
     for room in (0.0, 2.5 * size / 1e9, 1.0):
         cfg = parse_config(f"--clip_cache_gb {room} --per_device_train_batch_size 4".split())
-        log = RunLog(cfg, tmp_path)
-        ahead = clips.QuestionsAhead(cfg, records[:8], prompter, log, 1)
-        load, calls = ahead.reader.load_clip, []
-        ahead.reader.load_clip = lambda *a, load=load, c=calls: c.append(a) or load(*a)
-        seen[room] = [q.patches for step in range(1, 7) for q in ahead.take(step)[0]]
-        decoded[room] = len(calls)
+        ahead = clips.QuestionsAhead(cfg, records[:8], prompter, RunLog(cfg, tmp_path), 1)
+        ahead.reader.load_clip = load = Mock(wraps=ahead.reader.load_clip)
+        patches = [q.patches for step in range(1, 7) for q in ahead.take(step)[0]]
+        seen.append(torch.stack(patches))
+        decoded.append(load.call_count)
         ahead.close()
-    assert list(decoded.values()) == [24, 24 - 2 * 2, 8]
-    for patches in seen.values():
-        assert all(torch.equal(a, b) for a, b in zip(patches, seen[0.0], strict=True))
+    assert decoded == [24, 24 - 2 * 2, 8]
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
 
 
 @pytest.mark.parametrize(
@@ -320,6 +298,8 @@ def test_clips_are_decoded_once_while_there_is_room(world, prompter, records, tm
         ("--fps nan", "error: --fps nan must be in (0, 1e9]"),
         ("--min_pixels 9000000", "error: --min_pixels must be at most --max_pixels"),
         ("--model_name_or_path x", "error: --model_name_or_path and --jsonl_path go together"),
+        ("--video_root x", "error: --eval_jsonl_path and --video_root need --jsonl_path"),
+        ("--resume_from_checkpoint auto", "--resume_from_checkpoint needs the --output_dir"),
         ("--reward_funcs format bogus", "invalid choice: 'bogus'"),
         ("--question_type several", "invalid choice: 'several'"),
         ("--no_such_flag 1", "--no_such_flag"),
@@ -347,14 +327,9 @@ def test_rank_without_its_companions_is_a_sentence(world, tmp_path, monkeypatch)
 def running(world, out, *flags):
     """A run without an end that has done two steps."""
     command = twgrpo_command(world, out, "--max_steps", "100000", *flags)
-    process = subprocess.Popen(
-        command,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        # Under nohup, pytest and what it starts would ignore the hangup.
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
-    )
+    obey = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # nohup would have it ignored
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, preexec_fn=obey, **pipes)
     deadline = time.monotonic() + 90
     while not ((out / "metrics.jsonl").exists() and len(metrics(out)) >= 2):
         assert process.poll() is None and time.monotonic() < deadline
@@ -408,17 +383,11 @@ for ending in ("pass", "raise SystemExit('error: a sentence')", "raise SystemExi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank, shutdown", [({"RANK": "0"}, ""), ({}, "shut down\n")])
-def test_a_rank_ends_with_the_right_exit_code_and_without_shutdown(rank, shutdown):
-    result = subprocess.run(
-        [sys.executable, "-c", ENDINGS],
-        cwd=PROJECT,
-        capture_output=True,
-        text=True,
-        env=os.environ | rank,
-        timeout=60,
-    )
-    assert result.stdout == "".join(f"{shutdown}{code}\n" for code in (0, 1, 3, 1))
+def test_a_rank_ends_with_the_right_exit_code_and_without_shutdown(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    options = dict(cwd=PROJECT, capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", ENDINGS], **options)
+    assert result.stdout.split() == ["0", "1", "3", "1"]
     assert "error: a sentence" in result.stderr and "ZeroDivisionError" in result.stderr
 
 
@@ -432,31 +401,22 @@ def test_toy_defaults_are_flags_and_given_flags_win():
     assert parse_config("--model_name_or_path m --jsonl_path q".split()).learning_rate == 1e-6
 
 
-@pytest.mark.parametrize(
-    "flags", ["", "--dry_run true", "--resume_from_checkpoint auto", "--allow_changes true"]
-)
+@pytest.mark.parametrize("flags", ["", "--resume_from_checkpoint auto", "--allow_changes true"])
 @pytest.mark.parametrize("place", ["", ".."])
-def test_a_directory_that_holds_a_run_is_left_alone(place, flags, tmp_path):
-    """Also under a mistyped name: runs instead of runs/toy. A dry run may look elsewhere."""
+def test_a_directory_that_holds_a_run_is_left_alone(place, flags, tmp_path, monkeypatch, capsys):
+    """Also under a mistyped name: runs instead of runs/toy. A dry run writes nothing anywhere."""
     run = tmp_path / "runs" / "toy"
     (run / "checkpoint-4" / "trainer_state").mkdir(parents=True)
     for name in (".lock", "config.json"):
         (run / name).write_text("{}")
-    before = snapshot(tmp_path)
-    cfg = parse_config(["--output_dir", str(run / place), *flags.split()])
-    if cfg.dry_run:
-        assert twgrpo.train_and_evaluate(cfg) is None
-    else:
-        with pytest.raises(UserError, match="is not empty; choose another|holds no trainer_state"):
-            twgrpo.train_and_evaluate(cfg)
-    assert snapshot(tmp_path) == before
-
-
-def test_a_dry_run_of_the_toy_writes_nothing(tmp_path, monkeypatch, capsys):
+    before, flags = snapshot(tmp_path), ["--output_dir", str(run / place), *flags.split()]
+    with pytest.raises(UserError, match="is not empty; choose another|holds no trainer_state"):
+        twgrpo.train_and_evaluate(parse_config(flags))
     monkeypatch.chdir(tmp_path)
-    twgrpo.train_and_evaluate(parse_config(["--dry_run", "true"]))
-    assert "a dry run writes nothing" in capsys.readouterr().out
-    assert not list(tmp_path.iterdir())
+    for elsewhere in (flags, []):
+        assert twgrpo.train_and_evaluate(parse_config([*elsewhere, "--dry_run", "true"])) is None
+        assert "a dry run writes nothing" in capsys.readouterr().out
+    assert snapshot(tmp_path) == before
 
 
 def test_a_toy_that_was_killed_while_it_was_made_is_made_again(tmp_path, monkeypatch):
@@ -467,12 +427,11 @@ def test_a_toy_that_was_killed_while_it_was_made_is_made_again(tmp_path, monkeyp
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(Policy, "save", lambda *_: 1 / 0)
         toy.prepare(root, **small)
-    assert not root.exists() and toy.beside(root).exists()
-    check_contents(cfg, tmp_path / "r")
-    toy.prepare(root, **small)
-    assert toy.is_world(root, "colours", 42) and not toy.beside(root).exists()
+    for names in ([".lock", ".toy.partial"], [".lock", "toy"]):
+        assert sorted(os.listdir(tmp_path / "r")) == names
+        check_contents(cfg, tmp_path / "r")
+        toy.prepare(root, **small)
     Policy.load(root / "model")
-    check_contents(cfg, tmp_path / "r")
 
 
 def test_a_directory_of_the_users_in_the_toys_place_is_refused(tmp_path):
@@ -491,28 +450,23 @@ def test_toy_questions_have_one_to_four_answers_of_what_is_shown(tmp_path):
     assert len(load_records(test, tmp_path)) == 4
 
 
-def test_the_recipe_in_train_sh_is_made_of_real_flags():
+def test_the_recipe_in_train_sh_is_made_of_real_flags(monkeypatch):
+    """torchrun reads the time that a save may take from torch 2.12 on; 600 s hold 116 GB at 0.2 GB
+    a second."""
     script = (PROJECT / "train.sh").read_text()
     command = script[script.index(" twgrpo.py") :].replace("\\\n", " ")
     flags = [word.strip('"') for word in command.split()[1:-1]]
     cfg = parse_config(flags)
     assert (cfg.alpha, cfg.num_generations, cfg.learning_rate) == (1.7, 8, 1e-6)
     assert (cfg.max_grad_norm, cfg.beta, cfg.freeze_vision_modules) == (20.0, 0.0, True)
-
-
-def test_train_sh_gives_a_save_the_time_it_takes(monkeypatch):
-    """torchrun reads the variable from torch 2.12 on; 600 s hold 116 GB at 0.2 GB a second."""
-    exported = re.search(r"export (\w+)=.*:-([0-9]+)", (PROJECT / "train.sh").read_text())
-    launch = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2)
-    if not hasattr(launch, "shutdown_timeout"):
-        pytest.skip("this torchrun always waits 30 s")
+    exported = re.search(r"export (\w+)=.*:-([0-9]+)", script)
     monkeypatch.setenv(exported[1], exported[2])
     launch = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2)
-    assert launch.shutdown_timeout == 600
+    assert getattr(launch, "shutdown_timeout", 600) == 600  # older ones always wait 30 s
 
 
 @pytest.mark.slow
-def test_it_learns(tmp_path, capsys):
+def test_it_learns(tmp_path):
     """A short warm start and 30 steps on 16 questions: the reward rises well above its start.
 
     With advantages of the opposite sign it falls. The whole default run, whose model learns to see,
@@ -523,10 +477,7 @@ def test_it_learns(tmp_path, capsys):
     flags = "--max_steps 30 --learning_rate 1e-3 --per_device_train_batch_size 8"
     run = train(world, tmp_path / "run", flags, "--num_generations 8")
     accuracy = [row["rewards/accuracy"] for row in metrics(run)]
-    before, after = sum(accuracy[:5]) / 5, sum(accuracy[-5:]) / 5
-    with capsys.disabled():
-        print(f"\ntoy, 30 steps: accuracy reward {before:.2f} -> {after:.2f}")
-    assert after > before + 0.15
+    assert sum(accuracy[-5:]) / 5 > sum(accuracy[:5]) / 5 + 0.15
 
 
 def test_the_memory_table_in_the_readme_is_what_the_plan_computes(monkeypatch):
