@@ -40,6 +40,11 @@ for name, examples in dict(quick=50, full=500).items():
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 MISSING_CODECS = [] if importlib.util.find_spec("av") else ["av"]
+INTERPRETER_IS_BROKEN = (
+    importlib.util.find_spec("triton") is not None
+    and version("triton").startswith("3.6.")
+    and not version("numpy").startswith(("2.0.", "2.1.", "2.2.", "2.3."))
+)
 PROJECT = Path(__file__).resolve().parent.parent
 SAMPLES = Path(os.environ.get("TWGRPO_SAMPLES", PROJECT.parent / "shared" / "data"))
 TOY_FLAGS = (
@@ -66,6 +71,10 @@ def lacking(error: BaseException | None) -> str | None:
     while error:
         if isinstance(error, ModuleNotFoundError) and error.name in MISSING_CODECS:
             return f"needs a video codec: the package {error.name} is not installed"
+        if type(error).__name__ == "InterpreterError" and INTERPRETER_IS_BROKEN:
+            return (
+                "Triton 3.6's interpreter fails with NumPy 2.4 and later; on a GPU it is not used"
+            )
         error = error.__cause__ or error.__context__
     return None
 
