@@ -333,17 +333,17 @@ head.choose_impl = lambda impl, *_: impl  # also on a CPU
 compile_check.D, compile_check.V = 128, 4096
 with compiling_for(90) as found:
     for impl in ("chunked", "fused"):
-        launch_head(90, [1, 1, 1, 1, 2, 2, 3, 4], impl)
+        launch_head([1, 1, 1, 1, 2, 2, 3, 4], impl)
         checked = set(found)
-        launch_head(90, [1, 1, 1, 1, 2, 2, 3, 4], impl, device="cpu")
-        launch_head(90, [37, 4, 99, 17, 300, 5, 401, 600], impl)
-        launch_head(90, [7] * 8, impl, device="cpu")
+        launch_head([1, 1, 1, 1, 2, 2, 3, 4], impl, device="cpu")
+        launch_head([37, 4, 99, 17, 300, 5, 401, 600], impl)
+        launch_head([7] * 8, impl, device="cpu")
         assert set(found) == checked, set(found) - checked
     group = found["group FORM=official UNIFORM=1 ROWS=8 BLOCK=512"]
     known = {group.src.fn.arg_names[place] for (place,), facts in group.src.attrs.items() if facts}
     assert {"V", "slice_words", "logits_ptr"} <= known, known
     logits.GROUP_ELEMENTS = 2048
-    launch_head(90, [300] * 8)
+    launch_head([300] * 8)
     assert "group FORM=official UNIFORM=1 ROWS=8 BLOCK=256" in found
 
     for G in (2, 4, 8, 16):

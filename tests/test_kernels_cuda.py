@@ -77,8 +77,8 @@ def test_what_runs_is_what_compile_check_compiles(impl):
     group = head.make_group(128, D, V, "cuda", torch.bfloat16, lengths)
     tw_grpo_head(**group, impl=impl).loss.backward()
     with compile_check.compiling_for(arch):
-        compile_check.launch_head(arch, [300] * 8, impl)
-        compile_check.launch_head(arch, lengths, impl)
+        compile_check.launch_head([300] * 8, impl)
+        compile_check.launch_head(lengths, impl)
     for kernel in kernels:
         launched, checked = (set(kernel.device_caches[k][0]) for k in (device, arch))
         assert launched <= checked, kernel.__name__
