@@ -18,12 +18,10 @@ from benchmarks.origin import Results, table
 def test_the_head_is_timed_beside_three_matmuls(options, monkeypatch):
     """On a CPU, where nothing is published."""
     pytest.importorskip("triton")
-    make_group = functools.partial(head.make_group, device="cpu", dtype=torch.float32)
-    monkeypatch.setattr(
-        head, "make_group", lambda N, D, V, *_, **group: make_group(N, D, V, **group)
-    )
+    for name, value in dict(D=8, V=31, DEVICE="cpu").items():
+        monkeypatch.setattr(head, name, value)
     for prepare in (head.matmuls, functools.partial(head.ours, "chunked")):
-        row = head.measure(prepare, 16, 8, 31, **options)
+        row = head.measure(prepare, 16, **options)
         assert row["total_ms"] == pytest.approx(row["forward_ms"] + row["backward_ms"])
         products = 2 if options.get("frozen") else 3
         flop = 2 * products * 16 * 8 * 31

@@ -28,7 +28,6 @@ from records import Record
 from video import Clip
 
 pytestmark = pytest.mark.gpu
-D, V = 3584, 152064
 KERNELS = pytest.mark.parametrize("impl", ["chunked", "fused"])
 IS_HOPPER = torch.cuda.get_device_capability()[0] == 9  # the limits of time are those of an H200
 
@@ -49,7 +48,7 @@ MATMULS = dict(chunked=4, fused=5)
 @pytest.mark.parametrize("N", [8192, 32768])
 def test_memory_is_what_was_derived_and_time_less_than_twice_its_matmuls(impl, N):
     """Memory: see `kernels.backward.SLICE_ELEMENTS` and both forwards' docstrings."""
-    three, ours = (head.measure(work, N, D, V) for work in (head.matmuls, partial(head.ours, impl)))
+    three, ours = (head.measure(work, N) for work in (head.matmuls, partial(head.ours, impl)))
     torch.cuda.empty_cache()
     assert ours["peak_mb"] <= LIMITS_MB[impl][N]
     ratio = ours["total_ms"] / three["total_ms"]
@@ -57,7 +56,7 @@ def test_memory_is_what_was_derived_and_time_less_than_twice_its_matmuls(impl, N
 
 
 def test_token_logps_hold_one_chunk_of_logits():
-    group = head.make_group(8192, D, V, "cuda", torch.bfloat16)
+    group = head.make_group(8192)
     arguments = [group[k] for k in ("hidden_ND", "weight_VD", "targets_N")]
     token_logps(*arguments)  # workspaces are allocated once
     before = torch.cuda.memory_allocated()
@@ -74,7 +73,7 @@ def test_what_runs_is_what_compile_check_compiles(impl):
     for kernel in kernels:
         kernel.device_caches[device][0].clear()
     lengths = [9, 4, 30, 1, 17, 5, 40, 22]
-    group = head.make_group(128, D, V, "cuda", torch.bfloat16, lengths)
+    group = head.make_group(128, lengths)
     tw_grpo_head(**group, impl=impl).loss.backward()
     with compile_check.compiling_for(arch):
         compile_check.launch_head([300] * 8, impl)
