@@ -43,25 +43,25 @@ def test_a_test_is_skipped_only_for_what_the_machine_lacks(monkeypatch):
 
 def test_every_row_is_kept_whatever_happens_next(tmp_path):
     path, measured = tmp_path / "new" / "results.json", []
+    errors = dict(b=torch.OutOfMemoryError("CUDA out of memory"), c=ValueError("not today"))
+    errors["d"] = KeyboardInterrupt()
 
-    def work(name, error=None):
+    def work(name):
         measured.append(name)
-        if error:
-            raise error
+        if name in errors:
+            raise errors[name]
         return dict(ms=1.5)
 
     results = Results(path)
-    results.measure(work, name="a")
-    full = torch.OutOfMemoryError("CUDA out of memory")
-    for name, error in (("b", full), ("c", ValueError("not today"))):
-        results.measure(functools.partial(work, error=error), name=name)
     with pytest.raises(KeyboardInterrupt):
-        results.measure(functools.partial(work, error=KeyboardInterrupt()), name="d")
+        for name in "abcd":
+            results.measure(work, name=name)
     kept = json.loads(path.read_text())
     assert {"device", "versions", "commit", "date"} <= kept.keys()
     reasons = [None, "OutOfMemoryError: CUDA out of memory", "ValueError: not today"]
     assert [row.get("failed") for row in kept["rows"]] == reasons
     # The same command again measures what is missing and what failed, and nothing twice.
+    errors.clear()
     again = Results(path)
     for name in "abcd":
         again.measure(work, name=name)
