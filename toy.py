@@ -4,15 +4,10 @@
 in JSONL, a Hugging Face checkpoint directory), so everything after them is the same code path as
 training Qwen2.5-VL-7B-Instruct on CLEVRER.
 
-    TOYS              the default, `colours`, and `events`, with longer answers (events.py)
-    write_clips       mp4 files, and train.jsonl / test.jsonl with questions about them
-    build_tokenizer   a byte-level BPE with Qwen's special tokens and chat format
-    build_model       a Qwen2.5-VL with about 0.5 M parameters
-    warm_start        a short supervised stage in place of pretraining. It teaches the model to see
-                      and to use the right format, but its targets are often wrong (those of
-                      `colours` name a true option with p = 0.6, a false one with p = 0.25)
-
-The warm start leaves room to learn: about a third of the sampled answers are right, so rewards
+A toy describes its clips, questions and imperfect answers: `colours`, the default, here; `events`,
+with longer answers, in events.py. `prepare` makes either from its description. A short supervised
+warm start takes the place of pretraining. It teaches the model to see and to use the right format,
+but its targets are often wrong, so that about a third of the sampled answers are right and rewards
 differ within a group. A toy shows that the loop works, not that TW-GRPO beats GRPO.
 """
 
@@ -64,7 +59,6 @@ DEFAULTS = dict(
 
 COLOURS = events.COLOURS | dict(white=(240, 240, 240))
 SIDE, FRAMES, RATE = 56, 8, 4  # pixels, frames, frames per second: a clip of 2 s
-TRAIN_CLIPS, TEST_CLIPS = 1024, 128
 
 SPECIAL_TOKENS = [
     f"<|{name}|>"
@@ -158,7 +152,6 @@ def imperfect_target(row: dict, rng: np.random.Generator) -> str:
 class Toy:
     """What differs between the toys."""
 
-    name: str
     scene: Callable  # draws the frames of a clip and the row of a question about it
     target: Callable  # draws an imperfect answer to a row
     rate: int | Fraction  # frames per second of the files
@@ -167,21 +160,21 @@ class Toy:
     targets: int  # per question in a warm-start step
 
 
-COLOURS_TOY = Toy("colours", scene, imperfect_target, RATE, DEFAULTS, steps=900, targets=4)
-EVENTS_TOY = Toy(
-    "events",
-    events.scene,
-    events.imperfect_target,
-    events.RATE,
-    BOTH | events.DEFAULTS,
-    steps=500,
-    targets=2,
+TOYS = dict(
+    colours=Toy(scene, imperfect_target, RATE, DEFAULTS, steps=900, targets=4),
+    events=Toy(
+        events.scene,
+        events.imperfect_target,
+        events.RATE,
+        BOTH | events.DEFAULTS,
+        steps=500,
+        targets=2,
+    ),
 )
-TOYS = {toy.name: toy for toy in (COLOURS_TOY, EVENTS_TOY)}
 
 
 def write_clips(
-    root: Path, seed: int, toy: Toy = COLOURS_TOY, train: int = TRAIN_CLIPS, test: int = TEST_CLIPS
+    root: Path, seed: int, toy: Toy = TOYS["colours"], train: int = 1024, test: int = 128
 ) -> tuple[Path, Path]:
     """Writes root/clips/*.mp4 and their records. Returns (train.jsonl, test.jsonl)."""
     (root / "clips").mkdir(parents=True)
@@ -200,13 +193,13 @@ def write_clips(
 # -------------------------------------------------------------------------------------------- model
 
 
-def build_tokenizer(corpus: list[str], vocabulary: int = VOCABULARY) -> Qwen2Tokenizer:
+def build_tokenizer(corpus: list[str]) -> Qwen2Tokenizer:
     """A byte-level BPE with Qwen's structure and special tokens, and merges learned on `corpus`."""
     qwen, learner = Qwen2Tokenizer()._tokenizer, Tokenizer(models.BPE())
     for part in ("pre_tokenizer", "normalizer", "decoder"):
         setattr(learner, part, getattr(qwen, part))
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary - len(SPECIAL_TOKENS),
+        vocab_size=VOCABULARY - len(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -222,7 +215,7 @@ def build_tokenizer(corpus: list[str], vocabulary: int = VOCABULARY) -> Qwen2Tok
     )
 
 
-def toy_tokenizer(records: list[Record], seed: int, toy: Toy = COLOURS_TOY) -> Qwen2Tokenizer:
+def toy_tokenizer(records: list[Record], seed: int, toy: Toy = TOYS["colours"]) -> Qwen2Tokenizer:
     """A tokenizer for the toy's own text, in which every word is one token."""
     rng, template = np.random.default_rng([seed, 2]), TEMPLATES["mixed"]
     texts = [
@@ -280,7 +273,7 @@ def build_model(
 
 
 def warm_start(
-    policy: Policy, questions: list[Question], seed: int, steps: int, toy: Toy = COLOURS_TOY
+    policy: Policy, questions: list[Question], seed: int, steps: int, toy: Toy = TOYS["colours"]
 ) -> None:
     """Supervised training on 16 prompts with imperfect targets per step. The progress bar shows the
     last loss, in nats."""
@@ -309,15 +302,11 @@ def warm_start(
 
 
 def prepare(
-    root: Path,
-    seed: int,
-    toy: str = "colours",
-    train: int = TRAIN_CLIPS,
-    test: int = TEST_CLIPS,
-    steps: int | None = None,
+    root: Path, seed: int, toy: str = "colours", steps: int | None = None, **counts: int
 ) -> None:
     """Creates all that a run needs under `root`, unless it is there: clips, train.jsonl,
-    test.jsonl, and a model warm-started for `steps` steps (default: the toy's).
+    test.jsonl, and a model warm-started for `steps` steps (default: the toy's). `counts`: how many
+    clips for `train` and `test`, as in `write_clips`.
 
     Writes next to `root` and renames when complete, so a kill leaves nothing half-made. Raises
     FileExistsError if something else is there.
@@ -330,7 +319,7 @@ def prepare(
     unfinished = root.with_name(f".{root.name}.partial")
     shutil.rmtree(unfinished, ignore_errors=True)  # left over from a killed start
     kind = TOYS[toy]
-    records = load_records(write_clips(unfinished, seed, kind, train, test)[0], unfinished)
+    records = load_records(write_clips(unfinished, seed, kind, **counts)[0], unfinished)
     tokenizer = toy_tokenizer(records, seed, kind)
     policy = Policy(build_model(tokenizer, seed=seed), tokenizer, CHAT_TEMPLATE)
     clips = ClipSettings(**{name: kind.defaults[name] for name in CLIP})

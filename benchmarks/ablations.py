@@ -25,7 +25,7 @@ import torch
 import events
 import toy
 from benchmarks.origin import PROJECT, Results, provenance, table
-from files import json_lines
+from files import json_lines, one_sentence
 from tools import curves
 
 BASE = "none"  # unweighted mean over all tokens; every other setting is compared with it
@@ -56,27 +56,27 @@ DESCRIBED = {  # title: measure and number of digits
 
 
 def call(*arguments: str) -> None:
-    """Runs Python in a child process on one thread. If it fails, raises RuntimeError with the end
-    of its stderr."""
+    """Runs Python in a child on one thread. If it fails, RuntimeError has the end of its stderr."""
     pipes = dict(cwd=PROJECT, stdout=DEVNULL, stderr=PIPE, text=True)
     child = run([sys.executable, *arguments], env=os.environ | dict(OMP_NUM_THREADS="1"), **pipes)
     if child.returncode:
         raise RuntimeError(f"exit code {child.returncode}: {child.stderr[-500:].strip()}")
 
 
-def make_world(world: Path, seed: int) -> None:
-    """Makes the clips and the model that the runs of a seed share, unless they exist."""
-    if not toy.is_world(world, "events", seed):
-        call("-c", f"import toy; toy.prepare(toy.Path({str(world)!r}), {seed}, 'events')")
+def make_world(work: Path, seed: int) -> Path:
+    """The directory of a seed, with the clips and the model that its runs share."""
+    root = work.resolve() / f"seed{seed}"
+    if not toy.is_world(root / "world", "events", seed):
+        call("-c", f"import toy; toy.prepare(toy.Path({str(root)!r}) / 'world', {seed}, 'events')")
+    return root
 
 
-def make(root: Path, world: Future, setting: str, seed: int, max_steps: int) -> dict:
-    """Runs one setting in its seed's directory, whose world another thread makes; its measures."""
-    world.result()
-    out = root / setting
+def make(root: Future, setting: str, seed: int, max_steps: int) -> dict:
+    """Runs one setting in its seed's directory, which another thread prepares; its measures."""
+    out = root.result() / setting
     shutil.rmtree(out, ignore_errors=True)  # left over from a killed run
     out.mkdir()
-    (out / "toy").symlink_to(root / "world")
+    (out / "toy").symlink_to(out.parent / "world")
     flags = dict(toy="events", seed=seed, output_dir=out, max_steps=max_steps)
     flags |= dict(save_steps=max_steps, save_only_model=True, eval_on_start=False)
     flags |= SETTINGS[setting]
@@ -89,9 +89,9 @@ def make_all(work: Path, keys: list[dict], results: Results, jobs: int) -> None:
     started finish and no others start."""
     keys = [key for key in keys if not results.find(**key)]
     with ThreadPoolExecutor(jobs) as pool:
-        roots = {key["seed"]: work.resolve() / f"seed{key['seed']}" for key in keys}
-        begun = {k: (root, pool.submit(make_world, root / "world", k)) for k, root in roots.items()}
-        futures = {pool.submit(make, *begun[key["seed"]], **key): key for key in keys}
+        seeds = dict.fromkeys(key["seed"] for key in keys)
+        roots = {seed: pool.submit(make_world, work, seed) for seed in seeds}
+        futures = {pool.submit(make, roots[key["seed"]], **key): key for key in keys}
         try:
             for future in as_completed(futures):
                 results.measure(lambda f=future, **_: f.result(), **futures[future])
@@ -241,10 +241,8 @@ def main() -> None:
     results = Results(args.work_dir / "ablations.json")
     asked = dict.fromkeys(product(args.seeds, args.settings))
     keys = [dict(setting=name, seed=k, max_steps=args.max_steps) for k, name in asked]
-    try:
+    with one_sentence("interrupted; rerun the command to make what is missing"):
         make_all(args.work_dir, keys, results, args.jobs)
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted; rerun the command to make what is missing") from None
     rows = [row for row in results.rows if row["max_steps"] == args.max_steps]
     if BASE not in by_setting(rows):
         raise SystemExit(f"no run of {BASE} to compare with; add it to --settings")

@@ -17,24 +17,22 @@ from benchmarks.origin import Results, medians, table
 from kernels import tw_grpo_head
 from run.log import phase
 
-G, D, V = 8, 3584, 152064
+G, D, V, DEVICE = 8, 3584, 152064, "cuda"
 RAGGED = [int(1024 * (0.2 + 0.8 * i / (G - 1))) for i in range(G)]
 
 
-def make_group(N: int, D: int, V: int, device, dtype, lengths=None, frozen=False) -> dict:
-    """A group of N tokens in G completions of equal or the given lengths."""
+def make_group(N: int, lengths: list[int] | None = None, frozen: bool = False) -> dict:
+    """A group of N tokens in G completions of equal or the given lengths, in bf16."""
     torch.manual_seed(0)
-    lengths = lengths or [N // G] * G
-    group = dict(
-        hidden_ND=torch.randn(sum(lengths), D, device=device, dtype=dtype, requires_grad=True),
+    lengths, bf16 = lengths or [N // G] * G, dict(device=DEVICE, dtype=torch.bfloat16)
+    return dict(
+        hidden_ND=torch.randn(sum(lengths), D, **bf16, requires_grad=True),
         # Logits with a standard deviation of about 3, like a trained head's.
-        weight_VD=torch.randn(V, D, device=device, dtype=dtype) * 3 / D**0.5,
-        targets_N=torch.randint(V, (sum(lengths),), device=device),
+        weight_VD=(torch.randn(V, D, **bf16) * 3 / D**0.5).requires_grad_(not frozen),
+        targets_N=torch.randint(V, (sum(lengths),), device=DEVICE),
         lengths_G=torch.tensor(lengths),  # on the host, to avoid a GPU synchronisation
-        advantages_G=torch.linspace(-1, 1, len(lengths), device=device),
+        advantages_G=torch.linspace(-1, 1, len(lengths), device=DEVICE),
     )
-    group["weight_VD"].requires_grad_(not frozen)
-    return group
 
 
 def matmuls(hidden_ND, weight_VD, **_) -> Callable:
@@ -61,12 +59,12 @@ def liger(hidden_ND, weight_VD, targets_N, lengths_G, advantages_G) -> Callable:
     return lambda: head(hidden_GTD, weight_VD, targets_GT, mask, advantages_G)[0]
 
 
-CHUNKED, FUSED = (functools.partial(ours, impl) for impl in ("chunked", "fused"))
+CHUNKED = functools.partial(ours, "chunked")
 BARE = "3 bare matmuls"
 VARIANTS = {  # name: a group -> the forward to time, options of `make_group`
     BARE: (matmuls, {}),
     "chunked": (CHUNKED, {}),
-    "fused": (FUSED, {}),
+    "fused": (functools.partial(ours, "fused"), {}),
     "chunked, frozen head": (CHUNKED, dict(frozen=True)),
     "chunked, lengths from 20 to 100 %": (CHUNKED, dict(lengths=RAGGED)),
     "compiled reference, float32": (compiled, {}),
@@ -74,10 +72,10 @@ VARIANTS = {  # name: a group -> the forward to time, options of `make_group`
 }
 
 
-def measure(prepare: Callable, N: int, D: int, V: int, **options) -> dict:
+def measure(prepare: Callable, N: int, **options) -> dict:
     """Milliseconds, TFLOP/s, and MB of memory beyond inputs and gradients, for a group made by
     `make_group` with these options."""
-    group = make_group(N, D, V, "cuda", torch.bfloat16, **options)
+    group = make_group(N, **options)
     leaves = [group[k] for k in ("hidden_ND", "weight_VD") if group[k].requires_grad]
     forward = prepare(**group)
     before = torch.cuda.memory_allocated() + sum(leaf.nbytes for leaf in leaves)
@@ -106,7 +104,7 @@ def main() -> None:
 
     def work(impl: str, N: int) -> dict:
         prepare, options = VARIANTS[impl]
-        row = measure(prepare, N, D, V, **options)
+        row = measure(prepare, N, **options)
         bare = row if impl == BARE else results.find(impl=BARE, N=N)
         return row | (dict(ratio=bare["tflops"] / row["tflops"]) if bare else {})
 

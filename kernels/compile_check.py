@@ -15,7 +15,6 @@ import contextlib
 import itertools
 import re
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from types import SimpleNamespace
 from unittest import mock
@@ -38,7 +37,7 @@ def compiling_for(arch: int) -> Iterator[dict]:
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
-    found, launch, before = {}, JITFunction.run, driver._active
+    found, launch = {}, JITFunction.run
 
     def compile_instead(kernel, *args, grid, warmup=False, **options):
         compiled = launch(kernel, *args, grid=grid, warmup=True, **options)
@@ -55,16 +54,15 @@ def compiling_for(arch: int) -> Iterator[dict]:
         get_current_device=lambda: arch,  # Triton caches compiled kernels per device
         get_current_stream=lambda device: 0,
     )
-    driver.set_active(absent_gpu)
-    try:
-        with mock.patch.object(JITFunction, "run", compile_instead):
-            yield found
-    finally:
-        driver._active = before
+    with (
+        mock.patch.object(driver, "_active", absent_gpu),
+        mock.patch.object(torch.cuda, "get_device_capability", lambda _: (arch // 10, 0)),
+        mock.patch.object(JITFunction, "run", compile_instead),
+    ):
+        yield found
 
 
 def launch_head(
-    arch: int,
     lengths: list[int],
     impl: str = "chunked",
     dtype: torch.dtype = torch.bfloat16,
@@ -77,11 +75,8 @@ def launch_head(
         torch.empty(n, D, dtype=dtype, device=device, requires_grad=True) for n in (N, V)
     )
     targets_N = torch.zeros(N, dtype=torch.int64, device=device)
-    advantages_G = torch.empty(G, device=device)
-    group = (hidden_ND, weight_VD, targets_N, torch.tensor(lengths), advantages_G)
-    with mock.patch.object(torch.cuda, "get_device_capability", lambda _: (arch // 10, 0)):
-        output = tw_grpo_head(*group, impl=impl, **options)
-    output.loss.backward()
+    group = (hidden_ND, weight_VD, targets_N, torch.tensor(lengths), torch.empty(G, device=device))
+    tw_grpo_head(*group, impl=impl, **options).loss.backward()
 
 
 def launch_decode(
@@ -92,24 +87,22 @@ def launch_decode(
 
     R, D, bf16 = B * G, 128, dict(dtype=torch.bfloat16, device=device)
     new = [torch.empty(R, heads, D, **bf16) for heads in (H, K, K)]
-    rotation = [torch.empty(R, D, **bf16) for _ in range(2)]
-    prompt = [torch.empty(B, K, P, D, **bf16) for _ in range(2)]
-    own = [torch.empty(R, K, T, D, **bf16) for _ in range(2)]
+    rotation = torch.empty(2, R, D, **bf16)
+    prompt, own = torch.empty(2, B, K, P, D, **bf16), torch.empty(2, R, K, T, D, **bf16)
     lengths_B, t = (torch.empty(n, dtype=torch.int64, device=device) for n in (B, 1))
     decode.launch(*new, *rotation, *prompt, lengths_B, *own, t, 0.09)
 
 
-def launch_everything(arch: int) -> None:
+def launch_everything() -> None:
     """Launches each kernel with all its constants: group sizes, forms of D_t, dtypes."""
+    forms = (dict(), dict(divergence="textbook"), dict(token_weights="entropy"))
+    dtypes, impls = (torch.bfloat16, torch.float32), ("chunked", "fused")
     for G in (2, 4, 8, 16):
         launch_decode(G)
-    forms = (dict(), dict(divergence="textbook"), dict(token_weights="entropy"))
+        for form, dtype, impl in itertools.product(forms, dtypes, impls):
+            launch_head([300] * G, impl, dtype, **form)
     for form in forms:
-        for dtype, impl, G in itertools.product(
-            (torch.bfloat16, torch.float32), ("chunked", "fused"), (2, 4, 8, 16)
-        ):
-            launch_head(arch, [300] * G, impl, dtype, **form)
-        launch_head(arch, [300, 100], "fused", **form)  # one completion outlives the other
+        launch_head([300, 100], "fused", **form)  # one completion outlives the other
 
 
 def properties(arch: int, compiled) -> tuple[str, int, int, float, int]:
@@ -118,13 +111,10 @@ def properties(arch: int, compiled) -> tuple[str, int, int, float, int]:
 
     ptx = compiled.asm["ptx"]
     target = re.search(r"\.target (sm_\w+)", ptx)[1]
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        command = [get_ptxas(arch).path, "-v", f"-arch={target}", file.name, "-o", "/dev/null"]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    registers = int(re.search(r"Used (\d+) registers", report)[1])
-    spills = sum(map(int, re.findall(r"(\d+) bytes spill", report)))
+    command = [get_ptxas(arch).path, "-v", f"-arch={target}", "/dev/stdin", "-o", "/dev/null"]
+    run = subprocess.run(command, input=ptx, capture_output=True, text=True, check=True)
+    registers = int(re.search(r"Used (\d+) registers", run.stderr)[1])
+    spills = sum(map(int, re.findall(r"(\d+) bytes spill", run.stderr)))
     barriers = len(re.findall(r"\bbar(?:rier)?\.", ptx))
     return target, registers, spills, compiled.metadata.shared / 1024, barriers
 
@@ -134,7 +124,7 @@ def main() -> None:
     failed = []
     for arch, limit in SHARED_LIMIT.items():
         with compiling_for(arch) as found:
-            launch_everything(arch)
+            launch_everything()
         for name, compiled in found.items():
             target, registers, spills, shared, barriers = properties(arch, compiled)
             print(f"{name:92} {target:8} {registers:9} {spills:9} {shared:10.1f} {barriers:9}")

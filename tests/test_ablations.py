@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import PROJECT
-from page_cases import write_lines
 
 import toy
 from benchmarks import ablations
-from benchmarks.origin import Results, table
+from benchmarks.origin import table
 
 OUT = PROJECT / "benchmarks" / "ablations"
 DATA = json.loads(Path(f"{OUT}.json").read_text(encoding="utf-8"))
@@ -86,13 +85,13 @@ def rows_of(work: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def ablation(tmp_path_factory):
-    """Ctrl-C after the first of four runs, then the same command again. The worlds are already
-    there; that of seed 4 has no model, so that its runs fail."""
+    """Ctrl-C after the first run of seed 3, then the same command again. The world of seed 3 is
+    already there; something else is in the place of seed 4's."""
     work = tmp_path_factory.mktemp("ablation")
     toy.prepare(work / "seed3" / "world", seed=3, toy="events", train=16, test=4, steps=10)
-    write_lines(work / "seed4" / "world" / "toy.json", [dict(toy="events", seed=4)])
+    (work / "seed4" / "world").mkdir(parents=True)
     command = [sys.executable, "-m", "benchmarks.ablations", "--settings", "none", "official"]
-    command += f"--seeds 3 4 --max_steps 2 --jobs 1 --work_dir {work}".split()
+    command += f"--seeds 4 3 --max_steps 2 --jobs 1 --work_dir {work}".split()
     pipes = dict(cwd=PROJECT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     # A script that starts pytest in the background has it ignore SIGINT, and us too.
     pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -100,71 +99,46 @@ def ablation(tmp_path_factory):
         next(line for line in first.stdout if "length_spread" in line)
         first.send_signal(signal.SIGINT)
         _, complaint = first.communicate(timeout=120)
+    assert complaint.endswith("interrupted; rerun the command to make what is missing\n")
+    assert first.returncode == 1
     kept = rows_of(work)
-    second = subprocess.run(command, **pipes, timeout=240)
-    return dict(work=work, first=(first.returncode, complaint), second=second, kept=kept)
+    return work, kept, subprocess.run(command, **pipes, timeout=240)
 
 
 @pytest.mark.slow
-def test_the_same_command_makes_only_what_is_missing(ablation):
-    assert ablation["first"] == (1, "interrupted; rerun the command to make what is missing\n")
-    (kept,), rows = ablation["kept"], rows_of(ablation["work"])
-    assert rows[0] == kept and kept["seed"] == 3
-    assert {row["seed"] for row in rows[1:]} == {3, 4} and len(rows) == 4
-    assert json.dumps(dict(setting=kept["setting"], seed=3))[:-1] not in ablation["second"].stdout
-
-
-@pytest.mark.slow
-def test_a_failing_run_is_told_by_its_last_words_and_the_others_go_on(ablation):
-    second, failed = (
-        ablation["second"],
-        [row for row in rows_of(ablation["work"]) if "failed" in row],
-    )
+def test_the_same_command_makes_only_what_is_missing_and_a_failure_ends_nothing_else(ablation):
+    work, kept, second = ablation
+    (run,), rows = [row for row in kept if "failed" not in row], rows_of(work)
+    assert run in rows and sorted(row["seed"] for row in rows) == [3, 3, 4, 4]
+    assert json.dumps(dict(setting=run["setting"], seed=3))[:-1] not in second.stdout
     assert second.returncode == 1 and "| official | 1 |" in second.stdout
+    failed = [row for row in rows if "failed" in row]
     assert [row["seed"] for row in failed] == [4, 4]
     for row in failed:
         assert row["failed"].startswith("RuntimeError: exit code 1: ")
-        assert "toy/train.jsonl: cannot be read" in row["failed"]
+        assert "is not the world of --toy events --seed 4" in row["failed"]
 
 
 @pytest.mark.slow
 def test_a_row_holds_what_the_run_measured(ablation):
-    work = ablation["work"]
-    runs = [row for row in rows_of(work) if "failed" not in row]
-    assert {run["setting"] for run in runs} == {"none", "official"}
-    for run in runs:
+    work, _, _ = ablation
+    for run in (row for row in rows_of(work) if row["seed"] == 3):
         out = work / "seed3" / run["setting"]
-        measures = json.loads((out / "eval.json").read_text())
-        assert run["eval"] == measures and "before" not in measures
-        assert run["sampled"] == measures["after"]["sampled"]["soft"]
+        evaluated = json.loads((out / "eval.json").read_text())
+        assert run["eval"] == evaluated and "before" not in evaluated
+        assert run["sampled"] == evaluated["after"]["sampled"]["soft"]
         rewards = [row["rewards/accuracy"] for row in lines(out / "metrics.jsonl")]
-        assert run["area"] == pytest.approx(sum(rewards) / 2) and len(rewards) == 2
-        groups = lines(out / "completions.jsonl")
-        texts = [[len(c["token_ids"]) for c in group["completions"]] for group in groups]
-        spreads = [(max(t) - min(t)) / (sum(t) / len(t)) for t in texts]
+        assert run["area"] == pytest.approx(np.mean(rewards)) and len(rewards) == 2
+        spreads, ranges = [], []
+        for group in lines(out / "completions.jsonl"):
+            lengths = sorted(len(c["token_ids"]) for c in group["completions"])
+            spreads.append((lengths[-1] - lengths[0]) * len(lengths) / sum(lengths))
+            weights = group["weights"][: lengths[0]]
+            ranges.append(max(weights) - min(weights))
         assert run["length_spread"] == pytest.approx(sum(spreads) / 2)
-        weights = [g["weights"][: min(t)] for g, t in zip(groups, texts, strict=True)]
-        ranges = [max(w) - min(w) for w in weights]
         assert run["weight_range"] == pytest.approx(sum(ranges) / 2)
         assert (run["weight_range"] == 0.0) == (run["setting"] == "none")
     assert (work / "ablations.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_a_world_that_fails_costs_only_its_own_runs(tmp_path, monkeypatch):
-    def make_world(world, seed):
-        if seed == 1:
-            raise RuntimeError("the disk is full")
-        world.mkdir(parents=True)
-
-    monkeypatch.setattr(ablations, "make_world", make_world)
-    monkeypatch.setattr(ablations, "call", lambda *_: None)
-    monkeypatch.setattr(ablations, "measures_of", lambda out: dict(area=0.5))
-    keys = [dict(setting=name, seed=k, max_steps=1) for k in (1, 0) for name in ("none", "grpo")]
-    results = Results(None)
-    ablations.make_all(tmp_path, keys, results, jobs=2)
-    for row in results.rows:
-        assert row.get("failed") == ("RuntimeError: the disk is full" if row["seed"] else None)
-    assert len(results.rows) == 4
 
 
 # ------------------------------------------------------------------------------------ what is shown

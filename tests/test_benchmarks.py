@@ -18,12 +18,10 @@ from benchmarks.origin import Results, table
 def test_the_head_is_timed_beside_three_matmuls(options, monkeypatch):
     """On a CPU, where nothing is published."""
     pytest.importorskip("triton")
-    make_group = functools.partial(head.make_group, device="cpu", dtype=torch.float32)
-    monkeypatch.setattr(
-        head, "make_group", lambda N, D, V, *_, **group: make_group(N, D, V, **group)
-    )
+    for name, value in dict(D=8, V=31, DEVICE="cpu").items():
+        monkeypatch.setattr(head, name, value)
     for prepare in (head.matmuls, functools.partial(head.ours, "chunked")):
-        row = head.measure(prepare, 16, 8, 31, **options)
+        row = head.measure(prepare, 16, **options)
         assert row["total_ms"] == pytest.approx(row["forward_ms"] + row["backward_ms"])
         products = 2 if options.get("frozen") else 3
         flop = 2 * products * 16 * 8 * 31
@@ -45,25 +43,25 @@ def test_a_test_is_skipped_only_for_what_the_machine_lacks(monkeypatch):
 
 def test_every_row_is_kept_whatever_happens_next(tmp_path):
     path, measured = tmp_path / "new" / "results.json", []
+    errors = dict(b=torch.OutOfMemoryError("CUDA out of memory"), c=ValueError("not today"))
+    errors["d"] = KeyboardInterrupt()
 
-    def work(name, error=None):
+    def work(name):
         measured.append(name)
-        if error:
-            raise error
+        if name in errors:
+            raise errors[name]
         return dict(ms=1.5)
 
     results = Results(path)
-    results.measure(work, name="a")
-    full = torch.OutOfMemoryError("CUDA out of memory")
-    for name, error in (("b", full), ("c", ValueError("not today"))):
-        results.measure(functools.partial(work, error=error), name=name)
     with pytest.raises(KeyboardInterrupt):
-        results.measure(functools.partial(work, error=KeyboardInterrupt()), name="d")
+        for name in "abcd":
+            results.measure(work, name=name)
     kept = json.loads(path.read_text())
     assert {"device", "versions", "commit", "date"} <= kept.keys()
     reasons = [None, "OutOfMemoryError: CUDA out of memory", "ValueError: not today"]
     assert [row.get("failed") for row in kept["rows"]] == reasons
     # The same command again measures what is missing and what failed, and nothing twice.
+    errors.clear()
     again = Results(path)
     for name in "abcd":
         again.measure(work, name=name)
@@ -127,18 +125,16 @@ def test_the_step_is_measured_without_a_codec_and_ours_first(tmp_path, monkeypat
 
 @pytest.mark.slow
 def test_peers_are_measured_in_turn_each_in_a_process_of_its_own(tmp_path, monkeypatch, capsys):
+    row = peers.one_round("ours", dict(prompt=120, num_generations=2, max_completion_length=3))
+    assert row["step_s"] > 0 and 0.1 < row["peak_gb"] < 20
     path, seconds = tmp_path / "peers.json", dict(ours=[2.0, 1.0, 3.0], official=[8.0, 6.0, 7.0])
-    monkeypatch.setattr(sys, "argv", ["peers", "--rounds", "3", "--json", str(path)])
+    one_round = lambda way, shape: dict(step_s=seconds[way].pop(0), peak_gb=1)  # noqa: E731
+    monkeypatch.setattr(peers, "one_round", one_round)
     monkeypatch.setattr(peers, "find_spec", lambda name: None)
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            peers, "one_round", lambda way, _: dict(step_s=seconds[way].pop(0), peak_gb=1)
-        )
-        peers.main()
+    monkeypatch.setattr(sys, "argv", ["peers", "--rounds", "3", "--json", str(path)])
+    peers.main()
     assert "left out, not installed: TRL" in capsys.readouterr().out
     rows = {row["way"]: row for row in json.loads(path.read_text())["rows"]}
     assert rows.keys() == {"ours", "official"} and rows["official"]["rounds"] == 3
     shown = [rows["official"][k] for k in ("step_s", "fastest_s", "slowest_s", "times_ours")]
     assert shown == [7.0, 6.0, 8.0, 3.5]
-    row = peers.one_round("ours", dict(prompt=120, num_generations=2, max_completion_length=3))
-    assert row["step_s"] > 0 and 0.1 < row["peak_gb"] < 20

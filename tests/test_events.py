@@ -10,11 +10,10 @@ import events
 import toy
 from data import Prompter
 from files import UserError
-from model.policy import Policy
 from records import load_records
 from rewards import format_reward
 from run.config import Config, check_changes, parse_config, settings_of
-from video import ClipSettings
+from video import ClipSettings, Geometry
 
 ROWS = [events.scene(np.random.default_rng(seed)) for seed in range(300)]
 
@@ -67,46 +66,29 @@ def test_targets_see_right_and_decide_by_the_last_look():
     assert np.mean(named[False]) == pytest.approx(0.2, abs=0.05)
 
 
-@pytest.fixture(scope="module")
-def small_world(tmp_path_factory):
-    root = tmp_path_factory.mktemp("events") / "world"
-    toy.prepare(root, seed=0, toy="events", train=24, test=4, steps=3)
-    return root
-
-
-@pytest.mark.slow
-def test_a_moment_is_one_video_token_and_ten_positions_and_ten_words(small_world):
-    policy = Policy.load(small_world / "model")
-    records = load_records(small_world / "train.jsonl", small_world)
-    clips = ClipSettings(**{name: toy.TOYS["events"].defaults[name] for name in toy.CLIP})
-    prompter = Prompter(policy.tokenizer, policy.chat_template, policy.geometry, clips=clips)
-    question = prompter(records[0])
-    video = question.ids_P == policy.tokenizer.convert_tokens_to_ids("<|video_pad|>")
+def test_a_moment_is_one_video_token_and_ten_positions_and_ten_words(tmp_path):
+    kind = toy.TOYS["events"]
+    records = load_records(toy.write_clips(tmp_path, 0, kind, train=24, test=4)[0], tmp_path)
+    tokenizer = toy.toy_tokenizer(records, 0, kind)
+    clips = ClipSettings(**{name: kind.defaults[name] for name in toy.CLIP})
+    question = Prompter(tokenizer, toy.CHAT_TEMPLATE, Geometry(), clips=clips)(records[0])
+    video = question.ids_P == tokenizer.convert_tokens_to_ids("<|video_pad|>")
     assert question.positions_3P[0][video].diff().tolist() == [10, 10, 10]
-    lengths = set()
-    for record in records:
-        text = events.imperfect_target(record.row, np.random.default_rng(0))
-        moments = re.findall(r" \w+ \w+ \w+,[^.]*[.]", text)
-        lengths |= {len(ids) for ids in policy.tokenizer(moments).input_ids}
-    assert lengths == {10}
+    told = " ".join(events.look(record.row, np.random.default_rng(0)) for record in records)
+    moments = re.findall(r" \w+ \w+ \w+,[^.]*[.]", told)
+    assert {len(ids) for ids in tokenizer(moments).input_ids} == {10} and len(moments) > 50
 
 
-def test_a_toy_with_a_model_is_refused():
-    with pytest.raises(UserError, match="--toy is for runs without --model_name_or_path"):
-        parse_config("--toy events --model_name_or_path m --jsonl_path q".split())
-
-
-def test_a_toy_brings_its_flags_and_an_unknown_one_names_the_choices(capsys):
+def test_the_flag_toy(capsys):
+    """A toy brings its flags, and is a run of its own; not with a model, nor under any name."""
     cfg = parse_config("--toy events --max_steps 7".split())
     assert (cfg.toy, cfg.max_frames, cfg.max_steps) == ("events", 8, 7)
     assert parse_config([]).toy == "colours"
+    with pytest.raises(UserError, match="toy was events, is now colours.*a new run"):
+        check_changes(parse_config([]), settings_of(cfg), done=3)
+    with pytest.raises(UserError, match="--toy is for runs without --model_name_or_path"):
+        parse_config("--toy events --model_name_or_path m --jsonl_path q".split())
     with pytest.raises(SystemExit):
         parse_config(["--toy", "chess"])
     assert "invalid choice: 'chess' (choose from" in capsys.readouterr().err
     assert get_args(get_args(get_type_hints(Config)["toy"])[0]) == tuple(toy.TOYS)
-
-
-def test_another_toy_is_another_run():
-    old = settings_of(parse_config("--toy events".split()))
-    with pytest.raises(UserError, match="toy was events, is now colours.*a new run"):
-        check_changes(parse_config(["--max_steps", "90"]), old, done=3)

@@ -22,7 +22,7 @@ if not importlib.util.find_spec("triton"):
 import triton
 from kernel_cases import DEVICE, error, forward_backward, make_group, small_cuts
 
-from kernels import chunked, fused, logits, plain, reference, token_logps, tw_grpo_head
+from kernels import fused, logits, plain, reference, token_logps, tw_grpo_head
 from kernels.backward import KEPT_BYTES, words_of_slice
 
 # NumPy, on which the interpreter runs, warns of the NaN and the overflows that these tests provoke.
@@ -96,22 +96,22 @@ def test_kernels_agree_with_float64(impl, lengths, V, D, scale, seed, off_policy
     check_against_float64(group, impl, beta=0.04 if off_policy else 0.0, **options)
 
 
-HARD_GROUPS = dict(
-    # Log-ratios far beyond 11 on either side, and an ended row far above the live ones: e^145 would
-    # overflow float32.
-    far_apart=dict(lengths=[2, 2, 2, 1], scale=40.0),
-    # One long completion among short ones: most positions have a single live row.
-    long_tail=dict(lengths=[1, 12, 2, 1, 3], off_policy=True),
-)
-
-
 @KERNELS
 @FORMS
 @ENDED
-@pytest.mark.parametrize("name", HARD_GROUPS)
-def test_hard_groups(impl, divergence, ended_rows, name):
-    group = make_group(**HARD_GROUPS[name])
-    check_against_float64(group, impl, divergence=divergence, ended_rows=ended_rows)
+@pytest.mark.parametrize(
+    "group",
+    [
+        # Log-ratios far beyond 11 on either side, and an ended row far above the live ones: e^145
+        # would overflow float32.
+        dict(lengths=[2, 2, 2, 1], scale=40.0),
+        # One long completion among short ones: most positions have a single live row.
+        dict(lengths=[1, 12, 2, 1, 3], off_policy=True),
+    ],
+)
+def test_hard_groups(impl, divergence, ended_rows, group):
+    options = dict(divergence=divergence, ended_rows=ended_rows)
+    check_against_float64(make_group(**group), impl, **options)
 
 
 @KERNELS
@@ -153,17 +153,21 @@ def test_positions_without_disagreement_have_no_spread(impl, divergence, ended_r
 @KERNELS
 @pytest.mark.parametrize("kept_share", [0, 1])
 @pytest.mark.parametrize("needed", [["hidden_ND"], ["weight_VD"], ["hidden_ND", "weight_VD"]])
-def test_the_backward_makes_no_product_too_many(impl, kept_share, needed, monkeypatch):
-    """Of a frozen side none, and of logits none that were kept; in two slices of the vocabulary."""
-    group, products = make_group([3, 1, 4]), []
+def test_the_head_makes_no_product_too_many(impl, kept_share, needed, monkeypatch):
+    """Forward of alive rows only, a chunk at a time; backward of a frozen side none, and of logits
+    none that were kept. In two slices of the vocabulary."""
+    group, products = make_group([9, 1, 2, 1]), []
     _, *expected = forward_backward(group, impl)
     leaves = {name: group[name].clone().requires_grad_() for name in needed}
+    for real in (torch.mm, torch.addmm):
+        spy = lambda *a, real=real, **k: products.append(a) or real(*a, **k)  # noqa: E731
+        monkeypatch.setattr(torch, real.__name__, spy)
     with small_cuts():
         loss = tw_grpo_head(**group | leaves, impl=impl, kept_share=kept_share).loss
-        for real in (torch.mm, torch.addmm):
-            spy = lambda *a, real=real, **k: products.append(a) or real(*a, **k)  # noqa: E731
-            monkeypatch.setattr(torch, real.__name__, spy)
+        rows = [len(a) for _, a, _ in products]
+        products.clear()
         loss.backward()
+    assert rows == ([] if impl == "fused" else [7, 3, 3])  # of three positions each
     is_kept = kept_share and impl != "fused"
     assert len(products) == (len(needed) if is_kept else 2 * (len(needed) + 1))
     for gradient, name in zip(expected, ("hidden_ND", "weight_VD"), strict=True):
@@ -178,8 +182,7 @@ def test_rows_are_kept_only_for_a_backward(impl, steps, monkeypatch):
     tw_grpo_head(**group, impl=impl)
     group["hidden_ND"].requires_grad_()
     tw_grpo_head(**group, impl=impl, kept_share=0)
-    with torch.no_grad():
-        tw_grpo_head(**group, impl=impl)
+    token_logps(group["hidden_ND"], group["weight_VD"], group["targets_N"], impl=impl)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -211,18 +214,6 @@ def test_bfloat16_through_the_chunked_head(kept_share):
 def test_no_slice_of_words_is_empty(V, words, tiles):
     slices, slice_tiles = fused.slices_of_words(V, words, tiles)
     assert (slices - 1) * slice_tiles * words < V <= slices * slice_tiles * words
-
-
-@pytest.mark.parametrize("impl", ["chunked", "plain"])
-def test_chunked_multiplies_alive_rows_only(impl, monkeypatch):
-    """A ragged group costs its tokens, not G x T."""
-    rows = []
-    matmul = chunked.matmul_float32
-    spy = lambda a, b, out: rows.append(len(a)) or matmul(a, b, out)  # noqa: E731
-    monkeypatch.setattr(chunked, "matmul_float32", spy)
-    with small_cuts():
-        tw_grpo_head(**make_group([9, 1, 2, 1]), impl=impl)
-        assert sum(rows) == 13 and max(rows) <= 7
 
 
 def test_memory_of_the_backward_is_bounded():
@@ -327,25 +318,21 @@ def test_what_is_checked_is_what_is_launched_whatever_the_sizes():
     """Else the check says nothing, and a step would stop for seconds whenever sizes are new. Real
     tensors and other lengths compile nothing that the tensors without storage have not."""
     python("""
-from kernels import compile_check, head, logits
+from kernels import compile_check, head
 from kernels.compile_check import compiling_for, launch_decode, launch_head
 head.choose_impl = lambda impl, *_: impl  # also on a CPU
 compile_check.D, compile_check.V = 128, 4096
 with compiling_for(90) as found:
     for impl in ("chunked", "fused"):
-        launch_head(90, [1, 1, 1, 1, 2, 2, 3, 4], impl)
+        launch_head([1, 1, 1, 1, 2, 2, 3, 4], impl)
         checked = set(found)
-        launch_head(90, [1, 1, 1, 1, 2, 2, 3, 4], impl, device="cpu")
-        launch_head(90, [37, 4, 99, 17, 300, 5, 401, 600], impl)
-        launch_head(90, [7] * 8, impl, device="cpu")
+        launch_head([1, 1, 1, 1, 2, 2, 3, 4], impl, device="cpu")
+        launch_head([37, 4, 99, 17, 300, 5, 401, 600], impl)
+        launch_head([7] * 8, impl, device="cpu")
         assert set(found) == checked, set(found) - checked
     group = found["group FORM=official UNIFORM=1 ROWS=8 BLOCK=512"]
     known = {group.src.fn.arg_names[place] for (place,), facts in group.src.attrs.items() if facts}
     assert {"V", "slice_words", "logits_ptr"} <= known, known
-    logits.GROUP_ELEMENTS = 2048
-    launch_head(90, [300] * 8)
-    assert "group FORM=official UNIFORM=1 ROWS=8 BLOCK=256" in found
-
     for G in (2, 4, 8, 16):
         launch_decode(G)
     checked = set(found)

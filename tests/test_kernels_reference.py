@@ -3,6 +3,7 @@ controls of --token_weights in a step."""
 
 import dataclasses
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -33,18 +34,12 @@ def test_g_opposite_certainties_are_ln_g_apart():
         assert_close(group_divergence(rows, ones(G), "textbook"), float64(math.log(G)))
 
 
-def test_official_divergence_of_two_coins():
-    # Log-odds +2a and -2a: the means of the logs are equal, and each row is a above and below.
-    a = 0.7
+@pytest.mark.parametrize("a, clamped", [(0.7, 0.7), (20.0, 11.0)])
+def test_official_divergence_of_two_coins(a, clamped):
+    """Log-odds +2a and -2a: the log-probs of a word are a above and below their mean; clamped to 11
+    before they are exponentiated."""
     rows = torch.tensor([[a, -a], [-a, a]], dtype=torch.float64).log_softmax(-1)[:, None]
-    by_hand = (math.exp(a) - a - 1) + (math.exp(-a) + a - 1)
-    assert_close(group_divergence(rows, ones(2)), float64(by_hand))
-
-
-def test_log_ratios_are_clamped_at_11_before_they_are_exponentiated():
-    # Log-probs 0 and -40: each is 20 from their mean, clamped to 11. Word 2 has the signs swapped.
-    rows = torch.tensor([[0.0, -40.0], [-40.0, 0.0]], dtype=torch.float64)[:, None]
-    by_hand = (math.exp(11) - 12) + (math.exp(-11) + 10)
+    by_hand = (math.exp(clamped) - clamped - 1) + (math.exp(-clamped) + clamped - 1)
     assert_close(group_divergence(rows, ones(2)), float64(by_hand))
 
 
@@ -87,20 +82,12 @@ def test_k3_is_zero_at_equality_and_clamped_far_away():
     assert_close(k3, float64(0, 1 - math.log(2), math.exp(11) - 12))
 
 
-def test_tw_grpo_is_a_token_mean_and_grpo_a_sequence_mean():
-    lengths, weights = torch.tensor([3, 1]), float64(1, 1.5, 2)
-    tokens = reference.positions_of_tokens(lengths)
-    of_tokens, of_sequences = (
-        reference.token_coefficients(*tokens, lengths, weights, kind)
-        for kind in ("tw_grpo", "grpo")
-    )
-    assert_close(of_tokens, float64(1, 1.5, 2, 1) / 4)
-    assert_close(of_sequences, float64(1 / 6, 1 / 6, 1 / 6, 1 / 2))
-
-
 @pytest.mark.parametrize("loss_type", ["tw_grpo", "grpo"])
 def test_coefficients_are_the_derivative_of_the_loss(loss_type):
-    """Eq. 24 as the page has it; ratios on both sides of the clip, one KL beyond its clamp."""
+    """Eq. 24 as the page has it; ratios on both sides of the clip, one KL beyond its clamp.
+
+    The share of a token is that of a mean over tokens, or over completions (eqs. 18, 19).
+    """
     lengths, A = torch.tensor([3, 1, 2]), float64(1.0, -0.6, -0.4)
     logps = torch.linspace(-4, -1, 6, dtype=torch.float64).requires_grad_()
     old = logps.detach() - float64(0.5, 0.1, -0.3, 0.5, -0.5, 0.1)
@@ -188,14 +175,12 @@ def test_official_undetached_weights_change_the_gradient_of_a_ragged_group():
 
 
 def test_alpha_1_is_token_normalised_grpo():
+    """On policy, rho = 1, the loss is the mean of -A, its gradient that of the mean of -A log p."""
     group = small_group()
-    output = tw_grpo_head(**group, alpha=1.0)
-    completion, _ = reference.positions_of_tokens(group["lengths_G"])
-    assert_close(output.loss, -group["advantages_G"][completion].mean())  # rho = 1 on-policy
-    # Its gradient is that of -mean A log p.
-    logps = reference.token_logps(group["hidden_ND"], group["weight_VD"], group["targets_N"])
-    by_hand = -(group["advantages_G"][completion] * logps).mean()
-    expected = torch.autograd.grad(by_hand, group["hidden_ND"])[0]
+    A_N = group["advantages_G"].repeat_interleave(group["lengths_G"])
+    assert_close(tw_grpo_head(**group, alpha=1.0).loss, -A_N.mean())
+    logps_N = reference.token_logps(group["hidden_ND"], group["weight_VD"], group["targets_N"])
+    expected = torch.autograd.grad(-(A_N * logps_N).mean(), group["hidden_ND"])[0]
     assert_close(gradients(group, alpha=1.0)[0], expected)
 
 
@@ -203,6 +188,18 @@ def test_temperature_divides_the_logits():
     group = small_group()
     hot = {**group, "hidden_ND": group["hidden_ND"] / 0.7}
     assert_close(tw_grpo_head(**group, temperature=0.7).loss, tw_grpo_head(**hot).loss)
+
+
+def test_each_form_has_its_weights():
+    group, seed, forms = small_group(), (42, 7, 0, 6), (*TOKEN_WEIGHTS, "entropy")
+    outputs = [tw_grpo_head(**group, token_weights=form, shuffle_seed=seed) for form in forms]
+    w = {form: output.weights_T for form, output in zip(forms, outputs, strict=True)}
+    assert (w["none"] == 1).all()
+    assert_close(w["position"], torch.linspace(1, 1.7, 4).double())
+    assert_close(w["divergence"], token_weights(outputs[0].divergence_T, 1.7))
+    assert_close(w["entropy"], token_weights(outputs[-1].divergence_T, 1.7))
+    assert torch.equal(w["shuffled"], reference.shuffled_weights(w["divergence"], seed))
+    assert len({tuple(x.tolist()) for x in w.values()}) == 5
 
 
 def test_the_order_of_completions_and_of_words_changes_nothing():
@@ -246,43 +243,20 @@ def test_bad_input_is_named(name, value, sentence):
     assert name in str(caught.value)
 
 
-def test_each_form_reaches_the_loss_of_a_step(world, policy, questions):
-    """From the flags to the weights of a group: the same completions under each form."""
-    outputs = {}
-    for form in (*TOKEN_WEIGHTS, "entropy"):
-        cfg = Config(str(world / "model"), "-", token_weights=form, max_completion_length=20)
-        groups = twgrpo.sample_groups(cfg, policy, questions[:1], [(42, 7, 0, 1)])
-        groups[0].advantages_G = torch.linspace(-1, 1, 8)
-        outputs[form] = twgrpo.score_groups(cfg, policy, groups)[1][0]
-    w = {form: output.weights_T for form, output in outputs.items()}
-    assert (w["none"] == 1).all()
-    assert_close(w["position"], torch.linspace(1, 1.7, len(w["none"])))
-    by_hand = reference.shuffled_weights(w["divergence"], (42, 7, 0, 6))
-    assert torch.equal(w["shuffled"], by_hand) and not torch.equal(by_hand, w["divergence"])
-    H_T = outputs["entropy"].divergence_T
-    assert H_T[0] > 0 == outputs["divergence"].divergence_T[0].round(decimals=6)  # one prompt row
-    assert_close(w["entropy"], reference.token_weights(H_T, 1.7))
-
-
 def test_every_flag_of_the_objective_reaches_the_loss(world, policy, questions, monkeypatch):
     flags = dict(alpha=1.3, epsilon=0.1, epsilon_high=0.4, temperature=0.7, divergence="textbook")
     flags |= dict(ended_rows="exclude", token_weights="shuffled", normalize_token_weights=True)
     cfg = Config(str(world / "model"), "-", max_completion_length=6, num_generations=2, **flags)
-    groups = twgrpo.sample_groups(cfg, policy, questions[:2], [(1,), (2,)])
+    groups = twgrpo.sample_groups(cfg, policy, questions[:2], [(42, 7, 0, 1), (42, 7, 1, 1)])
     for group in groups:
         group.advantages_G = torch.tensor([-1.0, 1.0])
-    seen = []
-
-    def spy(*tensors, **options):
-        seen.append(options)
-        return tw_grpo_head(*tensors, **options)
-
-    monkeypatch.setattr(twgrpo, "tw_grpo_head", spy)
-    twgrpo.score_groups(cfg, policy, groups)
-    for options in seen:
-        assert options | flags | dict(kept_share=0.5) == options
+    monkeypatch.setattr(twgrpo, "tw_grpo_head", spy := mock.Mock(wraps=tw_grpo_head))
+    _, outputs = twgrpo.score_groups(cfg, policy, groups)
+    for slot, (call, output) in enumerate(zip(spy.call_args_list, outputs, strict=True)):
+        options, expected = call.kwargs, dict(kept_share=0.5, shuffle_seed=(42, 7, slot, 6))
+        assert options | flags | expected == options
         assert options.keys() >= {field.name for field in dataclasses.fields(LossOptions)}
-    assert len(seen) == 2
+        assert output.divergence_T[0].abs() < 1e-6  # all rows are the prompt's last
 
 
 @pytest.mark.parametrize(
