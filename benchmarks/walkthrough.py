@@ -39,7 +39,7 @@ def sample(policy: Policy, question: Question, G: int, seed: tuple) -> tuple[Gro
     """G completions of a question, and the hidden states that predict their tokens, (N, D)."""
     features = policy.encode_videos([question])
     (group,) = policy.rollout([question], features, G, T, temperature=1.0, seeds=[seed])
-    return group, policy.hidden_states([group], features)[0]
+    return group, policy.hidden_states([group])[0]
 
 
 def collect(run: Path) -> dict:

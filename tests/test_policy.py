@@ -8,6 +8,7 @@ and padding must change nothing.
 import json
 import math
 import re
+import shutil
 import types
 
 import numpy as np
@@ -15,6 +16,8 @@ import pytest
 import torch
 from conftest import questions_of, random_completions
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import eval as evaluation
@@ -24,7 +27,7 @@ from data import Prompter
 from files import UserError
 from model import rollout
 from model.packing import Group
-from model.policy import Policy
+from model.policy import Policy, Root
 from model.rollout import sample
 
 LENGTHS = [[5, 1, 9, 3], [2, 2, 2, 7], [1, 1, 1, 1]]
@@ -32,7 +35,7 @@ LENGTHS = [[5, 1, 9, 3], [2, 2, 2, 7], [1, 1, 1, 1]]
 
 def groups_of(policy, questions, lengths=LENGTHS):
     return [
-        Group(question, random_completions(policy, ls, seed), [True] * len(ls), [""] * len(ls))
+        Group(question, random_completions(policy, ls, seed))
         for seed, (question, ls) in enumerate(zip(questions, lengths, strict=True))
     ]
 
@@ -101,13 +104,18 @@ def prompter_for(policy: Policy) -> Prompter:
     return Prompter(policy.tokenizer, policy.chat_template, policy.geometry, max_frames=4, **clip)
 
 
-@pytest.mark.parametrize("kind", VISION)
-def test_packed_scoring_equals_separate_sequences(kind, policy, records):
+@pytest.fixture(params=VISION)
+def family(request, policy, records):
+    """A policy of each kind, and three questions whose prompts differ in length."""
+    policy = as_family(request.param, policy)
+    return policy, questions_of(prompter_for(policy), records)
+
+
+def test_packed_scoring_equals_separate_sequences(family):
     """Logits within 1e-5, gradients within 1e-4: three questions of different length at once."""
-    policy = as_family(kind, policy)
-    questions = questions_of(prompter_for(policy), records)
+    policy, questions = family
     groups = groups_of(policy, questions)
-    hidden = policy.hidden_states(groups, policy.encode_videos(questions))
+    hidden = policy.hidden_states(groups)
     packed = [policy.model.lm_head(h) for h in hidden]
     separate = [torch.cat(separate_logits(policy, group)) for group in groups]
     for ours, theirs in zip(packed, separate, strict=True):
@@ -122,14 +130,12 @@ def test_packed_scoring_equals_separate_sequences(kind, policy, records):
     assert ours.keys() == theirs.keys() and len(ours) > 30
     assert max(relative(ours[name], theirs[name]) for name in ours) < 1e-4
     bias = "model.visual.deepstack_merger_list.1.norm.bias"
-    assert (bias in ours) == (kind == "qwen3_vl")
+    assert (bias in ours) == (policy.model.config.model_type == "qwen3_vl")
 
 
-@pytest.mark.parametrize("kind", VISION)
-def test_rollout_logps_equal_a_full_forward(kind, policy, records):
+def test_rollout_logps_equal_a_full_forward(family):
     """What decoding recorded at every step, against transformers' logits of the sequence."""
-    policy = as_family(kind, policy)
-    questions = questions_of(prompter_for(policy), records)
+    policy, questions = family
     features = policy.encode_videos(questions)
     groups = policy.rollout(questions, features, 3, 12, 1.0, [(0, b) for b in range(3)])
     for group in groups:
@@ -147,15 +153,12 @@ def test_positions_and_greedy_rollout_equal_those_of_transformers(kind, policy, 
     changes from version to version.)"""
     policy = as_family(kind, policy)
     policy.eos_ids = torch.tensor([-1])
-    questions, video_id = (
-        questions_of(prompter_for(policy), records),
-        policy.model.config.video_token_id,
-    )
+    questions = questions_of(prompter_for(policy), records)
     groups = policy.rollout(questions, policy.encode_videos(questions), 1, 12, 0.0, [(0,)] * 3)
     for question, group in zip(questions, groups, strict=True):
         ids = question.ids_P[None]
         shown = dict(
-            mm_token_type_ids=2 * (ids == video_id).int(),
+            mm_token_type_ids=2 * (ids == policy.model.config.video_token_id).int(),
             video_grid_thw=torch.tensor([question.grid]),
         )
         positions_31P, _ = policy.model.model.get_rope_index(ids, **shown)
@@ -179,7 +182,7 @@ def test_a_float32_policy_decodes_under_autocast(policy, questions, monkeypatch)
     with torch.no_grad():
         features = policy.encode_videos(questions)
         groups = policy.rollout(questions, features, 3, 12, 1.0, [(0, b) for b in range(3)])
-        hidden = policy.hidden_states(groups, features)
+        hidden = policy.hidden_states(groups)
     for group, hidden_ND in zip(groups, hidden, strict=True):
         logps = policy.model.lm_head(hidden_ND.float()).log_softmax(-1)
         scored_N = logps.gather(1, group.targets_N[:, None])[:, 0]
@@ -217,10 +220,9 @@ def test_completions_end_with_their_first_end_token(policy, questions):
 
 def test_vision_ids_and_words_beyond_the_tokenizer_are_never_sampled(policy):
     names = "vision_start vision_end vision_pad image_pad video_pad".split()
-    banned = [policy.tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in names]
-    assert policy.banned_V[banned].all() and policy.banned_V.sum() == 5
-    V = len(policy.banned_V)
-    logits = torch.zeros(2000, V)
+    banned = policy.tokenizer.convert_tokens_to_ids([f"<|{name}|>" for name in names])
+    assert policy.banned_V.nonzero()[:, 0].tolist() == sorted(banned)
+    logits = torch.zeros(2000, len(policy.banned_V))
     logits[:, banned] = 9.0
     uniform = torch.from_numpy(np.random.default_rng(0).random(2000))
     for temperature in (0.0, 1.0):
@@ -304,86 +306,78 @@ def test_on_cuda_an_evaluation_holds_its_weights_once(world, policy, monkeypatch
         )
         assert not list(evaluation.answers(args, evaluation.config(args), [], []))
         (loaded,) = seen
-        for ours, theirs in zip(loaded.model.parameters(), copy.model.parameters(), strict=True):
-            assert ours.dtype == torch.bfloat16 and torch.equal(ours, theirs)
-        for ours, theirs in zip(loaded.model.buffers(), copy.model.buffers(), strict=True):
-            assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+        for tensors in (nn.Module.named_parameters, nn.Module.named_buffers):
+            ours, theirs = (dict(tensors(one.model)) for one in (loaded, copy))
+            assert_close(ours, theirs, rtol=0, atol=0)
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.bfloat16}
 
 
-def test_frozen_vision_gets_no_gradient(world, prompter, records):
+def test_a_gathered_copy_is_the_same_model_and_leaves_no_trace(policy, questions, tmp_path):
+    """It is made on every GPU and every rank of several; here by claiming to be sharded."""
+    groups = groups_of(policy, questions)
+    sampling = questions, policy.encode_videos(questions), 2, 4, 1.0, [(1,), (2,), (3,)]
+    with torch.no_grad():
+        before = policy.hidden_states(groups)
+        texts = [group.texts for group in policy.rollout(*sampling)]
+        policy.root = Root(policy.model)
+        with policy.gathered() as actor:
+            assert actor.model is not policy.model
+            assert all(map(torch.equal, actor.hidden_states(groups), before))
+            assert [group.texts for group in actor.rollout(*sampling)] == texts
+        assert all(map(torch.equal, policy.hidden_states(groups), before))
+    policy.save(tmp_path)
+    assert "packed" not in (tmp_path / "config.json").read_text()
+
+
+def test_frozen_vision_gets_no_gradient(world, questions):
     policy = Policy.load(world / "model", freeze_vision_modules=True)
-    questions = [prompter(records[0])]
-    features = policy.encode_videos(questions)
-    assert not any(p.requires_grad for p in policy.vision.parameters())
-    assert not features[0].requires_grad
-    policy.hidden_states(groups_of(policy, questions, LENGTHS[:1]), features)[0].sum().backward()
-    assert all(p.grad is None for p in policy.vision.parameters())
+    groups = groups_of(policy, questions)
+    sum(hidden_ND.sum() for hidden_ND in policy.hidden_states(groups)).backward()
+    assert not any(p.requires_grad or p.grad is not None for p in policy.vision.parameters())
+    assert all(p.grad is not None for p in policy.text.parameters())
 
 
-def test_saved_checkpoint_is_an_ordinary_one(world, policy, tmp_path):
-    from transformers import AutoModelForImageTextToText, AutoTokenizer
-
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "preprocessor_config.json").write_text('{"patch_size": 14}')
-    policy.save(tmp_path / "saved", processor_from=str(tmp_path / "base"))
-    model, tokenizer = (
-        cls.from_pretrained(tmp_path / "saved")
-        for cls in (AutoModelForImageTextToText, AutoTokenizer)
-    )
-    for name, parameter in policy.model.state_dict().items():
-        assert torch.equal(model.state_dict()[name], parameter), name
-    assert (
-        tokenizer("<|im_start|>A. red")["input_ids"]
-        == policy.tokenizer("<|im_start|>A. red")["input_ids"]
-    )
-    assert model.generation_config.eos_token_id == policy.model.generation_config.eos_token_id
-    assert (tmp_path / "saved" / "preprocessor_config.json").exists()
+def test_processor_chat_template_comes_before_the_tokenizers(policy, tmp_path):
+    policy.save(tmp_path)
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "from the processor"}')
+    assert Policy.load(tmp_path).chat_template == "from the processor"
 
 
-def test_processor_chat_template_comes_before_the_tokenizers(world, policy, tmp_path):
-    policy.save(tmp_path / "m")
-    (tmp_path / "m" / "chat_template.jinja").unlink(missing_ok=True)
-    (tmp_path / "m" / "chat_template.json").write_text('{"chat_template": "from the processor"}')
-    assert Policy.load(tmp_path / "m").chat_template == "from the processor"
+def without_head(model):
+    tensors = load_file(model / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, model / "model.safetensors")
 
 
-@pytest.mark.parametrize(
-    "config, reason",
-    [
-        (None, "no such model directory"),
-        ("", "not a checkpoint"),
-        ('{"model_type": "qwen2"}', "is a 'qwen2' model"),
-        ('{"model_type": "qwen2_5_vl"}', "its weights or tokenizer cannot be loaded"),
-    ],
-)
-def test_what_cannot_be_a_policy_is_refused_by_name(config, reason, tmp_path):
-    if config is not None:
-        (tmp_path / "model").mkdir()
-    if config:
-        (tmp_path / "model" / "config.json").write_text(config)
-    with pytest.raises(UserError, match=f"model: {reason}"):
-        Policy.load(tmp_path / "model")
+def config_with(**changes):
+    def change(model):
+        config = json.loads((model / "config.json").read_text())
+        config["text_config"] |= changes
+        (model / "config.json").write_text(json.dumps(config | changes))
+
+    return change
 
 
 @pytest.mark.parametrize(
     "damage, reason",
     [
-        (dict(layer_types=["sliding_attention", "full_attention"]), "has sliding-window layers"),
-        (dict(video_token_id=7), "does not have <|video_pad|>"),
-        ("lm_head.weight", "weights lack 1 tensors, such as lm_head.weight"),
+        (shutil.rmtree, "no such model directory"),
+        (lambda model: (model / "config.json").unlink(), "not a checkpoint"),
+        (
+            lambda model: (model / "tokenizer.json").write_text("{"),
+            "its weights or tokenizer cannot",
+        ),
+        (config_with(model_type="qwen2"), "is a 'qwen2' model"),
+        (config_with(layer_types=["sliding_attention"] * 2), "has sliding-window layers"),
+        (config_with(video_token_id=7), "does not have <|video_pad|>"),
+        (without_head, "weights lack 1 tensors, such as lm_head.weight"),
     ],
 )
-def test_a_checkpoint_that_would_train_wrongly_is_refused(damage, reason, policy, tmp_path):
-    policy.save(tmp_path)
-    if isinstance(damage, dict):
-        config = json.loads((tmp_path / "config.json").read_text())
-        config["text_config"] |= damage
-        (tmp_path / "config.json").write_text(json.dumps(config | damage))
-    else:
-        tensors = load_file(tmp_path / "model.safetensors")
-        save_file({k: v for k, v in tensors.items() if k != damage}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=re.escape(reason)):
-        Policy.load(tmp_path)
+def test_a_checkpoint_that_cannot_train_is_refused(damage, reason, policy, tmp_path):
+    policy.save(tmp_path / "model")
+    damage(tmp_path / "model")
+    with pytest.raises(UserError, match=f"model: .*{re.escape(reason)}"):
+        Policy.load(tmp_path / "model")
 
 
 @pytest.mark.slow
