@@ -180,8 +180,10 @@ class Policy:
         if not ranks.is_main():
             return
         state = {name: value.to(self.save_dtype) for name, value in state.items()}
-        self.model.config.dtype = self.save_dtype
         self.model.save_pretrained(directory, state_dict=state)
+        config = self.model.config  # into which save_pretrained wrote the parameters' dtype
+        config.dtype = config.text_config.dtype = config.vision_config.dtype = self.save_dtype
+        config.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
         template = Path(directory) / "chat_template.jinja"  # the one this policy was trained with
         template.write_text(self.chat_template, encoding="utf-8")
