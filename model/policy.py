@@ -44,11 +44,9 @@ from video import Geometry
 VISION_TOKENS = [
     f"<|{name}|>" for name in "vision_start vision_end vision_pad image_pad video_pad".split()
 ]
-PROCESSOR_FILES = (  # not used here; copied into saved checkpoints for other programs
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "processor_config.json",
-)
+PROCESSOR_FILES = [  # not used here; copied into saved checkpoints for other programs
+    f"{name}_config.json" for name in ("preprocessor", "video_preprocessor", "processor")
+]
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
