@@ -177,7 +177,8 @@ class Policy:
         state = get_model_state_dict(self.model, options=whole)
         if not ranks.is_main():
             return
-        state = {name: value.to(self.save_dtype) for name, value in state.items()}
+        names = dict(self.model.named_parameters())  # tied weights once
+        state = {name: state[name].to(self.save_dtype) for name in names}
         self.model.save_pretrained(directory, state_dict=state)
         config = self.model.config  # into which save_pretrained wrote the parameters' dtype
         config.dtype = config.text_config.dtype = config.vision_config.dtype = self.save_dtype
