@@ -290,7 +290,7 @@ def warm_start(
         texts = [toy.target(q.record.row, rng) + "<|im_end|>" for q in chosen for _ in range(R)]
         targets = [torch.tensor(ids) for ids in policy.tokenizer(texts)["input_ids"]]
         groups = [Group(q, targets[R * k : R * k + R]) for k, q in enumerate(chosen)]
-        hidden = policy.hidden_states(groups, policy.encode_videos([g.question for g in groups]))
+        hidden = policy.hidden_states(groups)
         targets_N = torch.cat([g.targets_N for g in groups])
         loss = -reference.token_logps(torch.cat(hidden), policy.head_VD, targets_N).mean()
         loss.backward()

@@ -84,7 +84,7 @@ def official(cfg: Config, policy: Policy, question: Question) -> Tensor:
         )
     after = question.positions_3P.max() + 1 + torch.arange(T).expand(3, -1)
     positions_3L = torch.cat([question.positions_3P, after], dim=1).to(device)
-    policy.text.train(policy.gradient_checkpointing)
+    policy.text.train(policy.text.is_gradient_checkpointing)
     with phase("score"):
         with policy.compute():
             logits_GLV = policy.model(
@@ -111,7 +111,7 @@ def measure(way: str, size: str, prompt: int, repeats: int, **flags) -> dict:
     bandwidth limits. `flags` are Config's."""
     cfg = Config(**flags)
     policy, ask, optimizer = build(size, prompt, DEVICE)
-    policy.attend_with(cfg.attn_implementation)
+    policy.attn_implementation = cfg.attn_implementation
 
     def step():
         with phase("data"):

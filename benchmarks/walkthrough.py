@@ -41,7 +41,7 @@ def sample(policy: Policy, question: Question, G: int, seed: tuple) -> tuple[Gro
     """G completions of a question, and the hidden states that predict their tokens, (N, D)."""
     features, length = policy.encode_videos([question]), toy.DEFAULTS["max_completion_length"]
     (group,) = policy.rollout([question], features, G, length, temperature=1.0, seeds=[seed])
-    return group, policy.hidden_states([group], features)[0]
+    return group, policy.hidden_states([group])[0]
 
 
 def picture(frames_F3HW: np.ndarray, scale: int = 3, gap: int = 6) -> Image.Image:

@@ -2,17 +2,17 @@
 attention to match, so that the prompt is scored once instead of G times.
 
 A token of c_i attends to the prompt and its own earlier tokens, at the positions it would have
-alone. Two implementations give the same numbers, neither with an L x L mask:
+alone. Attention is called once for the prompt and once for its completions as a batch, without an
+L x L mask. --attn_implementation says which attention that is; both give the same numbers:
 
-    sdpa                torch's fused attention, once for the prompt and once for its completions
-                        as a batch; works everywhere
-    flash_attention_2   flash-attn's variable-length call: the prompt is one sequence and each
-                        completion another, over [prompt, own]; no padding; CUDA and flash-attn only
+    sdpa                torch's fused attention; works everywhere
+    flash_attention_2   flash-attn 2.1 or later; CUDA only
 
 Shape letters: B questions, G completions of each, T tokens of the longest completion, L tokens of
-the longest row, N completion tokens of a question, H query heads, d head size.
+the longest row, N completion tokens of a question, M keys, H query heads, K key heads, d head size.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -63,22 +63,33 @@ def pack(groups: list[Group], pad_id: int) -> tuple[Tensor, Tensor, list[list[in
     """
     rows_ids, rows_positions, sizes, rows_N = [], [], [], []
     for group in groups:
-        question = group.question
-        P, following = len(question.ids_P), question.positions_3P.max() + 1
-        ids, positions, predictors = [question.ids_P], [question.positions_3P], []
-        start = P
-        for completion in group.completions:
-            body = completion[:-1]
-            ids.append(body)
-            positions.append((following + torch.arange(len(body))).expand(3, -1))
-            predictors += [P - 1, *range(start, start + len(body))]
-            start += len(body)
-        rows_ids.append(torch.cat(ids))
-        rows_positions.append(torch.cat(positions, dim=1).T)
-        sizes.append([len(part) for part in ids if len(part)])
-        rows_N.append(torch.tensor(predictors, dtype=torch.long))
+        question, bodies = group.question, [c[:-1] for c in group.completions]
+        P, lengths = len(question.ids_P), [len(body) for body in bodies]
+        following = question.positions_3P.max() + 1
+        positions = [(following + torch.arange(n)).expand(3, -1) for n in lengths]
+        prompt, *own = torch.arange(P + sum(lengths)).split([P, *lengths])
+        predictors = [x for part in own for x in (prompt[-1:], part)]
+        rows_ids.append(torch.cat([question.ids_P, *bodies]))
+        rows_positions.append(torch.cat([question.positions_3P, *positions], dim=1).T)
+        sizes.append([P, *filter(None, lengths)])
+        rows_N.append(torch.cat(predictors or [prompt[:0]]))
     ids_BL = pad_sequence(rows_ids, batch_first=True, padding_value=pad_id)
     return ids_BL, pad_sequence(rows_positions).permute(2, 1, 0), sizes, rows_N
+
+
+def torch_attend(q_BHTd: Tensor, k_BKMd: Tensor, v_BKMd: Tensor, scale: float) -> Tensor:
+    """Causal attention, the last query at the last key: (B, T, H, d)."""
+    how = dict(attn_mask=causal_lower_right(q_BHTd.shape[2], k_BKMd.shape[2]), enable_gqa=True)
+    out_BHTd = F.scaled_dot_product_attention(q_BHTd, k_BKMd, v_BKMd, scale=scale, **how)
+    return out_BHTd.transpose(1, 2)
+
+
+def flash_attend(q_BHTd: Tensor, k_BKMd: Tensor, v_BKMd: Tensor, scale: float) -> Tensor:
+    """Same as `torch_attend`: from version 2.1 on, flash-attn aligns the last query and key too."""
+    from flash_attn import flash_attn_func
+
+    qkv = (x.transpose(1, 2) for x in (q_BHTd, k_BKMd, v_BKMd))
+    return flash_attn_func(*qkv, softmax_scale=scale, causal=True)
 
 
 def packed_attention(
@@ -90,6 +101,7 @@ def packed_attention(
     *,
     scaling: float,
     packed: list[list[int]] | None = None,
+    attend: Callable[..., Tensor] = torch_attend,
     **_,
 ) -> tuple[Tensor, None]:
     """Attention over packed rows, as transformers calls it: query (B, H, L, d), key and value with
@@ -97,80 +109,32 @@ def packed_attention(
     prefilling prompts alone, this is transformers' own causal attention.
 
     The prompt attends to itself; then its completions, as a batch of G, attend to [prompt, own].
-    They are right-padded, which causal attention never sees.
+    They are right-padded, which causal attention never sees. The padding costs multiplications:
+    each completion takes as many as the longest of its group.
     """
     query, key = query.to(value.dtype), key.to(value.dtype)  # float32 under autocast
     if packed is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
-    how = dict(scale=scaling, enable_gqa=True)
     rows = []
-    for (P, *own), *qkv in zip(packed, query, key, value, strict=True):
-        parts = [x_HLd[:, : P + sum(own)].split([P, *own], dim=1) for x_HLd in qkv]
-        q, k, v = prompt = [x[0][None] for x in parts]
-        row = [F.scaled_dot_product_attention(q, k, v, is_causal=True, **how)[0]]
+    for sizes, *qkv in zip(packed, query, key, value, strict=True):
+        split = [x_HLd[:, : sum(sizes)].split(sizes, dim=1) for x_HLd in qkv]
+        (q, k, v), *own = zip(*split, strict=True)  # of the prompt, and of each completion
+        row = [attend(q[None], k[None], v[None], scaling)[0]]
         if own:  # otherwise every completion has only one token, which predicts nothing
-            G, T = len(own), max(own)
-            q, k, v = (
-                torch.stack([F.pad(x, (0, 0, 0, T - x.shape[1])) for x in completions])
-                for _, *completions in parts
+            G, T = len(own), max(sizes[1:])
+            q, *kv_own = (
+                torch.stack([F.pad(x_HLd, (0, 0, 0, T - x_HLd.shape[1])) for x_HLd in parts])
+                for parts in zip(*own, strict=True)
             )
             k, v = (
-                torch.cat([shared.expand(G, -1, -1, -1), x], dim=2)
-                for shared, x in zip(prompt[1:], (k, v), strict=True)
+                torch.cat([prompt.expand(G, -1, -1, -1), x_GKTd], dim=2)
+                for prompt, x_GKTd in zip((k, v), kv_own, strict=True)
             )
-            sees = causal_lower_right(T, P + T)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=sees, **how)
-            row += [out_HTd[:, :n] for out_HTd, n in zip(out, own, strict=True)]
-        rows.append(F.pad(torch.cat(row, dim=1), (0, 0, 0, query.shape[2] - P - sum(own))))
-    return torch.stack(rows).transpose(1, 2), None
+            out = attend(q, k, v, scaling)
+            row += [out_THd[:n] for out_THd, n in zip(out, sizes[1:], strict=True)]
+        rows.append(torch.cat(row))
+    return pad_sequence(rows, batch_first=True), None
 
 
-def flash_attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float,
-    packed: list[list[int]] | None = None,
-    **_,
-) -> tuple[Tensor, None]:
-    """Same as `packed_attention`, with each part of a row as a sequence whose last query aligns
-    with its last key. The output for padding is 0."""
-    from flash_attn import flash_attn_varlen_func
-
-    if packed is None:
-        return packed_attention(module, query, key, value, attention_mask, scaling=scaling)
-    queries, seen = [], ([], [])  # seen: keys, values
-    lengths = [[P, *(P + n for n in own)] for P, *own in packed]  # keys each sequence attends to
-    for sizes, *qkv in zip(packed, query, key, value, strict=True):
-        q_NHd, *kv = (x.transpose(0, 1)[: sum(sizes)].to(value.dtype) for x in qkv)
-        queries.append(q_NHd)
-        for parts, x_NKd in zip(seen, kv, strict=True):
-            prompt, *own = x_NKd.split(sizes)
-            parts += [prompt, *(x for part in own for x in (prompt, part))]
-
-    def starts(parts: list[list[int]]) -> Tensor:
-        ends = torch.tensor(sum(parts, [])).cumsum(0)
-        return F.pad(ends, (1, 0)).to(query.device, torch.int32, non_blocking=True)
-
-    out = flash_attn_varlen_func(
-        torch.cat(queries),
-        torch.cat(seen[0]),
-        torch.cat(seen[1]),
-        starts(packed),
-        starts(lengths),
-        max(map(max, packed)),
-        max(map(max, lengths)),
-        softmax_scale=scaling,
-        causal=True,
-    )
-    return pad_sequence(out.split([sum(sizes) for sizes in packed]), batch_first=True), None
-
-
-# --attn_implementation: the attention of the language model. (Given a name with "flash" in it,
-# transformers would look for a library of that name.)
-ATTENTION = {"sdpa": "packed_sdpa", "flash_attention_2": "packed_varlen"}
-AttentionInterface.register("packed_sdpa", packed_attention)
-AttentionInterface.register("packed_varlen", flash_attend)
+ATTENTION = {"sdpa": torch_attend, "flash_attention_2": flash_attend}  # --attn_implementation
+AttentionInterface.register("packed_rows", packed_attention)

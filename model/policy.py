@@ -16,7 +16,6 @@ completion tokens of a question, R = B G rows decoded together, V vocabulary, D 
 """
 
 import contextlib
-import copy
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -40,16 +39,14 @@ from model.packing import ATTENTION, Group, pack
 from model.rollout import Decoder
 from model.tower import tower_layout
 from records import Record
-from video import Geometry, mrope_positions
+from video import Geometry
 
 VISION_TOKENS = [
     f"<|{name}|>" for name in "vision_start vision_end vision_pad image_pad video_pad".split()
 ]
-PROCESSOR_FILES = (  # not used here; copied into saved checkpoints for other programs
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "processor_config.json",
-)
+PROCESSOR_FILES = [  # not used here; copied into saved checkpoints for other programs
+    f"{name}_config.json" for name in ("preprocessor", "video_preprocessor", "processor")
+]
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -77,9 +74,9 @@ class Policy:
         self.model, self.tokenizer, self.chat_template = model, tokenizer, chat_template
         self.text, self.vision = model.model.language_model, model.model.visual
         self.root: Root | None = None  # when sharded
-        self.gradient_checkpointing = False
         self.save_dtype = torch.float32
-        self.attend_with("sdpa")
+        self.text.config._attn_implementation = "packed_rows"
+        self.attn_implementation = "sdpa"  # over packed rows: a key of packing.ATTENTION
         config, vision = model.config, model.config.vision_config
         self.geometry = Geometry(
             vision.patch_size,
@@ -103,7 +100,6 @@ class Policy:
         model_name_or_path: str | os.PathLike,
         device: torch.device | str = "cpu",
         freeze_vision_modules: bool = False,
-        attn_implementation: str = "sdpa",
         dtype: torch.dtype = torch.float32,
     ) -> "Policy":
         """Loads a checkpoint directory or hub name; on the device "meta", without weights. Raises
@@ -113,7 +109,6 @@ class Policy:
         policy = cls(model.eval(), tokenizer, load_chat_template(name, tokenizer))
         policy.save_dtype = save_dtype
         policy.vision.requires_grad_(not freeze_vision_modules)
-        policy.attend_with(attn_implementation)
         return policy
 
     @property
@@ -123,10 +118,6 @@ class Policy:
     @property
     def head_VD(self) -> Tensor:
         return self.model.lm_head.weight
-
-    def longest_prompt(self, limit: int) -> int:
-        """The maximum prompt length in tokens: `limit`, or the model's maximum if lower."""
-        return min(limit, self.text.config.max_position_embeddings)
 
     # ------------------------------------------------------------------------ one rank or several
 
@@ -160,27 +151,23 @@ class Policy:
         actor = self._whole_copy()
         try:
             yield actor
-        finally:
-            # The caller's variable keeps the copy alive, so free its weights here.
+        finally:  # the caller's variable keeps the copy alive, so free its weights here
             for module in actor.model.modules():
                 module._parameters.clear()
 
     def _whole_copy(self) -> "Policy":
-        config = copy.deepcopy(self.model.config)  # not shared: it sets the model's attention
         with torch.device("meta"):
-            actor = type(self.model)(config)
-        for name, x in (*self.model.named_parameters(), *self.model.named_buffers()):
-            if isinstance(x, nn.Parameter):
+            model = type(self.model)(self.model.config).eval()
+        for module, copied in zip(self.model.modules(), model.modules(), strict=True):
+            copied._buffers.update(module._buffers)
+            for name, x in module.named_parameters(recurse=False):
                 whole = x.detach().to(self.compute_dtype)
                 whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
-                x = nn.Parameter(whole, requires_grad=False)
-            owner, _, leaf = name.rpartition(".")
-            setattr(actor.get_submodule(owner), leaf, x)
-        actor.tie_weights()  # small models share the lm_head with the embedding
-        actor.generation_config = self.model.generation_config
-        policy = Policy(actor.eval(), self.tokenizer, self.chat_template)
+                setattr(copied, name, nn.Parameter(whole, requires_grad=False))
+        model.tie_weights()  # small models share the lm_head with the embedding
+        model.generation_config = self.model.generation_config
+        policy = Policy(model, self.tokenizer, self.chat_template)
         policy.eos_ids = self.eos_ids
-        policy.attend_with(self.attn_implementation)
         return policy
 
     def save(self, directory: Path, processor_from: str | None = None) -> None:
@@ -190,9 +177,12 @@ class Policy:
         state = get_model_state_dict(self.model, options=whole)
         if not ranks.is_main():
             return
-        state = {name: value.to(self.save_dtype) for name, value in state.items()}
-        self.model.config.dtype = self.save_dtype
+        names = dict(self.model.named_parameters())  # tied weights once
+        state = {name: state[name].to(self.save_dtype) for name in names}
         self.model.save_pretrained(directory, state_dict=state)
+        config = self.model.config  # into which save_pretrained wrote the parameters' dtype
+        config.dtype = config.text_config.dtype = config.vision_config.dtype = self.save_dtype
+        config.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
         template = Path(directory) / "chat_template.jinja"  # the one this policy was trained with
         template.write_text(self.chat_template, encoding="utf-8")
@@ -208,8 +198,8 @@ class Policy:
 
     def compute(self) -> contextlib.AbstractContextManager:
         """bf16 autocast on CUDA, whatever the parameters' dtype; plain float32 elsewhere."""
-        on_cuda = self.device.type == "cuda"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=on_cuda)
+        kind = self.device.type
+        return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
 
     def encode_videos(self, questions: list[Question]) -> list[Tensor]:
         """Video tokens of each question, from one pass of the vision tower: B x (tokens, D).
@@ -280,12 +270,6 @@ class Policy:
             tokens_RT, logps_RT = decoder.run()
         return self._groups(questions, tokens_RT.cpu(), logps_RT.cpu())
 
-    def attend_with(self, attn_implementation: str) -> None:
-        """Sets the attention used for packed rows: a key of packing.ATTENTION. Do not change it
-        before the backward pass, which recomputes checkpointed layers."""
-        self.attn_implementation = attn_implementation
-        self.text.config._attn_implementation = ATTENTION[attn_implementation]
-
     def _groups(
         self, questions: list[Question], tokens_RT: Tensor, logps_RT: Tensor
     ) -> list[Group]:
@@ -293,15 +277,13 @@ class Policy:
         questions with non-finite log-probs."""
         ends_RT = torch.isin(tokens_RT, self.eos_ids)
         is_kept_RT = ends_RT.cumsum(1) - ends_RT.int() == 0  # no end token before it
-        G, groups = len(tokens_RT) // len(questions), []
-        rows = (x.split(G) for x in (tokens_RT, logps_RT, ends_RT, is_kept_RT))
-        for question, tokens_GT, logps_GT, ends_GT, is_kept_GT in zip(
-            questions, *rows, strict=True
-        ):
-            completions = [x[kept] for x, kept in zip(tokens_GT, is_kept_GT, strict=True)]
-            texts = [self.decode(completion) for completion in completions]
-            finished = ends_GT.any(1).tolist()
-            groups.append(Group(question, completions, finished, texts, logps_GT[is_kept_GT]))
+        completions = [row[kept] for row, kept in zip(tokens_RT, is_kept_RT, strict=True)]
+        texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
+        finished, G, groups = ends_RT.any(1).tolist(), len(tokens_RT) // len(questions), []
+        for b, question in enumerate(questions):
+            rows = slice(b * G, (b + 1) * G)
+            logps_N = logps_RT[rows][is_kept_RT[rows]]
+            groups.append(Group(question, completions[rows], finished[rows], texts[rows], logps_N))
         bad = [g.question.record.id for g in groups if not g.sampled_logps_N.isfinite().all()]
         if bad:
             raise UserError(
@@ -310,33 +292,27 @@ class Policy:
             )
         return groups
 
-    def decode(self, completion: Tensor) -> str:
-        return self.tokenizer.decode(completion.tolist(), skip_special_tokens=True)
-
-    def hidden_states(
-        self, groups: list[Group], features: list[Tensor] | None = None
-    ) -> list[Tensor]:
+    def hidden_states(self, groups: list[Group]) -> list[Tensor]:
         """For each question, the N hidden states that predict its completion tokens: B x (N, D).
 
         Each prompt is computed once for its G completions (see `pack`), with the same result as G
-        separate sequences. `features` are the video tokens; None: those that the rollout kept, or
-        new ones with gradient if the vision tower is trained.
+        separate sequences. Videos that have no features from the rollout are encoded, with gradient
+        if the vision tower is trained.
         """
-        if features is None and groups[0].features is None:
+        features = [group.features for group in groups]
+        if features[0] is None:
             features = self.encode_videos([group.question for group in groups])
-        elif features is None:
-            features = [group.features for group in groups]
         ids_BL, positions_3BL, sizes, rows_N = pack(groups, self.pad_id)
-        device = self.device
-        self.text.train(self.gradient_checkpointing)  # transformers checkpoints in training only
+        self.text.train(self.text.is_gradient_checkpointing)  # it checkpoints in training only
         with self.compute():
             hidden_BLD = self.text(
                 **self._embed(ids_BL, features),
-                position_ids=positions_3BL.to(device),
+                position_ids=positions_3BL.to(self.device),
                 packed=sizes,
+                attend=ATTENTION[self.attn_implementation],
                 use_cache=False,
             ).last_hidden_state
-        return [hidden_BLD[b, rows.to(device)] for b, rows in enumerate(rows_N)]
+        return [hidden_BLD[b, rows.to(self.device)] for b, rows in enumerate(rows_N)]
 
     @torch.no_grad()
     def completion_logps(self, groups: list[Group], temperature: float) -> list[Tensor]:
@@ -350,17 +326,15 @@ class Policy:
     def checkpoint_activations(self) -> None:
         """Stores only each decoder layer's input; the backward pass recomputes the rest."""
         self.text.gradient_checkpointing_enable({"use_reentrant": False})
-        self.gradient_checkpointing = True
 
     def idle_group(self) -> Group:
-        """The smallest possible group: a blank video of one token and one completion of two. A rank
-        left without a question scores it to take part in the collectives of the other ranks. Its
-        advantage is 0, and so is its gradient."""
-        config, m = self.model.config, self.geometry.merge_size
-        ids_P = torch.tensor([config.vision_start_token_id, config.video_token_id, self.pad_id])
-        size = 3 * self.geometry.temporal_patch_size * self.geometry.patch_size**2
-        grid, patches, record = (1, m, m), torch.zeros(m * m, size), Record("idle", "", "", Path())
-        positions_3P = mrope_positions(ids_P, config.video_token_id, grid, 1, self.geometry)
-        question = Question(record, "", ids_P, positions_3P, patches, grid, seconds=1.0)
+        """A blank video of one token and one completion of two. A rank left without a question
+        scores it to take part in the collectives of the other ranks. Its advantage is 0, and so is
+        its gradient."""
+        geometry, m = self.geometry, self.geometry.merge_size
+        patches = torch.zeros(m * m, 3 * geometry.temporal_patch_size * geometry.patch_size**2)
+        ids_P = torch.tensor([self.model.config.video_token_id])
+        positions_3P, record = torch.zeros(3, 1, dtype=torch.long), Record("idle", "", "", Path())
+        question = Question(record, "", ids_P, positions_3P, patches, (1, m, m), seconds=1.0)
         completion = torch.full((2,), self.pad_id)
         return Group(question, [completion], [True], [""], advantages_G=torch.zeros(1))

@@ -3,8 +3,6 @@
 Shape letters: N patches of all clips, B clips, H heads, d head size.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,20 +15,12 @@ from transformers.vision_utils import (
 )
 
 
-@dataclass
-class Segments:
-    """A sequence of N tokens split into segments that attend only within themselves."""
-
-    places: list[Tensor]  # int64, per length: (segments of that length, length), token indices
-    back_N: Tensor  # inverse permutation of all places, concatenated
-
-
-def segments(starts: Tensor, device: torch.device) -> Segments:
-    """Builds Segments that begin at starts[:-1] and end at starts[1:]."""
+def segments(starts: Tensor, device: torch.device) -> list[Tensor]:
+    """The token indices of segments that begin at starts[:-1] and end at starts[1:]: for each
+    length that occurs, (segments of that length, length) int64."""
     lengths = starts.diff()
     places = [starts[:-1][lengths == n, None] + torch.arange(n) for n in lengths.unique()]
-    order_N = torch.cat([x.flatten() for x in places])
-    return Segments([x.to(device) for x in places], order_N.argsort().to(device))
+    return [x.to(device) for x in places]
 
 
 def tower_layout(grids_B3: Tensor, config: PreTrainedConfig, device: torch.device) -> dict:
@@ -71,20 +61,18 @@ def attend_within(
     attention_mask: Tensor | None,
     *,
     scaling: float,
-    cu_seq_lens_q: Segments,
+    cu_seq_lens_q: list[Tensor],
     **_,
 ) -> tuple[Tensor, None]:
     """Attention of each token over its own segment; segments of equal length form one batch.
 
-    query, key, value (1, H, N, d); `cu_seq_lens_q` is the Segments from `tower_layout`. Returns
-    (1, N, H, d).
+    query, key, value (1, H, N, d); `cu_seq_lens_q` are the `segments`. Returns (1, N, H, d).
     """
-    parts = []
-    for places in cu_seq_lens_q.places:
+    out_NHd = torch.empty_like(value[0].transpose(0, 1))
+    for places in cu_seq_lens_q:
         batch = (x[0][:, places].transpose(0, 1) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(*batch, scale=scaling)
-        parts.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(parts)[cu_seq_lens_q.back_N][None], None
+        out_NHd[places] = F.scaled_dot_product_attention(*batch, scale=scaling).transpose(1, 2)
+    return out_NHd[None], None
 
 
 # The name needs "flash" in it to get all windows of a layer in one call instead of one by one.

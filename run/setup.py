@@ -38,9 +38,8 @@ def load_policy(cfg: Config, freeze_all: bool = False) -> Policy:
     """The model of --model_name_or_path on this rank's device, or this rank's shard of it."""
     device, several = ranks.start(), ranks.world() > 1
     place = "cpu" if several else device
-    policy = Policy.load(
-        cfg.model_name_or_path, place, cfg.freeze_vision_modules, cfg.attn_implementation
-    )
+    policy = Policy.load(cfg.model_name_or_path, place, cfg.freeze_vision_modules)
+    policy.attn_implementation = cfg.attn_implementation
     if freeze_all:
         policy.model.requires_grad_(False)
     elif cfg.gradient_checkpointing:
@@ -58,7 +57,7 @@ def make_prompter(cfg: Config, policy: Policy, **options) -> Prompter:
         policy.geometry,
         cfg.question_type,
         ClipSettings(cfg.fps, cfg.max_frames, cfg.min_pixels, cfg.max_pixels),
-        max_prompt_length=policy.longest_prompt(cfg.max_prompt_length),
+        max_prompt_length=min(cfg.max_prompt_length, policy.text.config.max_position_embeddings),
         **options,
     )
 

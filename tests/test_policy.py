@@ -5,16 +5,18 @@ video features in place, causal attention over the sequence, logits. Packing, th
 and padding must change nothing.
 """
 
-import json
 import math
 import re
 import types
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import questions_of, random_completions
-from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import eval as evaluation
@@ -22,10 +24,9 @@ import toy
 from benchmarks import step
 from data import Prompter
 from files import UserError
-from model import rollout
 from model.packing import Group
-from model.policy import Policy
-from model.rollout import sample
+from model.policy import Policy, Root
+from model.rollout import Decoder, sample
 from video import ClipSettings
 
 LENGTHS = [[5, 1, 9, 3], [2, 2, 2, 7], [1, 1, 1, 1]]
@@ -33,13 +34,22 @@ LENGTHS = [[5, 1, 9, 3], [2, 2, 2, 7], [1, 1, 1, 1]]
 
 def groups_of(policy, questions, lengths=LENGTHS):
     return [
-        Group(question, random_completions(policy, ls, seed), [True] * len(ls), [""] * len(ls))
+        Group(question, random_completions(policy, ls, seed))
         for seed, (question, ls) in enumerate(zip(questions, lengths, strict=True))
     ]
 
 
-def separate_logits(policy, group) -> list[torch.Tensor]:
-    """Transformers' logits for each completion, from a sequence of its own: G x (len_i, V)."""
+def rollout(policy, questions, G=3, T=12, temperature=1.0, seeds=(0, 1, 2)):
+    features = policy.encode_videos(questions)
+    return policy.rollout(questions, features, G, T, temperature, [(b,) for b in seeds])
+
+
+def logps_of(logits_NV, group) -> torch.Tensor:
+    return logits_NV.log_softmax(-1).gather(1, group.targets_N[:, None])[:, 0]
+
+
+def separate_logits(policy, group) -> torch.Tensor:
+    """Transformers' logits, each completion in a sequence of its own: (N, V)."""
     question, rows = group.question, []
     P = len(question.ids_P)
     for completion in group.completions:
@@ -50,16 +60,23 @@ def separate_logits(policy, group) -> list[torch.Tensor]:
             pixel_values_videos=question.patches,
             video_grid_thw=torch.tensor([question.grid]),
         ).logits[0]
-        rows.append(logits[P - 1 : P - 1 + len(completion)])
-    return rows
+        rows.append(logits[P - 1 : -1])
+    return torch.cat(rows)
 
 
-def relative(a, b):
-    return ((a - b).norm() / b.norm().clamp_min(1e-12)).item()
+def gradients(policy, *outputs) -> dict[str, torch.Tensor]:
+    """By parameter: the gradient of a fixed random combination of the outputs."""
+    policy.model.zero_grad()
+    probes = [torch.randn(x.shape, generator=torch.Generator().manual_seed(0)) for x in outputs]
+    sum((x * probe.to(x.device)).sum() for x, probe in zip(outputs, probes, strict=True)).backward()
+    return {n: p.grad for n, p in policy.model.named_parameters() if p.grad is not None}
 
 
-def gradients(policy):
-    return {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}
+def distance(ours: dict, theirs: dict) -> float:
+    """The largest norm of a difference, relative to the norm of theirs."""
+    assert ours.keys() == theirs.keys() and len(ours) > 15
+    pairs = ((ours[name].cpu(), exact) for name, exact in theirs.items())
+    return max(((x - exact).norm() / exact.norm().clamp_min(1e-12)).item() for x, exact in pairs)
 
 
 VISION = dict(  # towers of toy size; that of Qwen2.5-VL is the toy's own
@@ -103,44 +120,34 @@ def prompter_for(policy: Policy) -> Prompter:
     return Prompter(policy.tokenizer, policy.chat_template, policy.geometry, clips=clips)
 
 
-@pytest.mark.parametrize("kind", VISION)
-def test_packed_scoring_equals_separate_sequences(kind, policy, records):
+@pytest.fixture(params=VISION)
+def family(request, policy, records):
+    """A policy of each kind, and three questions whose prompts differ in length."""
+    policy = as_family(request.param, policy)
+    return policy, questions_of(prompter_for(policy), records)
+
+
+def test_packed_scoring_equals_separate_sequences(family):
     """Logits within 1e-5, gradients within 1e-4: three questions of different length at once."""
-    policy = as_family(kind, policy)
-    questions = questions_of(prompter_for(policy), records)
+    policy, questions = family
     groups = groups_of(policy, questions)
-    hidden = policy.hidden_states(groups, policy.encode_videos(questions))
-    packed = [policy.model.lm_head(h) for h in hidden]
-    separate = [torch.cat(separate_logits(policy, group)) for group in groups]
+    packed = [policy.model.lm_head(hidden_ND) for hidden_ND in policy.hidden_states(groups)]
+    separate = [separate_logits(policy, group) for group in groups]
     for ours, theirs in zip(packed, separate, strict=True):
         assert (ours - theirs).abs().max() < 1e-5
-
-    probe = [torch.randn(x.shape, generator=torch.Generator().manual_seed(0)) for x in packed]
-    sum((x * p).sum() for x, p in zip(packed, probe, strict=True)).backward()
-    ours = gradients(policy)
-    policy.model.zero_grad()
-    sum((x * p).sum() for x, p in zip(separate, probe, strict=True)).backward()
-    theirs = gradients(policy)
-    assert ours.keys() == theirs.keys() and len(ours) > 30
-    assert max(relative(ours[name], theirs[name]) for name in ours) < 1e-4
+    ours, theirs = gradients(policy, *packed), gradients(policy, *separate)
+    assert distance(ours, theirs) < 1e-4
     bias = "model.visual.deepstack_merger_list.1.norm.bias"
-    assert (bias in ours) == (kind == "qwen3_vl")
+    assert (bias in ours) == (policy.model.config.model_type == "qwen3_vl")
 
 
-@pytest.mark.parametrize("kind", VISION)
-def test_rollout_logps_equal_a_full_forward(kind, policy, records):
+@torch.no_grad()
+def test_rollout_logps_equal_a_full_forward(family):
     """What decoding recorded at every step, against transformers' logits of the sequence."""
-    policy = as_family(kind, policy)
-    questions = questions_of(prompter_for(policy), records)
-    features = policy.encode_videos(questions)
-    groups = policy.rollout(questions, features, 3, 12, 1.0, [(0, b) for b in range(3)])
-    for group in groups:
-        logps = [
-            rows.log_softmax(-1).gather(1, c[:, None])[:, 0]
-            for rows, c in zip(separate_logits(policy, group), group.completions, strict=True)
-        ]
-        assert (group.sampled_logps_N - torch.cat(logps)).abs().max() < 1e-5
-    assert {len(g.completions) for g in groups} == {3}
+    for group in rollout(*family):
+        logps_N = logps_of(separate_logits(family[0], group), group)
+        assert len(group.completions) == 3
+        assert (group.sampled_logps_N - logps_N).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl"])
@@ -149,15 +156,12 @@ def test_positions_and_greedy_rollout_equal_those_of_transformers(kind, policy, 
     changes from version to version.)"""
     policy = as_family(kind, policy)
     policy.eos_ids = torch.tensor([-1])
-    questions, video_id = (
-        questions_of(prompter_for(policy), records),
-        policy.model.config.video_token_id,
-    )
-    groups = policy.rollout(questions, policy.encode_videos(questions), 1, 12, 0.0, [(0,)] * 3)
+    questions = questions_of(prompter_for(policy), records)
+    groups = rollout(policy, questions, G=1, temperature=0.0)
     for question, group in zip(questions, groups, strict=True):
         ids = question.ids_P[None]
         shown = dict(
-            mm_token_type_ids=2 * (ids == video_id).int(),
+            mm_token_type_ids=2 * (ids == policy.model.config.video_token_id).int(),
             video_grid_thw=torch.tensor([question.grid]),
         )
         positions_31P, _ = policy.model.model.get_rope_index(ids, **shown)
@@ -175,39 +179,30 @@ def test_positions_and_greedy_rollout_equal_those_of_transformers(kind, policy, 
         assert group.completions[0].tolist() == theirs[0, len(question.ids_P) :].tolist()
 
 
+@torch.no_grad()
 def test_a_float32_policy_decodes_under_autocast(policy, questions, monkeypatch):
     """As on a GPU: keys are float32 once they are rotated, values bf16. The scoring agrees."""
     monkeypatch.setattr(policy, "compute", lambda: torch.autocast("cpu", torch.bfloat16))
-    with torch.no_grad():
-        features = policy.encode_videos(questions)
-        groups = policy.rollout(questions, features, 3, 12, 1.0, [(0, b) for b in range(3)])
-        hidden = policy.hidden_states(groups, features)
-    for group, hidden_ND in zip(groups, hidden, strict=True):
-        logps = policy.model.lm_head(hidden_ND.float()).log_softmax(-1)
-        scored_N = logps.gather(1, group.targets_N[:, None])[:, 0]
+    groups = rollout(policy, questions)
+    for group, hidden_ND in zip(groups, policy.hidden_states(groups), strict=True):
+        scored_N = logps_of(policy.model.lm_head(hidden_ND.float()), group)
         assert (group.sampled_logps_N - scored_N).abs().max() < 0.1
 
 
 def test_rollout_does_not_depend_on_what_else_is_in_the_batch(policy, questions):
-    def completions(chosen):
-        picked = [questions[b] for b in chosen]
-        groups = policy.rollout(
-            picked, policy.encode_videos(picked), 4, 10, 1.0, [(5, b) for b in chosen]
-        )
+    def completions(*chosen):
+        groups = rollout(policy, [questions[b] for b in chosen], G=4, T=10, seeds=chosen)
         return [[c.tolist() for c in g.completions] for g in groups]
 
-    together = completions([0, 1, 2])
-    assert completions([2]) == together[2:]
-    assert completions([1, 0]) == [together[1], together[0]]
+    together = completions(0, 1, 2)
+    assert completions(2) == together[2:]
+    assert completions(1, 0) == [together[1], together[0]]
     assert together[0] != together[1] and len({tuple(c) for c in together[0]}) > 1
 
 
 def test_completions_end_with_their_first_end_token(policy, questions):
-    ids = (~policy.banned_V).nonzero()[:, 0]
-    policy.eos_ids = ids[::7]  # so many that rows end at different places
-    features = policy.encode_videos(questions)
-    groups = policy.rollout(questions, features, 4, 12, 1.0, [(0, b) for b in range(3)])
-    ends = set(policy.eos_ids.tolist())
+    policy.eos_ids = (~policy.banned_V).nonzero()[::7, 0]  # so many that rows end everywhere
+    groups, ends = rollout(policy, questions, G=4), set(policy.eos_ids.tolist())
     for group in groups:
         assert len(group.sampled_logps_N) == int(group.lengths_G.sum()) == len(group.targets_N)
         for completion, finished in zip(group.completions, group.finished, strict=True):
@@ -219,10 +214,9 @@ def test_completions_end_with_their_first_end_token(policy, questions):
 
 def test_vision_ids_and_words_beyond_the_tokenizer_are_never_sampled(policy):
     names = "vision_start vision_end vision_pad image_pad video_pad".split()
-    banned = [policy.tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in names]
-    assert policy.banned_V[banned].all() and policy.banned_V.sum() == 5
-    V = len(policy.banned_V)
-    logits = torch.zeros(2000, V)
+    banned = policy.tokenizer.convert_tokens_to_ids([f"<|{name}|>" for name in names])
+    assert policy.banned_V.nonzero()[:, 0].tolist() == sorted(banned)
+    logits = torch.zeros(2000, len(policy.banned_V))
     logits[:, banned] = 9.0
     uniform = torch.from_numpy(np.random.default_rng(0).random(2000))
     for temperature in (0.0, 1.0):
@@ -236,11 +230,9 @@ def test_captured_steps_draw_the_tokens_of_eager_ones(policy, questions, monkeyp
     policy.eos_ids = torch.tensor([-1])  # never end
     policy.model.cuda()
     with torch.no_grad(), policy.gathered() as actor:
-        features = actor.encode_videos(questions)
-        arguments = questions, features, 4, 84, 1.0, [(1,), (2,), (3,)]
-        captured = actor.rollout(*arguments)
-        monkeypatch.setattr(rollout.Decoder, "_captured_step", lambda decoder: decoder.step)
-        eager = actor.rollout(*arguments)
+        captured = rollout(actor, questions, G=4, T=84)
+        monkeypatch.setattr(Decoder, "_captured_step", lambda decoder: decoder.step)
+        eager = rollout(actor, questions, G=4, T=84)
     for a, b in zip(captured, eager, strict=True):
         assert all(map(torch.equal, a.completions, b.completions))
         assert (a.sampled_logps_N - b.sampled_logps_N).abs().max() < 1e-4
@@ -271,25 +263,16 @@ def test_the_vision_tower_attends_in_batches(kind, calls, policy, monkeypatch):
     policy = as_family(kind, Policy(model, policy.tokenizer, policy.chat_template))
     sizes = [(2, 22, 34), (1, 6, 10), (3, 22, 34)]
     clips = [types.SimpleNamespace(grid=s, patches=torch.randn(math.prod(s), 1176)) for s in sizes]
-    counted, attend = [], torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(
-        torch.nn.functional,
-        "scaled_dot_product_attention",
-        lambda *args, **more: counted.append(1) or attend(*args, **more),
-    )
-
-    ours = torch.cat(policy.encode_videos(clips))
-    assert len(counted) == calls  # four lengths of windows, two of frames
-    ours.square().mean().backward()
-    our_gradients = gradients(policy)
-    policy.model.zero_grad()
     patches, grids = torch.cat([clip.patches for clip in clips]), torch.tensor(sizes)
-    theirs = policy.vision(patches, grid_thw=grids).pooler_output
-    assert len(counted) >= 3 * calls
+    with mock.patch.object(
+        F, "scaled_dot_product_attention", wraps=F.scaled_dot_product_attention
+    ) as attend:
+        ours = torch.cat(policy.encode_videos(clips))
+        assert attend.call_count == calls  # four lengths of windows, two of frames
+        theirs = policy.vision(patches, grid_thw=grids).pooler_output
+        assert attend.call_count >= 3 * calls
     assert (ours - theirs).abs().max() < 1e-5
-    theirs.square().mean().backward()
-    for name, gradient in gradients(policy).items():
-        assert relative(our_gradients[name], gradient) < 1e-5, name
+    assert distance(gradients(policy, ours), gradients(policy, theirs)) < 1e-5
 
 
 def test_on_cuda_an_evaluation_holds_its_weights_once(world, policy, monkeypatch):
@@ -306,85 +289,65 @@ def test_on_cuda_an_evaluation_holds_its_weights_once(world, policy, monkeypatch
         )
         assert not list(evaluation.answers(args, evaluation.config(args), [], []))
         (loaded,) = seen
-        for ours, theirs in zip(loaded.model.parameters(), copy.model.parameters(), strict=True):
-            assert ours.dtype == torch.bfloat16 and torch.equal(ours, theirs)
-        for ours, theirs in zip(loaded.model.buffers(), copy.model.buffers(), strict=True):
-            assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+        for tensors in (nn.Module.named_parameters, nn.Module.named_buffers):
+            ours, theirs = (dict(tensors(one.model)) for one in (loaded, copy))
+            assert_close(ours, theirs, rtol=0, atol=0)
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.bfloat16}
 
 
-def test_frozen_vision_gets_no_gradient(world, prompter, records):
-    policy = Policy.load(world / "model", freeze_vision_modules=True)
-    questions = [prompter(records[0])]
-    features = policy.encode_videos(questions)
-    assert not any(p.requires_grad for p in policy.vision.parameters())
-    assert not features[0].requires_grad
-    policy.hidden_states(groups_of(policy, questions, LENGTHS[:1]), features)[0].sum().backward()
-    assert all(p.grad is None for p in policy.vision.parameters())
-
-
-def test_saved_checkpoint_is_an_ordinary_one(world, policy, tmp_path):
-    from transformers import AutoModelForImageTextToText, AutoTokenizer
-
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "preprocessor_config.json").write_text('{"patch_size": 14}')
-    policy.save(tmp_path / "saved", processor_from=str(tmp_path / "base"))
-    model, tokenizer = (
-        cls.from_pretrained(tmp_path / "saved")
-        for cls in (AutoModelForImageTextToText, AutoTokenizer)
-    )
-    for name, parameter in policy.model.state_dict().items():
-        assert torch.equal(model.state_dict()[name], parameter), name
-    assert (
-        tokenizer("<|im_start|>A. red")["input_ids"]
-        == policy.tokenizer("<|im_start|>A. red")["input_ids"]
-    )
-    assert model.generation_config.eos_token_id == policy.model.generation_config.eos_token_id
-    assert (tmp_path / "saved" / "preprocessor_config.json").exists()
-
-
-def test_processor_chat_template_comes_before_the_tokenizers(world, policy, tmp_path):
-    policy.save(tmp_path / "m")
-    (tmp_path / "m" / "chat_template.jinja").unlink(missing_ok=True)
-    (tmp_path / "m" / "chat_template.json").write_text('{"chat_template": "from the processor"}')
-    assert Policy.load(tmp_path / "m").chat_template == "from the processor"
-
-
-@pytest.mark.parametrize(
-    "config, reason",
-    [
-        (None, "no such model directory"),
-        ("", "not a checkpoint"),
-        ('{"model_type": "qwen2"}', "is a 'qwen2' model"),
-        ('{"model_type": "qwen2_5_vl"}', "its weights or tokenizer cannot be loaded"),
-    ],
-)
-def test_what_cannot_be_a_policy_is_refused_by_name(config, reason, tmp_path):
-    if config is not None:
-        (tmp_path / "model").mkdir()
-    if config:
-        (tmp_path / "model" / "config.json").write_text(config)
-    with pytest.raises(UserError, match=f"model: {reason}"):
-        Policy.load(tmp_path / "model")
-
-
-@pytest.mark.parametrize(
-    "damage, reason",
-    [
-        (dict(layer_types=["sliding_attention", "full_attention"]), "has sliding-window layers"),
-        (dict(video_token_id=7), "does not have <|video_pad|>"),
-        ("lm_head.weight", "weights lack 1 tensors, such as lm_head.weight"),
-    ],
-)
-def test_a_checkpoint_that_would_train_wrongly_is_refused(damage, reason, policy, tmp_path):
+def test_a_gathered_copy_is_the_same_model_and_leaves_no_trace(policy, questions, tmp_path):
+    """It is made on every GPU and every rank of several; here by claiming to be sharded."""
+    groups = groups_of(policy, questions)
+    with torch.no_grad():
+        before = policy.hidden_states(groups)
+        texts = [group.texts for group in rollout(policy, questions)]
+        policy.root = Root(policy.model)
+        with policy.gathered() as actor:
+            assert actor.model is not policy.model
+            assert all(map(torch.equal, actor.hidden_states(groups), before))
+            assert [group.texts for group in rollout(actor, questions)] == texts
+        assert all(map(torch.equal, policy.hidden_states(groups), before))
     policy.save(tmp_path)
-    if isinstance(damage, dict):
-        config = json.loads((tmp_path / "config.json").read_text())
-        config["text_config"] |= damage
-        (tmp_path / "config.json").write_text(json.dumps(config | damage))
-    else:
-        tensors = load_file(tmp_path / "model.safetensors")
-        save_file({k: v for k, v in tensors.items() if k != damage}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=re.escape(reason)):
+    assert "packed" not in (tmp_path / "config.json").read_text()
+
+
+def test_frozen_vision_gets_no_gradient(world, questions):
+    policy = Policy.load(world / "model", freeze_vision_modules=True)
+    groups = groups_of(policy, questions)
+    sum(hidden_ND.sum() for hidden_ND in policy.hidden_states(groups)).backward()
+    assert not any(p.requires_grad or p.grad is not None for p in policy.vision.parameters())
+    assert all(p.grad is not None for p in policy.text.parameters())
+
+
+def test_processor_chat_template_comes_before_the_tokenizers(policy, tmp_path):
+    policy.save(tmp_path)
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "from the processor"}')
+    assert Policy.load(tmp_path).chat_template == "from the processor"
+
+
+@pytest.mark.parametrize(
+    "name, old, new, reason",
+    [
+        ("config.json", "(?s)^.+$", "{}", "not a checkpoint"),
+        ("config.json", "qwen2_5_vl", "qwen2", "is a 'qwen2' model"),
+        ("config.json", "full_attention", "sliding_attention", "has sliding-window layers"),
+        ("config.json", "(?<=video_token_id).: [0-9]+", '": 7', "does not have <|video_pad|>"),
+        ("tokenizer.json", "(?s)^.+$", "{", "its weights or tokenizer cannot be loaded"),
+        (
+            "model.safetensors",
+            "lm_head.weight",
+            "lm_head.weighs",
+            "lack 1 tensors, such as lm_head",
+        ),
+    ],
+)
+def test_a_checkpoint_that_cannot_train_is_refused(name, old, new, reason, policy, tmp_path):
+    with pytest.raises(UserError, match="none: no such model directory"):
+        Policy.load(tmp_path / "none")
+    policy.save(tmp_path)
+    file = tmp_path / name
+    file.write_bytes(re.sub(old.encode(), new.encode(), file.read_bytes()))
+    with pytest.raises(UserError, match=f"{re.escape(str(tmp_path))}: .*{re.escape(reason)}"):
         Policy.load(tmp_path)
 
 

@@ -14,6 +14,8 @@ import video
 from data import STYLES, Prompter, check_prompts
 from files import UserError
 from records import Record, as_record
+from run.config import Config
+from run.setup import make_prompter
 from video import Geometry, VideoError
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -132,7 +134,8 @@ def test_a_clip_with_too_many_tokens_is_refused_like_an_unreadable_one(prompter,
     check_prompts(prompter, records[:1], "q.json")  # its text fits
     with pytest.raises(VideoError, match=f".mp4: its prompt has {length + 7} tokens; --max"):
         prompter(records[0])
-    assert policy.longest_prompt(10**9) == policy.text.config.max_position_embeddings
+    longest = make_prompter(Config(max_prompt_length=10**9), policy).max_prompt_length
+    assert longest == policy.text.config.max_position_embeddings
 
 
 if __name__ == "__main__":

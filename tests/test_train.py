@@ -140,7 +140,7 @@ def test_completions_hold_a_group_with_its_weights(short_run, policy):
         assert row["weights"][0] == 1.0  # at t = 0 all rows are the shared prompt row
         for c in row["completions"]:
             assert len(c["logps"]) == len(c["token_ids"]) and max(c["logps"]) <= 0
-            assert c["text"] == policy.decode(torch.tensor(c["token_ids"]))
+            assert c["text"] == policy.tokenizer.decode(c["token_ids"], skip_special_tokens=True)
             assert c["tokens"] == [policy.tokenizer.decode(k) for k in c["token_ids"]]
             assert set(c["rewards"]) == {"accuracy", "format"}
 
