@@ -68,6 +68,8 @@ class FakeGPU(TorchDispatchMode):
         assert not self.capturing or not tensors or on_gpu, f"{func} copies from the host"
         dtypes = {x.dtype for x in tensors if x.is_floating_point()}
         assert len(dtypes) < 2 or func not in ONE_DTYPE, f"{func} of {dtypes}"
+        if func is aten.addmm.dtype_out:  # torch 2.11 cannot fake it
+            return kwargs["out"]
         with self.fake:
             out = func(*args, **kwargs or {})
         if not on_gpu and tensors:
@@ -117,7 +119,7 @@ def no_device() -> None:
 
 def backward(loss, outputs):
     """loss.backward(). torch's own engine asks the device for its streams, and there is none."""
-    queue, gradients = [], {}
+    queue, gradients, held = [], {}, {}
 
     def pass_on(node, index, gradient):
         if node not in gradients:
@@ -143,6 +145,9 @@ def backward(loss, outputs):
             for (following, index), gradient in zip(node.next_functions, out, strict=False):
                 if following is not None and gradient is not None:
                     pass_on(following, index, gradient)
+                    if hasattr(following, "saved_tensors"):  # torch 2.11 frees it with `node`
+                        held[following] = node
+            held.pop(node, None)
             del out, gradient, node
 
 
