@@ -95,7 +95,7 @@ def test_both_ways_equal_a_dense_mask(shapes, heads, scale, attend):
     probe = torch.randn(ours.shape, generator=generator)
     gradients = (torch.autograd.grad((x * probe).sum(), (q, k, v)) for x in (ours, theirs))
     for a, b in zip(*gradients, strict=True):
-        assert (a - b).abs().max() <= 1e-4 * b.abs().max().clamp(min=1e-2)
+        assert (a - b).abs().max() <= 1e-4 * b.abs().max().clamp(min=0.1)
 
 
 def test_scoring_keeps_nothing_quadratic():
