@@ -156,7 +156,8 @@ def test_counting_trains_and_evaluates_with_qwen2_vl(world, policy, tmp_path, mo
     rows = [json.dumps(row | {"solution": f"<answer> {k} </answer>"}) for k in range(4)]
     data.write_text("\n".join(rows))
     texts = iter(["<think>a</think><answer>0</answer>", "<answer>1</answer>"] * 999)
-    monkeypatch.setattr("model.policy.Policy.decode", lambda self, completion: next(texts))
+    decode = lambda self, rows, **skip: [next(texts) if skip else "" for _ in rows]  # noqa: E731
+    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.batch_decode", decode)
     flags = ["--model_name_or_path", tmp_path / "qwen2_vl", "--jsonl_path", data]
     flags += "--video_root / --num_generations 2 --reward_funcs accuracy format".split()
     command = twgrpo_command(world, tmp_path / "run", *flags)
