@@ -238,21 +238,33 @@ def test_shuffled_frames_keep_what_a_temporal_patch_shows(tmp_path):
 def test_held_out_questions_are_asked_with_other_and_with_shuffled_clips_as_controls(
     world, policy, prompter, records, monkeypatch
 ):
-    own, shown, seeds = [str(r.video) for r in records[:5]], [], []
+    own, shown, asked, seeds = [str(r.video) for r in records[:5]], [], [], []
+    tokenize = Prompter.tokenize
 
     def load(path, *settings):
         shown.append(path)
         return video.load_clip(path, *settings)
 
-    monkeypatch.setattr(held_out, "shuffled", lambda prompter, seed: seeds.append(seed) or prompter)
+    def spy(self, record, times):
+        asked.append(record)
+        return tokenize(self, record, times)
+
+    def shuffled(prompter, seed):
+        return dataclasses.replace(prompter, load_clip=lambda *a: seeds.append(seed) or load(*a))
+
+    monkeypatch.setattr(Prompter, "tokenize", spy)
+    monkeypatch.setattr(held_out, "shuffled", shuffled)
     prompter = dataclasses.replace(prompter, load_clip=load)
     cfg = Config(str(world / "model"), "-", max_completion_length=4, num_generations=2)
     for variant in ("sampled", "wrong video", "shuffled frames"):
-        shown.clear()
+        shown.clear(), asked.clear()
         held_out.evaluate(cfg, policy, prompter, records[:5], variant, batch_size=2)
         others = [a != b for a, b in zip(own, shown, strict=True)]
         assert sorted(shown) == sorted(own) and set(others) == {variant == "wrong video"}
-    assert seeds == [cfg.seed]
+        assert asked == records[:5]
+    assert seeds == [cfg.seed] * 5
+    gone = dataclasses.replace(records[0], video=Path("gone.mp4"))
+    assert held_out.evaluate(cfg, policy, prompter, [gone, records[1]])["skipped"] == 1
 
 
 def test_without_an_evaluation_at_the_start_only_the_end_is_shown(tmp_path, capsys):
