@@ -105,9 +105,12 @@ def test_a_run_killed_at_any_point_goes_on_where_it_stopped(world, tmp_path, eva
         file.write(b'{"question": {"id": "train-2')
     launch = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
     how = dict(capture_output=True, text=True, timeout=120)
+    how["env"] = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, *launch, PROJECT / "eval.py", *flags, "--batch_size", "4"]
-    done = subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, **how)
+    done = subprocess.run(command, **how)
     assert done.returncode == 0, done.stderr[-3000:]
+    refused = subprocess.run([*command, "--seed", "1"], **how)  # both ranks, and nothing is written
+    assert refused.returncode == 1 and refused.stderr.count("was made with another seed") == 2
     assert out.read_bytes().startswith(first)  # what stood there was not touched
     assert len(read_rows(out)) == 24 and answers_of(out) == answers_of(whole)
     assert f"{24 - count} questions answered, 0 skipped\n" in done.stdout
