@@ -357,5 +357,9 @@ def test_a_missing_end_token_is_the_tokenizers_and_a_missing_chat_template_is_na
     policy = Policy.load(checkpoint("generation_config.json", eos_token_id=None))
     assert policy.eos_ids.tolist() == [policy.tokenizer.eos_token_id]
     for template in (None, 7):
+        directory = checkpoint("chat_template.json", chat_template=template)
         with pytest.raises(UserError, match="has no chat template"):
-            Policy.load(checkpoint("chat_template.json", chat_template=template))
+            Policy.load(directory)
+    (directory / "chat_template.json").write_text("{")
+    with pytest.raises(UserError, match="it must contain a chat template"):
+        Policy.load(directory)
