@@ -190,7 +190,9 @@ def test_groups_that_teach_nothing_are_left_out_of_the_backward_pass(
     monkeypatch.setattr(twgrpo, "rewards_of", lambda *_: torch.tensor([next(rewards)]).float().T)
     monkeypatch.setattr(twgrpo, "optimizer_step", keep)
     step = (cfg, policy, None, None, questions, [(0, b) for b in range(3)], 0.0)
-    _, (some,) = twgrpo.train_step(*step)
+    groups, (some,) = twgrpo.train_step(*step)
+    for cfg.per_device_train_batch_size, sizes in ((1, [1, 1, 1]), (3, [2, 1])):
+        assert [len(chunk) for chunk, _ in twgrpo.micro_batches(cfg, groups)] == sizes
     monkeypatch.setattr(twgrpo, "micro_batches", lambda cfg, groups: [(groups, True)])
     _, (every,) = twgrpo.train_step(*step)
     assert [o.loss.requires_grad for o in some.outputs] == [True, False, True]
