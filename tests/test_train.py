@@ -381,15 +381,19 @@ for ending in ("pass", "raise SystemExit('error: a sentence')", "raise SystemExi
         ranks.run_script(lambda: exec(ending))
         sys.exit()
     print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+del os.environ["RANK"]
+atexit.register(print, "shut down")
+ranks.run_script(lambda: None)
 """
 
 
 @pytest.mark.slow
 def test_a_rank_ends_with_the_right_exit_code_and_without_shutdown(monkeypatch):
+    """A process of its own shuts down as any other."""
     monkeypatch.setenv("RANK", "0")
     options = dict(cwd=PROJECT, capture_output=True, text=True, timeout=60)
     result = subprocess.run([sys.executable, "-c", ENDINGS], **options)
-    assert result.stdout.split() == ["0", "1", "3", "1"]
+    assert result.stdout.split("\n") == ["0", "1", "3", "1", "shut down", ""]
     assert "error: a sentence" in result.stderr and "ZeroDivisionError" in result.stderr
 
 
