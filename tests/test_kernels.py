@@ -335,6 +335,8 @@ with compiling_for(90) as found:
     group = found["group FORM=official UNIFORM=1 ROWS=8 BLOCK=512"]
     known = {group.src.fn.arg_names[place] for (place,), facts in group.src.attrs.items() if facts}
     assert {"V", "slice_words", "logits_ptr"} <= known, known
+    launch_head([300, 300])  # as many words x rows per load
+    assert "group FORM=official UNIFORM=1 ROWS=2 BLOCK=2048" in found, set(found)
     for G in (2, 4, 8, 16):
         launch_decode(G)
     checked = set(found)
