@@ -115,6 +115,14 @@ def test_every_equation_has_a_function_a_kernel_line_a_test_and_notes():
             assert re.search(f"^- {line}", body, re.MULTILINE), (n, line)
 
 
+def test_math_is_what_github_can_show():
+    formulas = [body for language, body in FENCE.findall(EQUATIONS) if language == "math"]
+    for formula in formulas + re.findall(r"\$([^$\n]+)\$", prose(EQUATIONS)):
+        braces = re.sub(r"\\[{}]", "", formula)
+        assert braces.count("{") == braces.count("}"), formula
+        assert r"\operatorname" not in formula, formula  # GitHub forbids it
+
+
 def test_official_lines_hold_what_is_said_of_them():
     """With TWGRPO_OFFICIAL, a checkout of the official repository at aa529ff, they are read."""
     cited = {":".join(found) for path in DOCUMENTS for found in OFFICIAL.findall(text_of(path))}

@@ -105,9 +105,12 @@ def test_a_run_killed_at_any_point_goes_on_where_it_stopped(world, tmp_path, eva
         file.write(b'{"question": {"id": "train-2')
     launch = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
     how = dict(capture_output=True, text=True, timeout=120)
+    how["env"] = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, *launch, PROJECT / "eval.py", *flags, "--batch_size", "4"]
-    done = subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, **how)
+    done = subprocess.run(command, **how)
     assert done.returncode == 0, done.stderr[-3000:]
+    refused = subprocess.run([*command, "--seed", "1"], **how)  # both ranks, and nothing is written
+    assert refused.returncode == 1 and refused.stderr.count("was made with another seed") == 2
     assert out.read_bytes().startswith(first)  # what stood there was not touched
     assert len(read_rows(out)) == 24 and answers_of(out) == answers_of(whole)
     assert f"{24 - count} questions answered, 0 skipped\n" in done.stdout
@@ -241,21 +244,33 @@ def test_shuffled_frames_keep_what_a_temporal_patch_shows(tmp_path):
 def test_held_out_questions_are_asked_with_other_and_with_shuffled_clips_as_controls(
     world, policy, prompter, records, monkeypatch
 ):
-    own, shown, seeds = [str(r.video) for r in records[:5]], [], []
+    own, shown, asked, seeds = [str(r.video) for r in records[:5]], [], [], []
+    tokenize = Prompter.tokenize
 
     def load(path, *settings):
         shown.append(path)
         return video.load_clip(path, *settings)
 
-    monkeypatch.setattr(held_out, "shuffled", lambda prompter, seed: seeds.append(seed) or prompter)
+    def spy(self, record, times):
+        asked.append(record)
+        return tokenize(self, record, times)
+
+    def shuffled(prompter, seed):
+        return dataclasses.replace(prompter, load_clip=lambda *a: seeds.append(seed) or load(*a))
+
+    monkeypatch.setattr(Prompter, "tokenize", spy)
+    monkeypatch.setattr(held_out, "shuffled", shuffled)
     prompter = dataclasses.replace(prompter, load_clip=load)
     cfg = Config(str(world / "model"), "-", max_completion_length=4, num_generations=2)
     for variant in ("sampled", "wrong video", "shuffled frames"):
-        shown.clear()
+        shown.clear(), asked.clear()
         held_out.evaluate(cfg, policy, prompter, records[:5], variant, batch_size=2)
         others = [a != b for a, b in zip(own, shown, strict=True)]
         assert sorted(shown) == sorted(own) and set(others) == {variant == "wrong video"}
-    assert seeds == [cfg.seed]
+        assert asked == records[:5]
+    assert seeds == [cfg.seed] * 5
+    gone = dataclasses.replace(records[0], video=Path("gone.mp4"))
+    assert held_out.evaluate(cfg, policy, prompter, [gone, records[1]])["skipped"] == 1
 
 
 def test_without_an_evaluation_at_the_start_only_the_end_is_shown(tmp_path, capsys):
@@ -345,5 +360,9 @@ def test_a_missing_end_token_is_the_tokenizers_and_a_missing_chat_template_is_na
     policy = Policy.load(checkpoint("generation_config.json", eos_token_id=None))
     assert policy.eos_ids.tolist() == [policy.tokenizer.eos_token_id]
     for template in (None, 7):
+        directory = checkpoint("chat_template.json", chat_template=template)
         with pytest.raises(UserError, match="has no chat template"):
-            Policy.load(checkpoint("chat_template.json", chat_template=template))
+            Policy.load(directory)
+    (directory / "chat_template.json").write_text("{")
+    with pytest.raises(UserError, match="it must contain a chat template"):
+        Policy.load(directory)

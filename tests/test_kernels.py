@@ -162,12 +162,14 @@ def test_the_head_makes_no_product_too_many(impl, kept_share, needed, monkeypatc
     for real in (torch.mm, torch.addmm):
         spy = lambda *a, real=real, **k: products.append(a) or real(*a, **k)  # noqa: E731
         monkeypatch.setattr(torch, real.__name__, spy)
+    inputs = [group[name] for name in ("hidden_ND", "weight_VD", "targets_N")]
     with small_cuts():
+        token_logps(*inputs, impl=impl)
         loss = tw_grpo_head(**group | leaves, impl=impl, kept_share=kept_share).loss
         rows = [len(a) for _, a, _ in products]
         products.clear()
         loss.backward()
-    assert rows == ([] if impl == "fused" else [7, 3, 3])  # of three positions each
+    assert rows == ([] if impl == "fused" else [12, 1, 7, 3, 3])  # three positions each
     is_kept = kept_share and impl != "fused"
     assert len(products) == (len(needed) if is_kept else 2 * (len(needed) + 1))
     for gradient, name in zip(expected, ("hidden_ND", "weight_VD"), strict=True):
@@ -333,6 +335,8 @@ with compiling_for(90) as found:
     group = found["group FORM=official UNIFORM=1 ROWS=8 BLOCK=512"]
     known = {group.src.fn.arg_names[place] for (place,), facts in group.src.attrs.items() if facts}
     assert {"V", "slice_words", "logits_ptr"} <= known, known
+    launch_head([300, 300])  # as many words x rows per load
+    assert "group FORM=official UNIFORM=1 ROWS=2 BLOCK=2048" in found, set(found)
     for G in (2, 4, 8, 16):
         launch_decode(G)
     checked = set(found)

@@ -328,7 +328,8 @@ def test_processor_chat_template_comes_before_the_tokenizers(policy, tmp_path):
 @pytest.mark.parametrize(
     "name, old, new, reason",
     [
-        ("config.json", "(?s)^.+$", "{}", "not a checkpoint"),
+        ("config.json", "(?s)^.+$", "{}", "not a checkpoint; it has no config.json"),
+        ("config.json", "(?s)^.+$", "{", "not a checkpoint for transformers ("),
         ("config.json", "qwen2_5_vl", "qwen2", "is a 'qwen2' model"),
         ("config.json", "full_attention", "sliding_attention", "has sliding-window layers"),
         ("config.json", "(?<=video_token_id).: [0-9]+", '": 7', "does not have <|video_pad|>"),

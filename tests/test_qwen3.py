@@ -66,9 +66,10 @@ def test_a_checkpoint_is_an_ordinary_one_in_its_own_dtype(kind, tie, policy, rec
     """Tied: as in the small ones, the lm_head is the embedding. So it is in the gathered copy."""
     ours = as_family(kind, policy, tie)
     ours.save_dtype = torch.bfloat16  # in which Qwen's checkpoints come
-    (tmp_path / "processor_config.json").write_text("{}")
+    for name in ("preprocessor", "video_preprocessor", "processor"):  # for other programs
+        (tmp_path / f"{name}_config.json").write_text("{}")
     ours.save(tmp_path / "model", processor_from=str(tmp_path))
-    assert (tmp_path / "model" / "processor_config.json").exists()
+    assert len(list((tmp_path / "model").glob("*processor_config.json"))) == 3
     theirs = AutoModelForImageTextToText.from_pretrained(tmp_path / "model", dtype="auto")
     assert_close(theirs.state_dict(), ours.model.bfloat16().state_dict(), rtol=0, atol=0)
     assert theirs.generation_config.eos_token_id == policy.model.generation_config.eos_token_id

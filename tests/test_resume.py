@@ -102,8 +102,10 @@ def test_changed_settings_are_said_and_nothing_of_the_run_is_lost(world, copy, t
         "per_device_train_batch_size was 2, is now 1",
         "gradient_accumulation_steps was 1, is now 2",
     ]
-    (history,) = json.loads((copy / "config.json").read_text())["history"]
+    config = json.loads((copy / "config.json").read_text())
+    (history,) = config["history"]
     assert (history["until_step"], history["alpha"], len(history)) == (STEPS, 1.7, 1 + 5)
+    assert (config["alpha"], config["learning_rate"]) == (3, 0.5)
     assert (copy / f"metrics.jsonl.after-{STEPS}").read_text() == later
     assert [row["step"] for row in metrics(copy)] == list(range(1, STEPS + 2))
     assert all((directory / "trainer_state" / "counters.json").exists() for directory in kept)

@@ -130,6 +130,7 @@ OURS = json.dumps({"question": {"id": 0}, "run": {"prompt": "think"}})
 OTHER = OURS.replace("think", "direct")
 NO_LOGS = ['[{"problem": "?"}]', '{\n  "a": 1\n}', "a line\nthe last line", "\x00", "{" * 100_000]
 NO_LOGS += ['{"question": {}, "model_output": "A"}\n', '{"question": "why"}\n{"question": "ho']
+NO_LOGS += ['{"question": "why", "answer": "A"}']  # a whole row, though its line does not end
 
 
 def questions_in(path):

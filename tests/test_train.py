@@ -190,7 +190,9 @@ def test_groups_that_teach_nothing_are_left_out_of_the_backward_pass(
     monkeypatch.setattr(twgrpo, "rewards_of", lambda *_: torch.tensor([next(rewards)]).float().T)
     monkeypatch.setattr(twgrpo, "optimizer_step", keep)
     step = (cfg, policy, None, None, questions, [(0, b) for b in range(3)], 0.0)
-    _, (some,) = twgrpo.train_step(*step)
+    groups, (some,) = twgrpo.train_step(*step)
+    for cfg.per_device_train_batch_size, sizes in ((1, [1, 1, 1]), (3, [2, 1])):
+        assert [len(chunk) for chunk, _ in twgrpo.micro_batches(cfg, groups)] == sizes
     monkeypatch.setattr(twgrpo, "micro_batches", lambda cfg, groups: [(groups, True)])
     _, (every,) = twgrpo.train_step(*step)
     assert [o.loss.requires_grad for o in some.outputs] == [True, False, True]
@@ -379,15 +381,19 @@ for ending in ("pass", "raise SystemExit('error: a sentence')", "raise SystemExi
         ranks.run_script(lambda: exec(ending))
         sys.exit()
     print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+del os.environ["RANK"]
+atexit.register(print, "shut down")
+ranks.run_script(lambda: None)
 """
 
 
 @pytest.mark.slow
 def test_a_rank_ends_with_the_right_exit_code_and_without_shutdown(monkeypatch):
+    """A process of its own shuts down as any other."""
     monkeypatch.setenv("RANK", "0")
     options = dict(cwd=PROJECT, capture_output=True, text=True, timeout=60)
     result = subprocess.run([sys.executable, "-c", ENDINGS], **options)
-    assert result.stdout.split() == ["0", "1", "3", "1"]
+    assert result.stdout.split("\n") == ["0", "1", "3", "1", "shut down", ""]
     assert "error: a sentence" in result.stderr and "ZeroDivisionError" in result.stderr
 
 
