@@ -4,7 +4,7 @@
     lock            one process at a time in a run directory
     new_directory   a fresh directory that no other process can get as well
     read_json       a JSON object, or a sentence that says why not
-    write_json      the opposite
+    write_json      writes one atomically
     json_lines      the values of JSONL, line by line
     one_sentence    ends a command on an error that the user can fix
     brief           a library's error in one line

@@ -103,7 +103,7 @@ def train(
     resume: tuple[Path, dict] | None = None,
 ) -> int:
     """The training loop, identical on every rank. Returns the number of steps done: max_steps, or
-    fewer after a signal. `resume` is a checkpoint and its counters."""
+    fewer after a signal. `resume` is what `checkpoint.to_resume` returns."""
     reference = load_policy(cfg, freeze_all=True) if cfg.beta > 0 else None
     optimizer = make_optimizer(cfg, policy)
     if resume:

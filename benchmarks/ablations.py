@@ -56,7 +56,8 @@ DESCRIBED = {  # title: measure and number of digits
 
 
 def call(*arguments: str) -> None:
-    """Runs Python in a child on one thread. If it fails, RuntimeError has the end of its stderr."""
+    """Runs Python in a child process on one thread. If it fails, raises RuntimeError with the end
+    of its stderr."""
     pipes = dict(cwd=PROJECT, stdout=DEVNULL, stderr=PIPE, text=True)
     child = run([sys.executable, *arguments], env=os.environ | dict(OMP_NUM_THREADS="1"), **pipes)
     if child.returncode:

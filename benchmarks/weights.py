@@ -80,9 +80,9 @@ def weights(group: dict, form: str) -> Tensor:
 
 
 def summary(groups: list[dict], form: str) -> dict:
-    """A row of the table in docs/equations.md, over the groups in which half end before the last:
-    w_t where all are alive (from t = 1 on, since position 0 is a shared row), w_t where half or
-    fewer are, and the ratio of the two mean D_t."""
+    """A row of the table in docs/equations.md: w_t where all are alive (from t = 1 on, since
+    position 0 is a shared row), w_t where half or fewer are, and the ratio of the two mean D_t.
+    Leaves out groups that have no position with half or fewer alive."""
     full, late, ratios = [], [], []
     for group in groups:
         alive_T, w_T = torch.tensor(group["alive"]), weights(group, form)

@@ -88,8 +88,8 @@ class Saver:
         self.saved = final
 
     def _write(self, partial: Path, final: Path) -> None:
-        """No rank waits for one that fails: dcp.save raises on all ranks, and what follows the
-        last collective, in Policy.save, is the work of the first rank alone."""
+        """If one rank cannot write, no other waits for it: dcp.save raises on all, and after the
+        last collective, which is in Policy.save, only the first rank has work left."""
         if not self.cfg.save_only_model:
             path, alone = partial / "trainer_state", ranks.world() == 1
             dcp.save(_state(self.policy, self.optimizer), checkpoint_id=path, no_dist=alone)

@@ -246,9 +246,11 @@ def settings_of(cfg: Config) -> dict:
 
 def same(old: object, new: object) -> bool:
     """Whether two values of a flag are equal or name the same file."""
+    if not (isinstance(old, str) and isinstance(new, str)):  # samefile takes 1 for stdout
+        return old == new
     try:
         return old == new or os.path.samefile(old, new)
-    except (OSError, TypeError, ValueError):
+    except (OSError, ValueError):
         return False
 
 

@@ -106,8 +106,8 @@ class Measures:
         self.rows = ranks.on_first(files.read_json, self.path, remedy) if is_there else {}
 
     def take(self, when: str, step: int, *measured) -> None:
-        """Measures the policy `when` ("before" or "after" training), unless that was done at this
-        step; the other arguments as for `measure`."""
+        """Measures the policy `when` ("before" or "after" training), unless eval.json has that for
+        this step already. `measured`: the arguments of `measure`."""
         if self.rows.get(f"{when}_step") != step:
             self.rows |= {f"{when}_step": step, when: measure(*measured)}
             ranks.on_first(files.write_json, self.path, self.rows)

@@ -50,8 +50,8 @@ def phase(name: str) -> Iterator[None]:
 class RunLog:
     """Collects a run's measurements on every rank; the first rank writes them.
 
-    `resumed` is that of `checkpoint.to_resume`. Means are over questions, so a rank with fewer of
-    them does not distort them.
+    `resumed` is the dict from `checkpoint.to_resume`. Means are over questions, so that a rank with
+    fewer of them does not distort them.
     """
 
     def __init__(self, cfg: Config, directory: Path, resumed: dict | None = None):

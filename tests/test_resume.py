@@ -20,7 +20,7 @@ import twgrpo
 from files import UserError
 from model.policy import Policy
 from run import checkpoint, held_out
-from run.config import parse_config
+from run.config import parse_config, same
 
 KILLS = int(os.environ.get("TWGRPO_KILLS", 2))  # CI keeps it short; 10 for the real thing
 STEPS = 4 + 4 * KILLS
@@ -111,6 +111,12 @@ def test_changed_settings_are_said_and_nothing_of_the_run_is_lost(world, copy, t
     assert all((directory / "trainer_state" / "counters.json").exists() for directory in kept)
     assert all((path / "model.safetensors").exists() for path in saved)
     assert not state_of(copy).exists() and not list(copy.glob(".*.partial"))
+
+
+def test_numbers_and_switches_are_not_compared_as_files():
+    """os.stat takes them for file descriptors, and on a terminal 0, 1 and 2 are one file."""
+    with open(__file__) as one, open(__file__) as other:
+        assert not same(one.fileno(), other.fileno())
 
 
 def without_state(state):
