@@ -160,10 +160,11 @@ class Policy:
             model = type(self.model)(self.model.config).eval()
         for module, copied in zip(self.model.modules(), model.modules(), strict=True):
             copied._buffers.update(module._buffers)
-            for name, x in module.named_parameters(recurse=False):
-                whole = x.detach().to(self.compute_dtype)
-                whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
-                setattr(copied, name, nn.Parameter(whole, requires_grad=False))
+        for name, x in self.model.named_parameters():  # tied weights once
+            whole = x.detach().to(self.compute_dtype)
+            whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(whole, requires_grad=False))
         model.tie_weights()  # small models share the lm_head with the embedding
         model.generation_config = self.model.generation_config
         policy = Policy(model, self.tokenizer, self.chat_template)
