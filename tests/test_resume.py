@@ -91,6 +91,8 @@ def test_changed_settings_are_said_and_nothing_of_the_run_is_lost(world, copy, t
     later = f'{{"step": {STEPS + 1}, "loss": 0}}\n{{"step": {STEPS + 2}, "lo'
     with open(copy / "metrics.jsonl", "a") as file:
         file.write(later)
+    earlier, config = dict(until_step=2, alpha=9), copy / "config.json"  # of a run resumed before
+    config.write_text(json.dumps(json.loads(config.read_text()) | dict(history=[earlier])))
     flags = f"--learning_rate 0.5 --alpha 3 --max_steps {STEPS + 1}"
     same = "--per_device_train_batch_size 1 --gradient_accumulation_steps 2"
     train(world, copy, FLAGS, AUTO, flags, same, f"--model_name_or_path {tmp_path}/link/model")
@@ -102,8 +104,9 @@ def test_changed_settings_are_said_and_nothing_of_the_run_is_lost(world, copy, t
         "per_device_train_batch_size was 2, is now 1",
         "gradient_accumulation_steps was 1, is now 2",
     ]
-    config = json.loads((copy / "config.json").read_text())
-    (history,) = config["history"]
+    config = json.loads(config.read_text())
+    before, history = config["history"]
+    assert before == earlier
     assert (history["until_step"], history["alpha"], len(history)) == (STEPS, 1.7, 1 + 5)
     assert (config["alpha"], config["learning_rate"]) == (3, 0.5)
     assert (copy / f"metrics.jsonl.after-{STEPS}").read_text() == later
